@@ -1,0 +1,30 @@
+"""The letters that name array axes, said once.
+
+====== =====================================================
+letter axis
+====== =====================================================
+B      batch
+T      query length (tokens of a sequence)
+S      key length (slots of a cache)
+N      query heads
+K      key/value heads; N is a multiple of K
+H      head dim
+D      width of the residual stream
+F      feed-forward width
+V      vocabulary
+R      rank of a low-rank factor
+L      layers, stacked in front of every layer's weight
+====== =====================================================
+
+They appear in annotations (``Float[Array, "B T N H"]``) and in shape comments.
+"""
+
+from typing import Any
+
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+Params = dict[str, Any]
+"""A pytree with string keys whose leaves are arrays or weight nodes (`jaxml.weights`)."""
+
+__all__ = ["Array", "Bool", "Float", "Int", "Params"]

@@ -1,0 +1,21 @@
+"""Optional packages: imported where they are used, with the name of the extra that brings them."""
+
+import importlib
+from types import ModuleType
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Imports an optional package.
+
+    Raises:
+        ImportError: it is not installed; names the extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise ImportError(
+            f"this needs the package {module.split('.')[0]!r}, which is not installed. "
+            f'Install it with: pip install "jaxml[{extra}]"'
+        ) from error

@@ -1,0 +1,27 @@
+"""Language models: load one, ask it, score with it.
+
+    >>> from jaxml import lm                                        # doctest: +SKIP
+    >>> model = lm.load("smollm2-135m")                             # doctest: +SKIP
+    >>> lm.generate(model, ["The capital of France is"], max_new_tokens=2)  # doctest: +SKIP
+    [' Paris.']
+"""
+
+from jaxml.lm.config import DecoderConfig, RopeScaling
+from jaxml.lm.generate import generate
+from jaxml.lm.model import Model, load, save
+from jaxml.lm.sampling import Sampling
+from jaxml.lm.score import perplexity, score
+from jaxml.lm.tokenizer import Tokenizer
+
+__all__ = [
+    "DecoderConfig",
+    "Model",
+    "RopeScaling",
+    "Sampling",
+    "Tokenizer",
+    "generate",
+    "load",
+    "perplexity",
+    "save",
+    "score",
+]

@@ -1,0 +1,75 @@
+"""The key/value cache of a decoder: a value that can be kept, broadcast to a batch, and continued.
+
+A slot holds one token of one row. Which token, says its *position*; an empty slot and a padding token
+have the position `EMPTY`, larger than any query's, so that the causal rule alone hides them. Rows may
+therefore be padded on either side, and slots and positions need not agree.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float, Int
+from jaxml.lm.config import DecoderConfig
+
+EMPTY = 2**30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    key: Float[Array, "L B S K H"]  # rotated
+    value: Float[Array, "L B S K H"]
+    positions: Int[Array, "B S"]
+    length: Int[Array, ""]  # slots in use, the same in every row
+
+    @property
+    def slots(self) -> int:
+        return self.key.shape[2]
+
+
+def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
+    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    return Cache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        positions=jnp.full((batch, slots), EMPTY, jnp.int32),
+        length=jnp.zeros((), jnp.int32),
+    )
+
+
+def broadcast(cache: Cache, batch: int) -> Cache:
+    """One row's cache as the common prefix of `batch` rows.
+
+    Raises:
+        ValueError: the cache has more than one row.
+    """
+    if cache.positions.shape[0] != 1:
+        raise ValueError(f"cache.broadcast: the cache has one row, got {cache.positions.shape[0]}.")
+    repeat = lambda a, axis: jnp.repeat(a, batch, axis)
+    return dataclasses.replace(
+        cache,
+        key=repeat(cache.key, 1),
+        value=repeat(cache.value, 1),
+        positions=repeat(cache.positions, 0),
+    )
+
+
+def grow(cache: Cache, slots: int) -> Cache:
+    """The same cache with room for `slots` tokens.
+
+    Raises:
+        ValueError: that is less than it has now.
+    """
+    more = slots - cache.slots
+    if more < 0:
+        raise ValueError(f"cache.grow: slots is at least the present {cache.slots}, got {slots}.")
+    wide = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+    return dataclasses.replace(
+        cache,
+        key=wide(cache.key),
+        value=wide(cache.value),
+        positions=jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=EMPTY),
+    )

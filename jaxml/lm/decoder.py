@@ -1,0 +1,343 @@
+"""The decoder: one page of pure functions for every Llama-like family.
+
+``params`` is a pytree with string keys. All layers' weights lie stacked along a first axis and are
+scanned, or are a tuple of layers, which are unrolled (`unstack`: faster to decode with on CPU).
+A matrix is [in, out]; each may be a weight node instead of an array (`jaxml.weights`).
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.attention import flash_attention
+from jaxml.axes import Array, Float, Int, Params
+from jaxml.lm.cache import EMPTY, Cache
+from jaxml.lm.config import DecoderConfig, RopeScaling
+from jaxml.weights import dot, is_node
+
+
+def shapes(config: DecoderConfig) -> dict[str, Any]:
+    """The shape of every parameter, as a tree of tuples."""
+    c, L, D, F = config, config.num_layers, config.width, config.hidden_dim
+    NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    layers = {
+        "attn_norm": (L, D),
+        "q": (L, D, NH),
+        "k": (L, D, KH),
+        "v": (L, D, KH),
+        "o": (L, NH, D),
+        "mlp_norm": (L, D),
+        "gate": (L, D, F),
+        "up": (L, D, F),
+        "down": (L, F, D),
+    }
+    if c.qkv_bias:
+        layers |= {"q_bias": (L, NH), "k_bias": (L, KH), "v_bias": (L, KH)}
+    if c.o_bias:
+        layers |= {"o_bias": (L, D)}
+    if c.mlp_bias:
+        layers |= {"gate_bias": (L, F), "up_bias": (L, F), "down_bias": (L, D)}
+    if c.qk_norm:
+        layers |= {"q_norm": (L, c.head_dim), "k_norm": (L, c.head_dim)}
+    if c.post_norms:
+        layers |= {"post_attn_norm": (L, D), "post_mlp_norm": (L, D)}
+    tree = {"embed": (c.vocab_size, D), "layers": layers, "norm": (D,)}
+    return tree if c.tied_embeddings else tree | {"head": (c.vocab_size, D)}
+
+
+def init(key: Array, config: DecoderConfig, dtype=jnp.float32) -> Params:
+    """Random parameters: matrices normal with deviation 0.02, norms at 1, biases at 0.
+
+    Example:
+        >>> import jax
+        >>> from jaxml import testing
+        >>> params = init(jax.random.key(0), testing.tiny_config())
+        >>> params["layers"]["q"].shape
+        (2, 32, 32)
+    """
+    tree = shapes(config)
+    paths = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda s: isinstance(s, tuple))
+    keys = iter(jax.random.split(key, len(paths)))
+
+    def leaf(path, shape):
+        name, k = path[-1].key, next(keys)
+        if name.endswith("norm"):
+            return jnp.full(shape, 0.0 if config.norm_plus_one else 1.0, dtype)
+        if name.endswith("bias"):
+            return jnp.zeros(shape, dtype)
+        return (0.02 * jax.random.normal(k, shape)).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda s: isinstance(s, tuple))
+
+
+def apply(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B T V"]:
+    """Logits (float32) of the next token after each token.
+
+    Args:
+        tokens: token ids below V.
+        positions: for the rotary embedding; 0, 1, 2, … where not given.
+        segment_ids: tokens attend within their own segment (packed documents; padding has one of its own).
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxml import testing
+        >>> config = testing.tiny_config()
+        >>> params = init(jax.random.key(0), config)
+        >>> apply(params, config, jnp.array([[1, 2, 3]])).shape
+        (1, 3, 64)
+    """
+    x = hidden(params, config, tokens, positions=positions, segment_ids=segment_ids, remat=remat)
+    return logits(params, config, x)
+
+
+def apply_cached(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    cache: Cache,
+    *,
+    positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Cache]:
+    """Final hidden states of tokens that follow what the cache holds, and the cache with them in it.
+
+    Args:
+        positions: of the new tokens; `EMPTY` marks padding, which nobody will attend to.
+    """
+    x = _embed(params, config, tokens)
+    kv_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1)
+    attend = dict(q_positions=positions, kv_positions=kv_positions)
+    x, (key, value) = _layers(params, config, x, positions, attend, (cache.key, cache.value), cache.length)
+    x = _norm(x, params["norm"], config)
+    return x, Cache(key=key, value=value, positions=kv_positions, length=cache.length + tokens.shape[1])
+
+
+def hidden(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    *,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B T D"]:
+    """Final hidden states, after the last norm and before the head (arguments as in `apply`)."""
+    if tokens.ndim != 2:
+        raise ValueError(f"decoder: tokens have the shape [B, T], got {tokens.shape}.")
+    x = _embed(params, config, tokens)
+    if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+    attend = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+    x, _ = _layers(params, config, x, positions, attend, None, None, remat=remat)
+    return _norm(x, params["norm"], config)
+
+
+def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """The head: hidden states to float32 logits over the vocabulary."""
+    out = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
+    cap = config.logits_soft_cap
+    return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def head(params: Params) -> Float[Array, "V D"]:
+    """The matrix that makes logits: the embedding where it is tied."""
+    return params.get("head", params["embed"])
+
+
+def unstack(params: Params) -> Params:
+    """The same parameters with a tuple of layers in place of stacked arrays (a copy of the layers)."""
+    if isinstance(params["layers"], tuple):
+        return params
+    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
+    take = lambda i: jax.tree.map(lambda a: a[i], params["layers"])
+    return params | {"layers": tuple(take(i) for i in range(num_layers))}
+
+
+# ---- the layers -------------------------------------------------------------------------------------
+
+
+def _embed(params, config, tokens):
+    x = jnp.take(params["embed"], tokens, axis=0)
+    return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def _layers(params, config, x, positions, attend, kv, length, remat=False):
+    """All layers in order; kv is None or (key, value), [L, B, S, K, H] each, written at `length`."""
+    rotary = _rotary_tables(config, positions)
+    kinds, layers = config.layer_kinds, params["layers"]
+
+    def run(x, kv, layer, i, kind):
+        """Layer number i (may be traced), whose kind is known."""
+        with jax.named_scope("layer"):
+            return _layer(layer, config, x, rotary, attend, kv, i, length, kind)
+
+    run = jax.checkpoint(run, static_argnums=(4,)) if remat else run
+    if isinstance(layers, tuple):
+        for i, layer in enumerate(layers):
+            x, kv = run(x, kv, layer, i, kinds[i])
+        return x, kv
+
+    period = config.period
+    groups, rest = divmod(config.num_layers, period)
+
+    def body(carry, inputs):
+        x, kv = carry
+        group, g = inputs
+        for j in range(period):
+            layer = group if period == 1 else jax.tree.map(lambda a: a[j], group)
+            x, kv = run(x, kv, layer, g * period + j, kinds[j])
+        return (x, kv), None
+
+    if period == 1:
+        stacked = layers
+    else:
+        stacked = jax.tree.map(
+            lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), layers
+        )
+    (x, kv), _ = jax.lax.scan(body, (x, kv), (stacked, jnp.arange(groups)))
+    for i in range(config.num_layers - rest, config.num_layers):
+        x, kv = run(x, kv, jax.tree.map(lambda a: a[i], layers), i, kinds[i])
+    return x, kv
+
+
+def _layer(layer, config, x, rotary, attend, kv, i, length, kind):
+    y, kv = _attention(layer, config, _norm(x, layer["attn_norm"], config), rotary, attend, kv, i, length, kind)
+    x = x + (_norm(y, layer["post_attn_norm"], config) if config.post_norms else y)
+    y = _feed_forward(layer, config, _norm(x, layer["mlp_norm"], config))
+    return x + (_norm(y, layer["post_mlp_norm"], config) if config.post_norms else y), kv
+
+
+def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
+    local, rotated = kind
+    B, T, _ = x.shape
+    q = _dense(layer, "q", x).reshape(B, T, config.num_heads, config.head_dim)
+    k = _dense(layer, "k", x).reshape(B, T, config.num_kv_heads, config.head_dim)
+    v = _dense(layer, "v", x).reshape(B, T, config.num_kv_heads, config.head_dim)
+    if config.qk_norm:
+        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
+    if rotated:
+        table = rotary["local" if local and "local" in rotary else "global"]
+        q, k = _rotate(q, table), _rotate(k, table)
+    if kv is not None:
+        start = (i, 0, length, 0, 0)
+        kv = tuple(
+            jax.lax.dynamic_update_slice(a, new[None].astype(a.dtype), start) for a, new in zip(kv, (k, v))
+        )
+        k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False).astype(x.dtype) for a in kv)
+    out = flash_attention(
+        q,
+        k,
+        v,
+        scale=config.query_scale,
+        is_causal=True,
+        local_window_size=(config.window - 1, 0) if local else None,
+        logits_soft_cap=config.attention_soft_cap,
+        **attend,
+    )
+    return _dense(layer, "o", out.reshape(B, T, -1)), kv
+
+
+def _feed_forward(layer, config, x):
+    gate = _dense(layer, "gate", x)
+    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return _dense(layer, "down", gate * _dense(layer, "up", x))
+
+
+def _dense(layer, name, x):
+    y = dot(x, layer[name])
+    bias = layer.get(name + "_bias")
+    return y if bias is None else y + _across(bias, y)
+
+
+def _norm(x: Float[Array, "... D"], weight: Float[Array, "D"], config: DecoderConfig):
+    """RMSNorm, in float32 inside."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    w = _across(weight, y)
+    return (y * (1.0 + w if config.norm_plus_one else w)).astype(x.dtype)
+
+
+def _across(v: Float[Array, "D"], x: Float[Array, "... D"]) -> Array:
+    """A vector over the last axis, in x's rank and dtype."""
+    return v.astype(x.dtype).reshape((1,) * (x.ndim - 1) + v.shape)
+
+
+# ---- rotary embedding -------------------------------------------------------------------------------
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
+    """Angles per position, [H / 2] float32, and the factor on sine and cosine."""
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    inv = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
+    s = scaling
+    if s is None:
+        return inv, 1.0
+    if s.kind == "linear":
+        return inv / np.float32(s.factor), 1.0
+    if s.kind == "factors":
+        return inv / np.asarray(s.factors, np.float32), 1.0
+    if s.kind == "llama3":
+        turns = s.original_max_length * inv / (2 * math.pi)  # rotations within the trained context
+        smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        return ((1 - smooth) * inv / s.factor + smooth * inv).astype(np.float32), 1.0
+    if s.kind == "yarn":
+        where = lambda turns: (
+            head_dim * math.log(s.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+        )
+        low, high = where(s.beta_fast), where(s.beta_slow)
+        if s.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        ramp = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+        inv = inv / s.factor * ramp + inv * (1 - ramp)
+        default = 0.1 * math.log(s.factor) + 1.0 if s.factor > 1 else 1.0
+        return inv.astype(np.float32), default if s.attention_factor is None else s.attention_factor
+    raise ValueError(f"rope_frequencies: kind is linear, llama3, yarn or factors, got {s.kind!r}.")
+
+
+def _rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[str, tuple[Array, Array]]:
+    """(cos, sin), [B, T, 1, H / 2] float32, for global layers and, where they differ, for local ones."""
+
+    def table(theta, scaling):
+        inv, factor = rope_frequencies(config.head_dim, theta, scaling)
+        where = jnp.where(positions == EMPTY, 0, positions)  # padding: any finite angle
+        angle = where[..., None].astype(jnp.float32) * inv[None, None]
+        angle = angle[:, :, None]
+        return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+    tables = {"global": table(config.rope_theta, config.rope_scaling)}
+    if config.local_rope_theta is not None:
+        tables["local"] = table(config.local_rope_theta, None)
+    return tables
+
+
+def _rotate(x: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Array, "B T N H"]:
+    """Rotates the pairs (x[i], x[i + H/2]); angles and product in float32."""
+    cos, sin = table
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def num_params(params: Params) -> int:
+    """How many numbers the tree holds (a weight node counts what it stands for)."""
+    leaves = jax.tree.leaves(params, is_leaf=is_node)
+    return sum(math.prod(w.shape) for w in leaves)
+
+
+def cast(params: Params, dtype) -> Params:
+    """Floating arrays in another dtype."""
+    to = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+    return jax.tree.map(to, params)
+

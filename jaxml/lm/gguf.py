@@ -1,0 +1,123 @@
+"""Reading GGUF files (llama.cpp's format) through the ``gguf`` package, dequantised tensor by tensor."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.axes import Params
+from jaxml.extras import need
+from jaxml.lm import tensors
+from jaxml.lm.config import DecoderConfig, RopeScaling
+
+QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
+
+
+def read(path: str | Path, dtype=None) -> tuple[Params, DecoderConfig, dict[str, Any]]:
+    """Parameters, config and metadata of a GGUF file.
+
+    Args:
+        path: the file.
+        dtype: of the parameters; float32 where None, since a quantised tensor has no dtype of its own
+            (F16 and BF16 tensors are widened as well).
+
+    Raises:
+        ValueError: not a GGUF file, truncated, an unknown architecture, key or quantisation, or tensors
+            missing or left over; by name.
+    """
+    reader = _open(path)
+    metadata = read_metadata(path, reader)
+    config = DecoderConfig.from_gguf(metadata)
+    found = {t.name: t for t in reader.tensors}
+    _check_complete(path, reader)
+    if "rope_freqs.weight" in found:  # Llama 3: the stretch of each frequency, as a tensor
+        factors = tuple(float(f) for f in _dequantize(found["rope_freqs.weight"]))
+        config = dataclasses.replace(config, rope_scaling=RopeScaling(kind="factors", factors=factors))
+    config = dataclasses.replace(config, tied_embeddings="output.weight" not in found)
+    interleaved = config.family in ("llama", "smollm3")
+
+    def fetch(name: str) -> np.ndarray:
+        tensor = _dequantize(found[name])
+        if interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
+            tensor = _deinterleave(tensor, config.head_dim)
+        if config.norm_plus_one and name.endswith("norm.weight"):
+            tensor = tensor - 1.0  # llama.cpp stores 1 + weight
+        return tensor
+
+    params = tensors.assemble(
+        config,
+        "gguf",
+        found,
+        fetch,
+        source=str(path),
+        dtype=jnp.float32 if dtype is None else dtype,
+        ignore=lambda name: name == "rope_freqs.weight",
+    )
+    return params, config, metadata
+
+
+def read_metadata(path: str | Path, reader=None) -> dict[str, Any]:
+    """The key-value pairs of the file's header."""
+    reader = reader or _open(path)
+    return {key: _contents(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+
+
+def _open(path: str | Path):
+    gguf = need("gguf", "lm")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        return _reader(gguf)(path)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path}: not a whole GGUF file ({error}). Download it again.") from error
+
+
+def _reader(gguf):
+    class Reader(gguf.GGUFReader):
+        """The package's reader on a plain view of the mapped file: a memmap object per string takes seconds."""
+
+        def _build_fields(self, offs, count):
+            self.data = np.asarray(self.data).view(np.ndarray)
+            return super()._build_fields(offs, count)
+
+    return Reader
+
+
+def _contents(field) -> Any:
+    """A field's value; arrays of strings by a shorter way than the reader's own, which takes seconds."""
+    from gguf import GGUFValueType
+
+    if field.types[0] == GGUFValueType.ARRAY and field.types[-1] == GGUFValueType.STRING:
+        return [bytes(field.parts[i]).decode("utf-8") for i in field.data]
+    return field.contents()
+
+
+def _check_complete(path, reader) -> None:
+    size = Path(path).stat().st_size
+    for t in reader.tensors:
+        if t.data_offset + t.n_bytes > size:
+            raise ValueError(
+                f"{path}: tensor {t.name} ends at byte {t.data_offset + t.n_bytes} of a file of {size}; "
+                "the file is truncated. Download it again."
+            )
+
+
+def _dequantize(tensor) -> np.ndarray:
+    import gguf
+
+    kind = tensor.tensor_type.name
+    if kind not in QUANTISATIONS:
+        raise ValueError(
+            f"gguf.read: tensor {tensor.name} is stored as {kind}; readable are {', '.join(QUANTISATIONS)}."
+        )
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
+
+
+def _deinterleave(w: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of query and key from llama.cpp's order (pairs side by side) to halves, [heads · H, D]."""
+    heads = w.shape[0] // head_dim
+    return w.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
+

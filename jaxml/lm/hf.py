@@ -1,0 +1,186 @@
+"""Hugging Face folders: config.json and safetensors, streamed tensor by tensor in both directions."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxml.axes import Params
+from jaxml.extras import need
+from jaxml.lm import tensors
+from jaxml.lm.config import DecoderConfig
+from jaxml.weights import is_node
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """The config of a model folder.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json, not JSON, or a key that is not known.
+    """
+    return DecoderConfig.from_hf(read_json(Path(folder) / "config.json"))
+
+
+def read(folder: str | Path, dtype=None) -> tuple[Params, DecoderConfig]:
+    """Parameters and config of a model folder.
+
+    Args:
+        folder: with config.json and model.safetensors, or shards with their index.
+        dtype: of the parameters; each tensor's own where None.
+
+    Raises:
+        FileNotFoundError, ValueError: files missing or truncated, tensors missing or left over, by name.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_safetensors(path)) for path in _weight_files(folder)]
+        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        params = tensors.assemble(
+            config,
+            "hf",
+            where,
+            lambda name: where[name].get_tensor(name),
+            source=str(folder),
+            dtype=dtype,
+            # A tied head is sometimes written twice; old files hold the rotary frequencies.
+            ignore=lambda n: n.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and n == "lm_head.weight"),
+        )
+    return params, config
+
+
+def write(
+    folder: str | Path, params: Params, config: DecoderConfig, tokenizer, *, shard_bytes: int = 5 * 2**30
+) -> Path:
+    """Writes the folder under a temporary name and renames it when it is whole.
+
+    Raises:
+        FileExistsError: the folder exists and is not empty.
+        ValueError: weight nodes in the tree (merge adapters first).
+    """
+    folder = Path(folder)
+    if any(is_node(w) for w in jax.tree.leaves(params, is_leaf=is_node)):
+        raise ValueError("hf.write: the parameters hold adapters or quantised weights. Merge them first.")
+    with whole_folder(folder) as temporary:
+        _write_shards(temporary, params, config, shard_bytes)
+        (temporary / "config.json").write_text(json.dumps(_config_json(params, config), indent=2))
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+    return folder
+
+
+def _config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:
+    return config.to_hf() | {"dtype": str(params["embed"].dtype)}
+
+
+def _write_shards(folder: Path, params: Params, config: DecoderConfig, shard_bytes: int) -> None:
+    shards, size, total = [{}], 0, 0
+    pending = folder / "pending"
+
+    def flush():
+        path = Path(f"{pending}-{len(shards) - 1}")
+        save_safetensors(path, shards[-1])
+        shards[-1] = dict.fromkeys(shards[-1])  # names only; the arrays are on disk
+
+    for name, array in tensors.disassemble(params, config):
+        if size and size + array.nbytes > shard_bytes:
+            flush()
+            shards.append({})
+            size = 0
+        shards[-1][name] = array
+        size, total = size + array.nbytes, total + array.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(f"{pending}-0", folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(f"{pending}-{i}", folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        files = sorted(set(index.get("weight_map", {}).values()))
+        for file in files:
+            if Path(file).name != file:
+                raise ValueError(f"{folder / INDEX}: a shard lies in the folder itself, got {file!r}.")
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"{folder}: the index names {file}, which is missing. Download it again.")
+        return [folder / file for file in files]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise FileNotFoundError(
+        f"{folder}: a model folder has model.safetensors or {INDEX}; neither is there. "
+        "Pickled weights (pytorch_model.bin) are not read."
+    )
+
+
+@contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Any]:
+    """A safetensors file, memory-mapped; FileNotFoundError or ValueError where it is missing or not whole."""
+    safetensors = need("safetensors", "lm")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        file = safetensors.safe_open(str(path), "numpy")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
+    with file as opened:
+        yield opened
+
+
+def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays (bfloat16 included)."""
+    need("safetensors", "lm")
+    from safetensors.numpy import save_file
+
+    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path), metadata={"format": "pt"})
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON object from a file; FileNotFoundError or ValueError with the file's name."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a JSON object, got {type(value).__name__}.")
+    return value
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its name only when the block ends without an error.
+
+    Raises:
+        FileExistsError: `folder` exists and is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty. Choose another name or remove it.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

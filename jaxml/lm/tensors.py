@@ -1,0 +1,130 @@
+"""From a file's named tensors to the decoder's stacked tree, one parameter at a time, and back."""
+
+from collections.abc import Callable, Iterable, Iterator
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.axes import Params
+from jaxml.lm import decoder
+from jaxml.lm.config import DecoderConfig
+
+# Our name of a layer's parameter → (Hugging Face's, GGUF's); matrices are [out, in] in both formats.
+_MODULES = {
+    "q": ("self_attn.q_proj", "attn_q"),
+    "k": ("self_attn.k_proj", "attn_k"),
+    "v": ("self_attn.v_proj", "attn_v"),
+    "o": ("self_attn.o_proj", "attn_output"),
+    "gate": ("mlp.gate_proj", "ffn_gate"),
+    "up": ("mlp.up_proj", "ffn_up"),
+    "down": ("mlp.down_proj", "ffn_down"),
+    "q_norm": ("self_attn.q_norm", "attn_q_norm"),
+    "k_norm": ("self_attn.k_norm", "attn_k_norm"),
+    "attn_norm": ("input_layernorm", "attn_norm"),
+    "mlp_norm": ("post_attention_layernorm", "ffn_norm"),
+}
+_MODULES_POST_NORMS = _MODULES | {
+    "mlp_norm": ("pre_feedforward_layernorm", "ffn_norm"),
+    "post_attn_norm": ("post_attention_layernorm", "post_attention_norm"),
+    "post_mlp_norm": ("post_feedforward_layernorm", "post_ffw_norm"),
+}
+_TOP = {
+    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
+    "norm": ("model.norm.weight", "output_norm.weight"),
+    "head": ("lm_head.weight", "output.weight"),
+}
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def module_name(config: DecoderConfig, name: str) -> str:
+    """Hugging Face's module for one of our layer parameters: "q" → "self_attn.q_proj"."""
+    return (_MODULES_POST_NORMS if config.post_norms else _MODULES)[name][0]
+
+
+def tensor_names(config: DecoderConfig, layout: str) -> dict[tuple[str, ...], str]:
+    """Path in our tree → name in the file ("{}" for the layer); layout is "hf" or "gguf"."""
+    which, prefix = (0, "model.layers.{}.") if layout == "hf" else (1, "blk.{}.")
+    modules = _MODULES_POST_NORMS if config.post_norms else _MODULES
+    tree, names = decoder.shapes(config), {}
+    for name in tree:
+        if name != "layers":
+            names[(name,)] = _TOP[name][which]
+    for name in tree["layers"]:
+        bias = name.endswith("_bias")
+        module = modules[name.removesuffix("_bias")][which]
+        names[("layers", name)] = f"{prefix}{module}.{'bias' if bias else 'weight'}"
+    return names
+
+
+def assemble(
+    config: DecoderConfig,
+    layout: str,
+    available: Iterable[str],
+    read: Callable[[str], np.ndarray],
+    *,
+    source: str,
+    dtype=None,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> Params:
+    """Reads every tensor into the stacked tree; beside the result, one stacked parameter is held at a time.
+
+    Args:
+        available: names in the file.
+        read: a tensor by name, as numpy, in the file's own layout.
+        source: the file, for errors.
+        dtype: of the result; each tensor's own where None.
+        ignore: names that may be left over.
+
+    Raises:
+        ValueError: a tensor missing, left over or of another shape, by name.
+    """
+    names, tree = tensor_names(config, layout), decoder.shapes(config)
+    layers = range(config.num_layers)
+    wanted = {n.format(i) for path, n in names.items() for i in (layers if path[0] == "layers" else [0])}
+    available = set(available)
+    _complain(source, "tensors are missing", wanted - available)
+    _complain(source, "tensors are left over", {n for n in available - wanted if not ignore(n)})
+
+    def fetch(name, shape, matrix):
+        tensor = read(name)
+        expected = shape[::-1] if matrix else shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{source}: tensor {name} has the shape {list(expected)} by the config, got {list(tensor.shape)}."
+            )
+        tensor = tensor.T if matrix else tensor
+        return tensor if dtype is None else tensor.astype(dtype)
+
+    params: Params = {"layers": {}}
+    for path, name in names.items():
+        if path[0] != "layers":
+            params[path[0]] = jnp.asarray(fetch(name, tree[path[0]], False))
+            continue
+        shape, matrix = tree["layers"][path[1]], path[1] in MATRICES
+        first = fetch(name.format(0), shape[1:], matrix)
+        stacked = np.empty(shape, first.dtype)
+        stacked[0] = first
+        for i in layers[1:]:
+            stacked[i] = fetch(name.format(i), shape[1:], matrix)
+        params["layers"][path[1]] = jnp.asarray(stacked)
+    return params
+
+
+def disassemble(params: Params, config: DecoderConfig, layout: str = "hf") -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor under the file's name and in its layout, layer by layer."""
+    names = tensor_names(config, layout)
+    for path, name in names.items():
+        if path[0] != "layers":
+            yield name, np.asarray(params[path[0]])
+    for i in range(config.num_layers):
+        for path, name in names.items():
+            if path[0] == "layers":
+                tensor = np.asarray(params["layers"][path[1]][i])
+                yield name.format(i), np.ascontiguousarray(tensor.T) if path[1] in MATRICES else tensor
+
+
+def _complain(source: str, what: str, names: set[str]) -> None:
+    if names:
+        shown = sorted(names)
+        more = f" and {len(shown) - 8} more" if len(shown) > 8 else ""
+        raise ValueError(f"{source}: {what} by the config: {', '.join(shown[:8])}{more}.")

