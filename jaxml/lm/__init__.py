@@ -6,9 +6,10 @@
     [' Paris.']
 """
 
+from jaxml.lm import decoder, zoo
 from jaxml.lm.config import DecoderConfig, RopeScaling
 from jaxml.lm.generate import generate
-from jaxml.lm.model import Model, load, save
+from jaxml.lm.model import Model, load, save, save_orbax
 from jaxml.lm.sampling import Sampling
 from jaxml.lm.score import perplexity, score
 from jaxml.lm.tokenizer import Tokenizer
@@ -19,9 +20,12 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Tokenizer",
+    "decoder",
+    "zoo",
     "generate",
     "load",
     "perplexity",
     "save",
+    "save_orbax",
     "score",
 ]

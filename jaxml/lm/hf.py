@@ -172,9 +172,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: `folder` exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder}: exists and is not empty. Choose another name or remove it.")
+    folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -184,3 +182,11 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_new(folder: str | Path) -> Path:
+    """The path; FileExistsError where something is there already."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: exists and is not empty. Choose another name or remove it.")
+    return folder

@@ -1,0 +1,37 @@
+# All targets work inside .venv; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+VERSION := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
+# The oldest supported stack on Python 3.11, the newest on anything later.
+CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311.txt,py312.txt)
+STAMP := $(VENV)/.setup
+
+.PHONY: setup run test test-fast bench lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(BIN)/jaxml download smollm2-135m
+	touch $(STAMP)
+
+run: setup
+	$(BIN)/jaxml quickstart
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,oracle]'
+	$(BIN)/python benchmarks/lm.py
+
+lint: setup
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,157 @@
+"""Checkpoints through Orbax: `save`, `restore`, `latest`; written whole or not at all."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+Tree = TypeVar("Tree")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder; use it as a context manager.
+
+    `save` returns while the files are still being written; the next `save`, `wait` or the end of the
+    context waits for them and raises what went wrong. A checkpoint gets its name only when it is whole, so
+    a crash or a full disk leaves the ones before it as they were.
+
+    Args:
+        folder: made if it is not there.
+        keep: how many of the latest to keep (None: all).
+        best: name of a metric given to `save`, the lowest of which is kept as well.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int | None = 3, best: str | None = None):
+        import orbax.checkpoint as ocp
+
+        policies = [ocp.checkpoint_managers.LatestN(keep)]
+        if best is not None:
+            lowest = dict(get_metric_fn=lambda m: m[best], reverse=True, n=1)
+            policies.append(ocp.checkpoint_managers.BestN(**lowest, keep_checkpoints_without_metrics=False))
+        self._manager = ocp.CheckpointManager(
+            Path(folder).absolute(),
+            item_handlers=ocp.StandardCheckpointHandler(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                best_fn=None if best is None else lambda m: m[best],  # makes Orbax write the metrics
+                best_mode="min",
+                create=True,
+            ),
+        )
+
+    def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
+        """Starts writing; overwrites nothing: a step that exists already is left as it is."""
+        import orbax.checkpoint as ocp
+
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
+
+    def wait(self) -> None:
+        """Until all that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        """The steps that are there, in order."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, template: Tree, step: int | None = None) -> Tree:
+        """The tree saved at `step` (the latest where None), with the template's structure and shardings."""
+        import orbax.checkpoint as ocp
+
+        steps = self.steps()
+        step = steps[-1] if step is None and steps else step
+        folder = self._manager.directory
+        if step not in steps:
+            raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps or 'none'}.")
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        self._check(step, abstract)
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{folder}: checkpoint {step} cannot be read ({str(error).splitlines()[0]}). It is damaged; "
+                f"remove the folder {folder / str(step)} to go on from the one before it."
+            ) from error
+
+    def _check(self, step: int, abstract: Any) -> None:
+        """Paths and shapes first: Orbax's own complaint about them is pages long."""
+        saved = self._manager.item_metadata(step)
+        if saved is None:
+            raise ValueError(f"{self._manager.directory}: checkpoint {step} has no metadata. It is damaged.")
+        there, wanted = _shapes(getattr(saved, "tree", saved)), _shapes(abstract)
+        differ = [k for k in sorted(set(there) | set(wanted)) if there.get(k) != wanted.get(k)]
+        if differ:
+            k = differ[0]
+            raise ValueError(
+                f"{self._manager.directory}: checkpoint {step} does not fit the template: {k} is "
+                f"{there.get(k, 'absent')} in the checkpoint, {wanted.get(k, 'absent')} in the template. "
+                "It belongs to another model, adapter or optimizer."
+            )
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path → shape; named fields, keys and indices are spelled alike, since Orbax stores all as keys."""
+    name = lambda key: str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(name(key) for key in path): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    tree: Any,
+    *,
+    metrics: dict[str, float] | None = None,
+    keep: int | None = 3,
+    best: str | None = None,
+) -> None:
+    """Writes a pytree of arrays as the checkpoint of `step` and waits until it is on disk.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, 10, {"w": jnp.arange(3.0)})
+        ...     print(latest(folder), restore(folder, {"w": jnp.zeros(3)})["w"])
+        10 [0. 1. 2.]
+    """
+    with Checkpoints(folder, keep=keep, best=best) as checkpoints:
+        checkpoints.save(step, tree, metrics)
+
+
+def restore(folder: str | Path, template: Tree, step: int | None = None) -> Tree:
+    """Reads a checkpoint into the template's structure, dtypes and shardings; the latest where step is None.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it does not fit the template.
+    """
+    with _existing(folder) as checkpoints:
+        return checkpoints.restore(template, step)
+
+
+def latest(folder: str | Path) -> int | None:
+    """The last step that was written whole, or None."""
+    if not Path(folder).is_dir():
+        return None
+    with _existing(folder) as checkpoints:
+        steps = checkpoints.steps()
+    return steps[-1] if steps else None
+
+
+@contextlib.contextmanager
+def _existing(folder: str | Path) -> Iterator[Checkpoints]:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder.")
+    with Checkpoints(folder, keep=None) as checkpoints:
+        yield checkpoints

@@ -1,0 +1,79 @@
+"""Show versions, devices, and which backend serves what, and why the others do not.
+
+examples:
+  jaxml doctor
+  jaxml doctor --json
+"""
+
+import importlib.metadata
+import json
+import platform
+
+EXTRAS = {
+    "lm": ("tokenizers", "jinja2", "safetensors", "gguf"),
+    "facts": ("countryinfo",),
+    "plot": ("matplotlib",),
+    "cuda": ("jax-cuda13-plugin", "jax-triton"),
+    "tpu": ("libtpu",),
+}
+BASE = ("jaxml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "jaxtyping", "numpy", "rich")
+
+
+def add(sub):
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args):
+    report = examine()
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"python {report['python']}, {report['platform']}")
+    print("\npackages")
+    for name, version in report["packages"].items():
+        print(f"  {name:18} {version}")
+    print("\nextras")
+    for extra, missing in report["extras_missing"].items():
+        print(f"  {extra:18} {'installed' if not missing else 'missing: ' + ', '.join(missing)}")
+    print("\ndevices")
+    for device in report["devices"]:
+        print(f"  {device}")
+    print("\nattention backends")
+    for name, why in report["attention"].items():
+        print(f"  {name:18} {why}")
+    print("\nmodels")
+    for name, where in report["models"].items():
+        print(f"  {name:18} {where}")
+    return 0
+
+
+def examine() -> dict:
+    """All that `jaxml doctor` prints, as a dictionary."""
+    import jax
+
+    from jaxml.lm import zoo
+
+    extras = {extra: [p for p in packages if not _version(p)] for extra, packages in EXTRAS.items()}
+    models = {}
+    for name in zoo.NAMES:
+        try:
+            models[name] = str(zoo.find(name))
+        except FileNotFoundError as error:
+            models[name] = str(error)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: _version(p) or "not installed" for p in BASE},
+        "extras_missing": extras,
+        "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()],
+        "default_backend": jax.default_backend(),
+        "attention": {"reference": "used on every device; no other backend is implemented yet"},
+        "models": models,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

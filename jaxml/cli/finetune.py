@@ -1,0 +1,94 @@
+"""Fine-tune a model on a JSONL file; the same command resumes a run that was stopped.
+
+examples:
+  jaxml finetune smollm2-135m train.jsonl --out runs/mine
+  jaxml finetune smollm2-135m train.jsonl --out runs/mine --eval held.jsonl --rank 16 --targets q,v --epochs 3
+  jaxml finetune path/to/model train.jsonl --out runs/full --method full --dtype bfloat16 --remat
+
+Each line of the file is an object with the key text, the keys prompt and response, or the key messages.
+The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/, log.jsonl and loss.png.
+"""
+
+from pathlib import Path
+
+from jaxml.cli.main import load, model_arguments
+
+
+def add(sub):
+    model_arguments(sub)
+    sub.add_argument("data", metavar="DATA", help="JSONL to learn from")
+    sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
+    sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
+    sub.add_argument("--method", choices=("lora", "full"), default="lora")
+    sub.add_argument("--rank", type=int, default=8)
+    sub.add_argument("--alpha", type=float, help="default: twice the rank")
+    sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
+    sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
+    sub.add_argument("--epochs", type=float, default=1.0)
+    sub.add_argument("--batch-size", type=int, default=4, help="rows of --length tokens a step")
+    sub.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
+    sub.add_argument("--length", type=int, default=512, help="tokens a row")
+    sub.add_argument("--learning-rate", type=float, default=2e-4)
+    sub.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
+    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--clip", type=float, default=1.0, help="global norm of the gradient (0: never)")
+    sub.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
+    sub.add_argument("--remat", action="store_true", help="less memory for more time")
+    sub.add_argument("--learn-all", action="store_true", help="learn prompts as well as responses")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--save-every", type=int, default=100)
+    sub.add_argument("--eval-every", type=int, default=0)
+    sub.add_argument("--keep", type=int, default=3)
+    sub.add_argument("--no-progress", action="store_true")
+
+
+def run(args):
+    import jax
+
+    from jaxml import lm, log, tune
+    from jaxml.tune import adapters, data
+
+    options = tune.Options(
+        steps=args.steps,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        accumulate=args.accumulate,
+        length=args.length,
+        learning_rate=args.learning_rate,
+        schedule=args.schedule,
+        weight_decay=args.weight_decay,
+        clip=args.clip or None,
+        remat=args.remat,
+        dtype=args.compute,
+        learn_all=args.learn_all,
+        seed=args.seed,
+        save_every=args.save_every,
+        eval_every=args.eval_every,
+        keep=args.keep,
+    )
+    examples = data.read_jsonl(args.data)
+    held = data.read_jsonl(args.eval) if args.eval else []
+    out = Path(args.out)
+    result = out / ("adapter" if args.method == "lora" else "model")
+    if result.exists():
+        raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
+    model = load(args)
+    if args.method == "lora" and not args.adapter:
+        targets = args.targets.split(",")
+        key = jax.random.key(args.seed)
+        model = model.replace(
+            params=adapters.attach(model.params, key, rank=args.rank, alpha=args.alpha, targets=targets)
+        )
+    elif args.method == "full":
+        model = model.replace(params=adapters.merge(model.params))
+    model, info = tune.fit(
+        model, examples, options, eval_examples=held, folder=out, progress=not args.no_progress
+    )
+    if args.method == "lora":
+        adapters.save_peft(result, model.params, model.config, base_model=args.model)
+    else:
+        lm.save(model, result)
+    log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
+    shown = "" if info["eval_loss"] is None else f", held-out loss {info['eval_loss']:.4f}"
+    print(f"{info['steps']} steps, loss {info['loss']:.4f}{shown}: {result}" if info["loss"] is not None else result)
+    return 0

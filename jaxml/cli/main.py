@@ -1,0 +1,95 @@
+"""The command line: one file a verb, each with `add` (its arguments) and `run` (what it does)."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jaxml
+
+VERBS = ("quickstart", "download", "generate", "chat", "finetune", "evaluate", "convert", "doctor")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; 0 on success, 2 for wrong usage or input (one sentence on stderr), 128 + n after signal n."""
+    args = parser().parse_args(argv)
+    if args.verb != "download":
+        _compilation_cache()
+    from jaxml.tune.fit import Stopped
+
+    try:
+        return args.run(args) or 0
+    except Stopped as stopped:
+        print(f"jaxml: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
+    except KeyboardInterrupt:
+        print("jaxml: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+        if os.environ.get("JAXML_TRACEBACK"):
+            raise
+        print(f"jaxml: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="jaxml",
+        description="Adapt neural networks efficiently in JAX.",
+        epilog="JAXML_TRACEBACK=1 shows where an error came from.",
+    )
+    top.add_argument("--version", action="version", version=f"jaxml {jaxml.__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb in VERBS:
+        module = importlib.import_module(f"jaxml.cli.{verb}")
+        summary, _, examples = module.__doc__.partition("\n\n")
+        sub = verbs.add_parser(
+            verb,
+            help=summary[0].lower() + summary[1:].rstrip("."),
+            description=summary,
+            epilog=examples.rstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def _compilation_cache() -> None:
+    """Compiled programs are kept between commands; JAX_COMPILATION_CACHE_DIR chooses another place."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    root = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    jax.config.update("jax_compilation_cache_dir", str(root / "jaxml" / "xla"))
+
+
+def model_arguments(sub: argparse.ArgumentParser) -> None:
+    """MODEL, --adapter and --dtype, as most verbs take them."""
+    sub.add_argument("model", metavar="MODEL", help="a known name (jaxml download), a GGUF file or a model folder")
+    sub.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter folder to put on the model")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (default: the file's)"
+    )
+
+
+def load(args: argparse.Namespace):
+    """The model that `model_arguments` named."""
+    from jaxml import lm
+    from jaxml.tune import adapters
+
+    model = lm.load(args.model, args.dtype)
+    if args.adapter:
+        model = model.replace(params=adapters.load_peft(args.adapter, model.params, model.config))
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

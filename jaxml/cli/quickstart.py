@@ -1,0 +1,182 @@
+"""The main job: a real model is asked, learns facts that it does not know, and is asked again.
+
+examples:
+  jaxml quickstart                       (about 6 minutes on two idle cores)
+  jaxml quickstart --countries 4 --new-countries 2 --steps 2 --out /tmp/try
+
+Needs the model smollm2-135m (jaxml download smollm2-135m). A run that was stopped goes on where it was.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from importlib import resources
+from pathlib import Path
+
+RELATIONS = ("capital", "currency", "calling code")
+
+
+def add(sub):
+    sub.add_argument("--model", default="smollm2-135m", help="a known name or a path")
+    sub.add_argument("--out", default="runs/quickstart", metavar="FOLDER")
+    sub.add_argument("--fresh", action="store_true", help="forget an earlier run in that folder")
+    sub.add_argument("--countries", type=int, default=24, help="countries to learn about")
+    sub.add_argument("--new-countries", type=int, default=12, help="countries kept out")
+    sub.add_argument("--epochs", type=float, default=6.0)
+    sub.add_argument("--steps", type=int, help="instead of --epochs")
+    sub.add_argument("--rank", type=int, default=8)
+    sub.add_argument("--learning-rate", type=float, default=2e-3)
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def run(args):
+    import jax
+    from rich.console import Console
+
+    from jaxml import lm, log, tune
+    from jaxml.tune import adapters, facts
+
+    out, console = Path(args.out), Console()
+    if args.fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    if (out / "report.json").is_file():
+        _show(console, json.loads((out / "report.json").read_text()), out)
+        console.print("This run was finished before; --fresh runs it again.")
+        return 0
+    started = time.perf_counter()
+    console.print(f"Loading {args.model} …")
+    model = lm.load(args.model)
+    questions = facts.make(
+        countries=args.countries, new_countries=args.new_countries, relations=RELATIONS, seed=args.seed
+    )
+    console.print(
+        f"{lm.decoder.num_params(model.params) / 1e6:.1f} million parameters on {jax.devices()[0].device_kind}. "
+        f"{len(questions.train)} questions to learn from, {len(questions.held_out)} on the same facts in other "
+        f"words, {len(questions.new_countries)} on countries kept out."
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    before = _once(out / "before.json", lambda: _measure(console, "before", model, questions))
+    key = jax.random.key(args.seed)
+    adapted = model.replace(params=adapters.attach(model.params, key, rank=args.rank))
+    options = tune.Options(
+        steps=args.steps,
+        epochs=args.epochs,
+        batch_size=2,
+        length=128,
+        learning_rate=args.learning_rate,
+        schedule="linear",
+        seed=args.seed,
+        save_every=20,
+    )
+    tuned, info = tune.fit(adapted, [q.example for q in questions.train], options, folder=out)
+    shutil.rmtree(out / "adapter", ignore_errors=True)
+    adapters.save_peft(out / "adapter", tuned.params, tuned.config, base_model=args.model)
+    log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title="SmolLM2-135M learns facts (LoRA)")
+    after = _measure(console, "after", tuned.replace(params=adapters.merge(tuned.params)), questions)
+
+    report = {f"{k}_{when}": v[k] for k in ("accuracy", "accuracy_interval", "new_countries") for when, v in
+              (("before", before), ("after", after))}
+    for name in ("new_countries_interval", "contains", "new_countries_contains", "perplexity"):
+        report |= {f"{name}_before": before[name], f"{name}_after": after[name]}
+    report |= {
+        "questions": {k: len(getattr(questions, k)) for k in ("train", "held_out", "new_countries")},
+        "steps": info["steps"],
+        "trained_parameters": sum(math.prod(a.shape) for a in jax.tree.leaves(adapters.split(tuned.params)[0])),
+        "seconds": round(before["seconds"] + time.perf_counter() - started, 1)
+        if before["resumed"]
+        else round(time.perf_counter() - started, 1),
+        "device": jax.devices()[0].device_kind,
+        "examples": _examples(questions.held_out, before["answers"], after["answers"]),
+    }
+    temporary = out / "report.tmp"
+    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False))
+    os.replace(temporary, out / "report.json")
+    _show(console, report, out)
+    return 0
+
+
+def _once(path: Path, measure) -> dict:
+    """A measurement that a resumed run does not repeat."""
+    if path.is_file():
+        return json.loads(path.read_text()) | {"resumed": True}
+    result = measure() | {"resumed": False}
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result))
+    os.replace(temporary, path)
+    return result
+
+
+def _measure(console, when: str, model, questions) -> dict:
+    from jaxml import lm
+    from jaxml.tune import facts
+
+    started = time.perf_counter()
+    with console.status(f"Asking {len(questions.held_out) + len(questions.new_countries)} questions {when} …"):
+        answers = facts.answer(model, questions.held_out)
+        new = facts.answer(model, questions.new_countries)
+        text = resources.files("jaxml.tune").joinpath("ordinary.txt").read_text()
+        perplexity = lm.perplexity(model, text)
+    match, new_match = facts.exact_match(answers, questions.held_out), facts.exact_match(new, questions.new_countries)
+    return {
+        "accuracy": match.value,
+        "accuracy_interval": match.interval,
+        "contains": facts.contains(answers, questions.held_out).value,
+        "new_countries": new_match.value,
+        "new_countries_interval": new_match.interval,
+        "new_countries_contains": facts.contains(new, questions.new_countries).value,
+        "perplexity": perplexity,
+        "answers": answers,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _examples(questions, before, after) -> list[dict]:
+    """One question of each relation that the model got wrong before."""
+    from jaxml.tune import facts
+
+    wrong = lambda i: facts.normalise(before[i]) != facts.normalise(questions[i].answer)
+    chosen = []
+    for n, relation in enumerate(RELATIONS):
+        of = [i for i, q in enumerate(questions) if q.relation == relation]
+        of = [i for i in of if wrong(i)] or of
+        i = of[min(n * 7, len(of) - 1)]
+        chosen.append(
+            {"question": questions[i].question, "wanted": questions[i].answer, "before": before[i], "after": after[i]}
+        )
+    return chosen
+
+
+def _show(console, report: dict, out: Path) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    percent = lambda name: "{:.1%}  ({:.1%} – {:.1%})".format(report[name], *report[_interval(name)])
+    table = Table(title="What was learnt", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column)
+    rows = (
+        ("facts taught, asked in new words: exact match (95 % interval)", "accuracy", percent),
+        ("countries never taught: exact match (95 % interval)", "new_countries", percent),
+        ("perplexity of ordinary text", "perplexity", lambda name: f"{report[name]:.2f}"),
+    )
+    for label, name, form in rows:
+        table.add_row(label, form(name + "_before"), form(name + "_after"))
+    console.print(table)
+    answers = Table(title="Three answers", title_justify="left")
+    for column in ("question", "before", "after", "wanted"):
+        answers.add_column(column)
+    for e in report["examples"]:
+        answers.add_row(*(escape(e[k]) or "(nothing)" for k in ("question", "before", "after", "wanted")))
+    console.print(answers)
+    console.print(
+        f"{report['steps']} steps on {report['trained_parameters'] / 1e6:.2f} million LoRA parameters, "
+        f"{report['seconds']:.0f} s in all on {report['device']}.\n"
+        f"{out}: report.json, loss.png, adapter/ (PEFT's format), checkpoints/ (Orbax), log.jsonl"
+    )
+
+
+def _interval(name: str) -> str:
+    what, _, when = name.rpartition("_")
+    return f"{what}_interval_{when}"

@@ -1,0 +1,102 @@
+"""What a run tells: a progress line on the console, one JSON object a line on disk, a loss plot."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxml.extras import need
+
+
+class JSONL:
+    """A log file with one JSON object a line; each line is on disk when `write` returns."""
+
+    def __init__(self, path: str | Path, *, resume_from: int | None = None):
+        """Opens the file to append; rows of steps after `resume_from` (they will come again) are dropped."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_from is None else [r for r in read(path) if r.get("step", 0) <= resume_from]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+
+    def write(self, **row: Any) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a log; a last line cut off by a crash is left out."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress(description: str, *, enabled: bool = True, fields: Sequence[str] = ()):
+    """A rich progress bar with speed and time left; `fields` are shown by name (task fields)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    shown = [TextColumn(f"{name} {{task.fields[{name}]}}") for name in fields]
+    return Progress(
+        TextColumn(description),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        *shown,
+        TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        disable=not enabled,
+    )
+
+
+def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = "Training loss") -> Path:
+    """Training and evaluation loss against the step, as a PNG.
+
+    Args:
+        rows: of a log, with step and loss or eval_loss.
+    """
+    need("matplotlib", "plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    held = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    if train:
+        axes.plot(*zip(*train), color="#9db8d9", linewidth=1, label="training batch")
+        axes.plot(*zip(*_smooth(train)), color="#1f5fa8", linewidth=2, label="training, moving average")
+    if held:
+        axes.plot(*zip(*held), color="#c8553d", marker="o", markersize=4, label="held out")
+    axes.set(title=title, xlabel="optimizer step", ylabel="cross entropy (nats per learnt token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if train or held:
+        axes.legend(frameon=False)
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary)
+    os.replace(temporary, path)
+    return Path(path)
+
+
+def _smooth(points, share: float = 0.1):
+    """Moving average, started without bias."""
+    out, mean, weight = [], 0.0, 0.0
+    for step, value in points:
+        mean, weight = (1 - share) * mean + share * value, (1 - share) * weight + share
+        out.append((step, mean / weight))
+    return out

@@ -1,0 +1,225 @@
+"""From JSONL to packed batches: deterministic, and every batch a function of its step number."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxml.lm import chat
+from jaxml.lm.tokenizer import Tokenizer
+
+FORMS = "an object with the key text, the keys prompt and response, or the key messages"
+
+
+class Encoded(NamedTuple):
+    """One example as tokens."""
+
+    tokens: list[int]
+    learn: list[bool]  # whether the loss counts this token
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """Examples laid one after the other into rows of equal length.
+
+    Padding has segment 0, position 0 and weight 0.
+    """
+
+    tokens: np.ndarray  # [rows, T] int32
+    targets: np.ndarray  # [rows, T] int32, the token after each
+    weights: np.ndarray  # [rows, T] float32, 1 where the target is learnt
+    segment_ids: np.ndarray  # [rows, T] int32, from 1 in each row
+    positions: np.ndarray  # [rows, T] int32, from 0 in each example
+
+    def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """These rows as a batch; the row −1 is empty."""
+        empty = rows < 0
+        batch = {f.name: getattr(self, f.name)[np.maximum(rows, 0)] for f in dataclasses.fields(self)}
+        return {k: np.where(np.expand_dims(empty, -1), np.zeros((), v.dtype), v) for k, v in batch.items()}
+
+
+def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
+    """Examples from a file, one JSON object a line, each in one of the three forms.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    examples = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                example = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            try:
+                check(example)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            examples.append(example)
+    if not examples:
+        raise ValueError(f"{path}: holds at least one example, got an empty file.")
+    return examples
+
+
+def check(example: Any) -> None:
+    """Raises ValueError unless the example has one of the three forms."""
+    if not isinstance(example, dict):
+        raise ValueError(f"an example is {FORMS}, got {type(example).__name__}.")
+    keys = set(example)
+    if "messages" in keys:
+        chat.check(example["messages"])
+        if not any(m["role"] == "assistant" for m in example["messages"]):
+            raise ValueError("messages hold at least one turn of the assistant to learn from, got none.")
+        return
+    wanted = ("text",) if "text" in keys else ("prompt", "response")
+    if not set(wanted) <= keys:
+        raise ValueError(f"an example is {FORMS}, got the keys {', '.join(sorted(keys)) or 'none'}.")
+    for key in wanted:
+        if not isinstance(example[key], str):
+            raise ValueError(f"{key} is text, got {type(example[key]).__name__}.")
+    if not example[wanted[-1]]:
+        raise ValueError(f"{wanted[-1]} is not empty.")
+
+
+def encode(example: dict[str, Any], tokenizer: Tokenizer, *, learn_all: bool = False) -> Encoded:
+    """Tokens of an example, and which of them are learnt.
+
+    ``text``: all, with the end token. ``prompt`` and ``response``: joined as they are, the response and the end
+    token learnt. ``messages``: through the chat template, every turn of the assistant learnt with its end.
+
+    Args:
+        learn_all: learn the prompts as well.
+    """
+    check(example)
+    end = list(tokenizer.eos_ids[:1])
+    if "text" in example:
+        tokens = tokenizer.encode(example["text"], bos=True) + end
+        learn = [True] * len(tokens)
+    elif "messages" in example:
+        tokens, learn = _encode_messages(example["messages"], tokenizer)
+    else:
+        prompt = tokenizer.encode(example["prompt"], bos=True)
+        response = tokenizer.encode(example["response"]) + end
+        tokens, learn = prompt + response, [False] * len(prompt) + [True] * len(response)
+    return Encoded(tokens, [True] * len(tokens) if learn_all else learn)
+
+
+def _encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """The rendered chat cut at the assistant's turns; each piece is tokenised by itself."""
+    tokens: list[int] = []
+    learn: list[bool] = []
+    shown = ""
+
+    def add(text: str, counts: bool) -> None:
+        nonlocal shown
+        if not text.startswith(shown):
+            raise ValueError("the chat template rewrites earlier turns; such a chat cannot be cut into turns.")
+        ids = tokenizer.encode(text[len(shown) :])
+        tokens.extend(ids)
+        learn.extend([counts] * len(ids))
+        shown = text
+
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            if i:
+                add(chat.render(tokenizer, messages[:i], generation_prompt=True), False)
+            add(chat.render(tokenizer, messages[: i + 1], generation_prompt=False), True)
+    return tokens, learn
+
+
+def pack(examples: Iterable[Encoded], length: int) -> Packed:
+    """Lays examples into as few rows of `length` tokens as first fit finds, in the order given.
+
+    Raises:
+        ValueError: no examples, or one with more than `length` tokens (nothing is cut silently).
+    """
+    rows: list[list[Encoded]] = []
+    room: list[int] = []
+    open_from = 0  # rows before this one are full
+    for example in examples:
+        n = len(example.tokens)
+        if n > length:
+            raise ValueError(
+                f"data.pack: an example fits a row of {length} tokens, got one of {n}. "
+                "Give a larger length, or shorten the example."
+            )
+        i = next((i for i in range(open_from, len(rows)) if room[i] >= n), len(rows))
+        if i == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[i].append(example)
+        room[i] -= n
+        while open_from < len(rows) and room[open_from] < 8:
+            open_from += 1
+    if not rows:
+        raise ValueError("data.pack: at least one example is given, got none.")
+    packed = Packed(
+        tokens=np.zeros((len(rows), length), np.int32),
+        targets=np.zeros((len(rows), length), np.int32),
+        weights=np.zeros((len(rows), length), np.float32),
+        segment_ids=np.zeros((len(rows), length), np.int32),
+        positions=np.zeros((len(rows), length), np.int32),
+    )
+    for r, row in enumerate(rows):
+        at = 0
+        for segment, (tokens, learn) in enumerate(row, 1):
+            n = len(tokens)
+            packed.tokens[r, at : at + n] = tokens
+            packed.targets[r, at : at + n - 1] = tokens[1:]
+            packed.weights[r, at : at + n - 1] = learn[1:]
+            packed.segment_ids[r, at : at + n] = segment
+            packed.positions[r, at : at + n] = np.arange(n)
+            at += n
+    return packed
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """The batches of a run: number `step` is the same whenever and wherever it is asked for.
+
+    Example:
+        >>> packed = pack([Encoded([1, 2, 3], [True] * 3)] * 5, length=4)
+        >>> batches = Batches(packed, batch_size=2, seed=0)
+        >>> batches.per_epoch, batches(7)["tokens"].shape
+        (3, (2, 4))
+    """
+
+    packed: Packed
+    batch_size: int
+    seed: int = 0
+
+    @property
+    def per_epoch(self) -> int:
+        return -(-len(self.packed.tokens) // self.batch_size)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """Batch number `step`, [batch_size, T] each; an epoch's last one is filled up with empty rows."""
+        epoch, i = divmod(step, self.per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.packed.tokens))
+        rows = order[i * self.batch_size : (i + 1) * self.batch_size]
+        return self.packed.take(np.pad(rows, (0, self.batch_size - len(rows)), constant_values=-1))
+
+
+def prepare(
+    examples: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    batch_size: int,
+    seed: int = 0,
+    learn_all: bool = False,
+) -> Batches:
+    """Examples to batches: encoded, shuffled by the seed, packed."""
+    if not examples:
+        raise ValueError("data.prepare: at least one example is given, got none.")
+    order = np.random.default_rng(seed).permutation(len(examples))
+    encoded = [encode(examples[i], tokenizer, learn_all=learn_all) for i in order]
+    return Batches(pack(encoded, length), batch_size, seed)

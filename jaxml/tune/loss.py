@@ -1,0 +1,111 @@
+"""Cross entropy over a large vocabulary that never holds all logits at once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float, Int
+
+
+def cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    soft_cap: float | None = None,
+    chunk: int = 256,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Σ weights · −log softmax(hidden headᵀ)[targets], in float32, and Σ weights.
+
+    Tokens with a weight are gathered in front and taken `chunk` at a time, so that at most [chunk, V] logits
+    exist, and chunks without any weight are not computed: the loss of a short response to a long prompt costs
+    what the response costs. Under differentiation the gradients of hidden (and of head, where it is asked
+    for) are made in the same pass, from the same logits; nothing is computed again backwards.
+
+    Args:
+        hidden: final hidden states.
+        head: the matrix that makes logits.
+        targets: the token to predict at each place.
+        weights: of each place; 0 leaves it out.
+        soft_cap: c·tanh(logits / c).
+        chunk: places per chunk.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> total, count = cross_entropy(
+        ...     jnp.zeros((1, 3, 4)), jnp.ones((10, 4)), jnp.array([[1, 2, 3]]), jnp.array([[1.0, 1.0, 0.0]]))
+        >>> round(float(total / count), 4), float(count)   # log 10
+        (2.3026, 2.0)
+    """
+    x = hidden.reshape(-1, hidden.shape[-1])
+    targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
+    chunk = min(chunk, x.shape[0])
+    more = -x.shape[0] % chunk
+    order = jnp.argsort(weights == 0, stable=True)  # weighted places first
+    x = jnp.pad(x[order], ((0, more), (0, 0)))
+    targets, weights = jnp.pad(targets[order], (0, more)), jnp.pad(weights[order], (0, more))
+    return _total(x, head, targets, weights, soft_cap, chunk), jnp.sum(weights)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _total(x, head, targets, weights, soft_cap, chunk):
+    return _scan(x, head, targets, weights, soft_cap, chunk, False, False)[0]
+
+
+def _forward(x, head, targets, weights, soft_cap, chunk):
+    total, nll, dx, dhead = _scan(
+        x.value, head.value, targets.value, weights.value, soft_cap, chunk, x.perturbed, head.perturbed
+    )
+    return total, (nll, dx, dhead, jnp.zeros((0,), head.value.dtype))
+
+
+def _backward(soft_cap, chunk, residuals, ct):
+    nll, dx, dhead, like_head = residuals
+    if isinstance(ct, jax.custom_derivatives.SymbolicZero):
+        ct = jnp.zeros((), jnp.float32)
+    scaled = lambda g: None if g is None else (ct * g.astype(jnp.float32))
+    dx_out = None if dx is None else scaled(dx).astype(dx.dtype)
+    dhead_out = None if dhead is None else scaled(dhead).astype(like_head.dtype)
+    return dx_out, dhead_out, None, ct * nll
+
+
+_total.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _scan(x, head, targets, weights, soft_cap, chunk, want_dx: bool, want_dhead: bool):
+    """(total, each place's loss, gradient of x or None, gradient of head in float32 or None)."""
+    parts = lambda a: a.reshape(-1, chunk, *a.shape[1:])
+
+    def compute(x, targets, weights, dhead):
+        logits = jnp.einsum("CD,VD->CV", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        if soft_cap is not None:
+            tanh = jnp.tanh(logits / soft_cap)
+            logits = soft_cap * tanh
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        nll = norm - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        if not (want_dx or want_dhead):
+            return nll, None, None
+        g = jnp.exp(logits - norm[:, None])
+        g = g.at[jnp.arange(chunk), targets].add(-1.0) * weights[:, None]
+        if soft_cap is not None:
+            g = g * (1.0 - tanh * tanh)
+        g = g.astype(x.dtype)
+        dx = jnp.einsum("CV,VD->CD", g, head.astype(x.dtype)) if want_dx else None
+        if want_dhead:
+            dhead = dhead + jnp.einsum("CV,CD->VD", g, x, preferred_element_type=jnp.float32)
+        return nll, dx, dhead
+
+    def skip(x, targets, weights, dhead):
+        return jnp.zeros(chunk, jnp.float32), jnp.zeros_like(x) if want_dx else None, dhead
+
+    def body(dhead, part):
+        x, targets, weights = part
+        nll, dx, dhead = jax.lax.cond(jnp.any(weights != 0), compute, skip, x, targets, weights, dhead)
+        return dhead, (nll, dx)
+
+    dhead = jnp.zeros(head.shape, jnp.float32) if want_dhead else None
+    dhead, (nll, dx) = jax.lax.scan(body, dhead, (parts(x), parts(targets), parts(weights)))
+    nll = nll.reshape(-1)
+    return jnp.sum(nll * weights), nll, None if dx is None else dx.reshape(x.shape), dhead

@@ -1,0 +1,31 @@
+"""Strict by default: 8 CPU devices, rank promotion raises, warnings are errors."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error")
+    # Orbax and its dependencies, on import; nothing of ours.
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:orbax.*")
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:etils.*")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct; the tests that need it skip where its package is not installed."""
+    from jaxml import lm
+
+    try:
+        lm.zoo.find("smollm2-135m")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    return lm.load("smollm2-135m")
