@@ -21,10 +21,17 @@ They appear in annotations (``Float[Array, "B T N H"]``) and in shape comments.
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 Params = dict[str, Any]
 """A pytree with string keys whose leaves are arrays or weight nodes (`jaxml.weights`)."""
 
-__all__ = ["Array", "Bool", "Float", "Int", "Params"]
+
+def wide(dtype) -> jnp.dtype:
+    """The dtype to accumulate in: float32, or float64 where the input is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+__all__ = ["Array", "Bool", "Float", "Int", "Params", "wide"]

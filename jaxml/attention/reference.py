@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxml.axes import Array, Bool, Float, Int
+from jaxml.axes import Array, Bool, Float, Int, wide
 
 
 def flash_attention(
@@ -57,11 +57,11 @@ def flash_attention(
     scale = H**-0.5 if scale is None else scale
     G = N // K  # query heads that share a key head
     q = query.reshape(B, T, K, G, H)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, key, preferred_element_type=jnp.float32) * scale
+    logits = jnp.einsum("BTKGH,BSKH->BKGTS", q, key, preferred_element_type=wide(query.dtype)) * scale
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     if bias is not None:
-        logits = logits + _grouped(bias, K, G).astype(jnp.float32)
+        logits = logits + _grouped(bias, K, G).astype(logits.dtype)
     visible = _visible(
         T, S, mask, is_causal, local_window_size, q_segment_ids, kv_segment_ids, q_positions, kv_positions
     )

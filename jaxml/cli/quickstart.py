@@ -27,7 +27,10 @@ def add(sub):
     sub.add_argument("--epochs", type=float, default=6.0)
     sub.add_argument("--steps", type=int, help="instead of --epochs")
     sub.add_argument("--rank", type=int, default=8)
-    sub.add_argument("--learning-rate", type=float, default=2e-3)
+    sub.add_argument("--learning-rate", type=float, default=7e-4)
+    sub.add_argument(
+        "--rehearse", type=int, default=16, help="texts of the model's own, learnt along so that it forgets less"
+    )
     sub.add_argument("--seed", type=int, default=0)
 
 
@@ -70,7 +73,9 @@ def run(args):
         seed=args.seed,
         save_every=20,
     )
-    tuned, info = tune.fit(adapted, [q.example for q in questions.train], options, folder=out)
+    rehearsal = _once(out / "rehearsal.json", lambda: {"texts": _rehearsal(console, model, args.rehearse, args.seed)})
+    examples = [q.example for q in questions.train] + [{"text": t} for t in rehearsal["texts"]]
+    tuned, info = tune.fit(adapted, examples, options, folder=out)
     shutil.rmtree(out / "adapter", ignore_errors=True)
     adapters.save_peft(out / "adapter", tuned.params, tuned.config, base_model=args.model)
     log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title="SmolLM2-135M learns facts (LoRA)")
@@ -95,6 +100,20 @@ def run(args):
     os.replace(temporary, out / "report.json")
     _show(console, report, out)
     return 0
+
+
+OPENINGS = ("The", "In", "When", "A", "It", "My", "There", "People", "If", "One", "This", "After", "Most", "She", "We", "As")
+
+
+def _rehearsal(console, model, number: int, seed: int) -> list[str]:
+    """Texts sampled from the model itself: what it would say anyway, to be kept while it learns."""
+    from jaxml import lm
+
+    prompts = [OPENINGS[i % len(OPENINGS)] for i in range(number)]
+    how = lm.Sampling(temperature=1.0)
+    with console.status(f"Sampling {number} texts to rehearse …"):
+        texts = lm.generate(model, prompts, max_new_tokens=96, sampling=how, key=seed) if prompts else []
+    return [p + t for p, t in zip(prompts, texts)]
 
 
 def _once(path: Path, measure) -> dict:

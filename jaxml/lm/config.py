@@ -354,7 +354,7 @@ def _to_hf(c: DecoderConfig) -> dict[str, Any]:
     if c.family == "smollm3":
         out["no_rope_layers"] = [int(i not in c.no_rope_layers) for i in range(c.num_layers)]
     if gemma:
-        out["query_pre_attn_scalar"] = round(c.query_scale**-2, 6)
+        out["query_pre_attn_scalar"] = round(c.query_scale**-2)  # an integer in every model
         out["attn_logit_softcapping"] = c.attention_soft_cap
         out["final_logit_softcapping"] = c.logits_soft_cap
     if c.family == "gemma3_text":

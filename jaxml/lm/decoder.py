@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml.attention import flash_attention
-from jaxml.axes import Array, Float, Int, Params
+from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm.cache import EMPTY, Cache
 from jaxml.lm.config import DecoderConfig, RopeScaling
 from jaxml.weights import dot, is_node
@@ -145,7 +145,7 @@ def hidden(
 
 def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """The head: hidden states to float32 logits over the vocabulary."""
-    out = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=jnp.float32)
+    out = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=wide(x.dtype))
     cap = config.logits_soft_cap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -261,8 +261,8 @@ def _dense(layer, name, x):
 
 
 def _norm(x: Float[Array, "... D"], weight: Float[Array, "D"], config: DecoderConfig):
-    """RMSNorm, in float32 inside."""
-    y = x.astype(jnp.float32)
+    """RMSNorm, in float32 (or wider) inside."""
+    y = x.astype(wide(x.dtype))
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
     w = _across(weight, y)
     return (y * (1.0 + w if config.norm_plus_one else w)).astype(x.dtype)
@@ -326,7 +326,7 @@ def _rotary_tables(config: DecoderConfig, positions: Int[Array, "B T"]) -> dict[
 def _rotate(x: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Array, "B T N H"]:
     """Rotates the pairs (x[i], x[i + H/2]); angles and product in float32."""
     cos, sin = table
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(wide(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 

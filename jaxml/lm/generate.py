@@ -92,7 +92,8 @@ def start(
         rows = jnp.arange(tokens.shape[0])[:, None]
         seen = jnp.zeros(logits.shape, bool).at[rows, tokens].max(positions != EMPTY)
     done = jnp.zeros(tokens.shape[0], bool)
-    return DecodeState(cache, logits, after.astype(jnp.int32), keys, done, seen)
+    # `decode` consumes the state; the caller's keys stay alive.
+    return DecodeState(cache, logits, after.astype(jnp.int32), jax.random.clone(keys), done, seen)
 
 
 @functools.partial(

@@ -225,7 +225,7 @@ def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: 
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / count, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(grads)}
         return State(trainable, opt_state, state.step + 1), metrics
 
     return step

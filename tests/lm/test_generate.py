@@ -18,8 +18,10 @@ PROMPTS = ["hello", "a longer prompt than that", "x"]
 def greedy_without_cache(model, prompt, n):
     ids = model.tokenizer.encode(prompt, bos=True)
     start = len(ids)
+    forward = jax.jit(decoder.apply, static_argnums=1)
     for _ in range(n):
-        token = int(jnp.argmax(decoder.apply(model.params, model.config, np.array([ids]))[0, -1]))
+        padded = np.array([ids + [0] * (64 - len(ids))])  # causality hides what follows
+        token = int(jnp.argmax(forward(model.params, model.config, padded)[0, len(ids) - 1]))
         if token in model.config.eos_ids:
             break
         ids.append(token)

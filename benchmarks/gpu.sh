@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Every GPU check and benchmark that exists, one after the other, each ending well inside ten minutes.
+# Usage: benchmarks/gpu.sh [folder for logs]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+logs="${1:-benchmarks/results/gpu-logs}"
+mkdir -p "$logs"
+failed=0
+
+step() {
+  local name="$1"
+  shift
+  echo "== $name"
+  timeout 540 "$@" >"$logs/$name.log" 2>&1 || { echo "   FAILED ($?), see $logs/$name.log"; failed=1; }
+  tail -n 6 "$logs/$name.log"
+}
+
+step devices python3 -c "import jax; d = jax.devices(); print(d); assert d[0].platform == 'gpu', d"
+step lm python3 benchmarks/lm.py --repeats 2 --warm 5
+exit $failed

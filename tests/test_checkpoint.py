@@ -1,0 +1,53 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxml import checkpoint
+from jaxml.tune.fit import State
+
+
+def tree(x=0.0):
+    params = {"a": {"w": jnp.arange(6.0).reshape(2, 3) + x}, "b": [jnp.ones(2, jnp.bfloat16) * x]}
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1.0, 0.0, 5)))
+    return State(params, tx.init(params), jnp.int32(x))
+
+
+def test_restores_structure_dtype_and_bits(tmp_path):
+    checkpoint.save(tmp_path, 7, tree(7.0))
+    again = checkpoint.restore(tmp_path, tree())
+    assert jax.tree.structure(again) == jax.tree.structure(tree())
+    jax.tree.map(np.testing.assert_array_equal, again, tree(7.0))
+    assert again.trainable["b"][0].dtype == jnp.bfloat16
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    for step, loss in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
+        checkpoint.save(tmp_path, step, tree(step), metrics={"loss": loss}, keep=2, best="loss")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3", "4"]
+    assert checkpoint.latest(tmp_path) == 4
+    assert int(checkpoint.restore(tmp_path, tree(), step=1).step) == 1
+
+
+def test_restores_onto_the_shardings_of_the_template(tmp_path):
+    checkpoint.save(tmp_path, 0, {"w": jnp.arange(16.0)})
+    mesh = jax.make_mesh((8,), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    template = {"w": jax.device_put(jnp.zeros(16), sharding)}
+    again = checkpoint.restore(tmp_path, template)["w"]
+    assert again.sharding == sharding
+    np.testing.assert_array_equal(again, np.arange(16.0))
+
+
+def test_what_does_not_fit_is_a_sentence(tmp_path):
+    assert checkpoint.latest(tmp_path / "none") is None
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        checkpoint.restore(tmp_path / "none", tree())
+    checkpoint.save(tmp_path, 3, {"w": jnp.zeros(3)})
+    with pytest.raises(ValueError, match=r"w is \(3,\) in the checkpoint, \(4,\)"):
+        checkpoint.restore(tmp_path, {"w": jnp.zeros(4)})
+    with pytest.raises(ValueError, match="v is absent"):
+        checkpoint.restore(tmp_path, {"w": jnp.zeros(3), "v": jnp.zeros(3)})
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 9"):
+        checkpoint.restore(tmp_path, {"w": jnp.zeros(3)}, step=9)

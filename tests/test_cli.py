@@ -1,0 +1,140 @@
+"""The command line as a person meets it: real processes where the exit code matters, `main` elsewhere."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from jaxml import lm
+from jaxml.cli.main import VERBS, main
+from jaxml.testing import tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model on disk, and a JSONL to learn."""
+    root = tmp_path_factory.mktemp("cli")
+    lm.save(tiny_model(), root / "model")
+    lines = [{"prompt": f"{a} and ", "response": f"{b}."} for a in "abc" for b in "uv"]
+    (root / "train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def refused(capsys, *argv):
+    """The one sentence on stderr of a command that must exit with 2."""
+    assert main([str(a) for a in argv]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("jaxml: ") and "Traceback" not in message
+    return message
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_has_examples(verb, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([verb, "--help"])
+    assert done.value.code == 0 and f"examples:\n  jaxml {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["nope"], ["generate"], ["finetune", "m", "d.jsonl"], ["convert", "a", "b", "--to", "x"]])
+def test_wrong_usage_exits_with_2(argv):
+    with pytest.raises(SystemExit) as done:
+        main(argv)
+    assert done.value.code == 2
+
+
+def test_the_installed_command_runs():
+    done = subprocess.run([sys.executable, "-m", "jaxml.cli.main", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("jaxml ")
+
+
+def test_importing_jaxml_touches_no_jax():
+    code = "import sys, jaxml; assert 'jax' not in sys.modules, 'jax'"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_finetune_evaluate_generate_and_convert(folder, capsys):
+    run = folder / "run"
+    argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", run, "--eval", folder / "train.jsonl"]
+    argv += ["--steps", 120, "--batch-size", 2, "--length", 32, "--learning-rate", 0.02, "--eval-every", 50, "--no-progress"]
+    assert main([str(a) for a in argv]) == 0
+    assert {p.name for p in run.iterdir()} == {"adapter", "checkpoints", "log.jsonl", "loss.png", "run.json"}
+    assert "finished" in refused(capsys, *argv)
+
+    def evaluate(*more):
+        assert main([str(a) for a in ["evaluate", folder / "model", folder / "train.jsonl", "--json", *more]]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    before, after = evaluate(), evaluate("--adapter", run / "adapter")
+    assert after["perplexity"] < 0.5 * before["perplexity"] and 0 <= after["exact_match"] <= 1
+
+    for form in ("hf", "orbax"):
+        merged = folder / f"merged-{form}"
+        argv = ["convert", folder / "model", merged, "--adapter", run / "adapter", "--to", form]
+        assert main([str(a) for a in argv]) == 0
+        assert "not empty" in refused(capsys, *argv)
+    hf, orbax = lm.load(folder / "merged-hf"), lm.load(folder / "merged-orbax")
+    for x, y in zip(*(sorted(m.params["layers"].items()) for m in (hf, orbax))):
+        np.testing.assert_array_equal(x[1], y[1])
+    capsys.readouterr()
+    assert main(["generate", str(folder / "merged-hf"), "a and ", "--max-new-tokens", "5", "--no-stream"]) == 0
+    expected = lm.generate(hf, "a and ", max_new_tokens=5)[0]
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_full_fine_tuning_writes_a_model(folder, capsys):
+    argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", folder / "full", "--method", "full", "--steps", 2]
+    argv += ["--batch-size", 2, "--length", 32, "--accumulate", 2, "--remat", "--compute", "bfloat16", "--no-progress"]
+    assert main([str(a) for a in argv]) == 0
+    assert lm.load(folder / "full" / "model").config == tiny_model().config
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_written(folder, tmp_path, capsys):
+    model, train = folder / "model", folder / "train.jsonl"
+    out = ["--out", tmp_path / "run", "--no-progress", "--length", 32]
+    assert "no file, folder or known model" in refused(capsys, "generate", "nowhere", "hi")
+    assert "no such file" in refused(capsys, "finetune", model, tmp_path / "no.jsonl", *out)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
+    assert "line 2" in refused(capsys, "finetune", model, tmp_path / "bad.jsonl", *out)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty" in refused(capsys, "finetune", model, tmp_path / "empty.jsonl", *out)
+    assert "layers/q" in refused(capsys, "finetune", model, train, *out, "--targets", "zz")
+    assert "context of 128" in refused(capsys, "generate", model, "a" * 300)
+    assert "top_p" in refused(capsys, "generate", model, "a", "--top-p", "2")
+    assert "adapter_config.json" in refused(capsys, "generate", model, "a", "--adapter", tmp_path)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00")
+    assert "GGUF" in refused(capsys, "generate", tmp_path / "x.gguf", "a")
+    assert "nope" in refused(capsys, "download", "nope")
+    assert not (tmp_path / "run").exists()
+
+
+def test_chat_answers_each_line(folder):
+    argv = [sys.executable, "-m", "jaxml.cli.main", "chat", str(folder / "model"), "--max-new-tokens", "4"]
+    done = subprocess.run(argv, input="hi\nyou\n\n", capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_doctor_tells_versions_devices_and_backends(capsys):
+    assert main(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["packages"]["jax"] and len(report["devices"]) == 8 and report["attention"]
+    assert main(["doctor"]) == 0 and "attention backends" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_main_job_in_small(smollm2, tmp_path, capsys):
+    argv = ["quickstart", "--out", tmp_path / "q", "--countries", 3, "--new-countries", 2, "--steps", 3]
+    assert main([str(a) for a in argv]) == 0
+    report = json.loads((tmp_path / "q" / "report.json").read_text())
+    wanted = {f"{k}_{w}" for k in ("accuracy", "new_countries", "perplexity") for w in ("before", "after")}
+    assert wanted | {"seconds"} <= set(report) and 20 < report["perplexity_before"] < 35
+    assert {"adapter", "checkpoints", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "q").iterdir()}
+    assert main([str(a) for a in argv]) == 0 and "finished before" in capsys.readouterr().out

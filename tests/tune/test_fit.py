@@ -1,0 +1,185 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxml import checkpoint, log, tune
+from jaxml.lm import decoder
+from jaxml.testing import tiny_model, tolerance
+from jaxml.tune import adapters, data
+from jaxml.tune.fit import State, make_step
+
+EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
+OPTIONS = tune.Options(steps=12, batch_size=2, length=32, learning_rate=1e-2, save_every=3)
+
+
+def lora(model):
+    return model.replace(params=adapters.attach(model.params, jax.random.key(1), rank=4))
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: bool(jnp.all(x == y)), a.params, b.params))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_loss_falls_and_what_is_frozen_stays(method):
+    model = tiny_model()
+    start = lora(model) if method == "lora" else model
+    steps = 60 if method == "full" else 240  # with the head frozen and random, factors have far to go
+    options = tune.Options(steps=steps, batch_size=4, length=32, learning_rate=2e-2)
+    tuned, info = tune.fit(start, EXAMPLES, options, progress=False)
+    _, before = tune.fit(start, EXAMPLES, tune.Options(steps=1, batch_size=4, length=32, learning_rate=0.0), progress=False)
+    assert info["loss"] < 0.7 * before["loss"]
+    if method == "lora":
+        jax.tree.map(np.testing.assert_array_equal, adapters.detach(tuned.params), model.params)
+    assert jax.tree.map(lambda a: a.dtype, tuned.params) == jax.tree.map(lambda a: a.dtype, start.params)
+
+
+def test_accumulated_small_batches_step_like_one_large_one():
+    model = lora(tiny_model())
+    base = dict(length=32, learning_rate=1e-2, clip=None)
+    batches = data.prepare(EXAMPLES, model.tokenizer, length=32, batch_size=4)
+    halves = lambda v: v.reshape(2, 2, *v.shape[1:])
+    unequal = lambda b: len({float(w.sum()) for w in halves(b["weights"])}) == 2  # numbers of learnt tokens
+    batch = next(b for b in map(batches, range(batches.per_epoch)) if unequal(b))
+    whole, parts = {k: v[None] for k, v in batch.items()}, {k: halves(v) for k, v in batch.items()}
+    out = []
+    for batch, accumulate in ((whole, 1), (parts, 2)):
+        options = tune.Options(accumulate=accumulate, **base)
+        trainable, frozen = adapters.split(model.params)
+        tx = optax.sgd(1.0)
+        state = State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), jnp.zeros((), jnp.int32))
+        state, metrics = make_step(model.config, tx, options)(state, frozen, batch)
+        out.append((state.trainable, metrics["loss"]))
+    bound = tolerance("float32", 512)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=bound), *out)
+
+
+def test_bfloat16_with_float32_masters_trains_the_float32_parameters():
+    model = lora(tiny_model())
+    options = tune.Options(steps=3, batch_size=2, length=32, learning_rate=1e-6, dtype="bfloat16", schedule="constant")
+    tuned, _ = tune.fit(model, EXAMPLES, options, progress=False)
+    moved = adapters.split(tuned.params)[0]["layers"]["q"]["a"] - adapters.split(model.params)[0]["layers"]["q"]["a"]
+    assert 0 < float(jnp.abs(moved).max()) < 1e-5  # far below bfloat16's spacing at these weights
+
+
+def test_a_resumed_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path):
+    model = lora(tiny_model())
+    undisturbed, info = tune.fit(model, EXAMPLES, OPTIONS, eval_examples=EXAMPLES[:3], folder=tmp_path / "a", progress=False)
+    hits = []
+
+    def interrupt(*args):  # SIGINT arrives during step 5
+        hits.append(1)
+        if len(hits) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    original = log.JSONL.write
+    try:
+        log.JSONL.write = lambda self, **row: (original(self, **row), interrupt())
+        with pytest.raises(tune.Stopped) as stopped:
+            tune.fit(model, EXAMPLES, OPTIONS, eval_examples=EXAMPLES[:3], folder=tmp_path / "b", progress=False)
+    finally:
+        log.JSONL.write = original
+    assert stopped.value.step == 5 and checkpoint.latest(tmp_path / "b" / "checkpoints") == 5
+    resumed, _ = tune.fit(model, EXAMPLES, OPTIONS, eval_examples=EXAMPLES[:3], folder=tmp_path / "b", progress=False)
+    assert same(resumed, undisturbed)
+    steps = [r["step"] for r in log.read(tmp_path / "b" / "log.jsonl") if "loss" in r]
+    assert steps == list(range(1, 13))
+    again, _ = tune.fit(model, EXAMPLES, OPTIONS, eval_examples=EXAMPLES[:3], folder=tmp_path / "b", progress=False)
+    assert same(again, undisturbed)  # a finished run is only read
+    other = tune.Options(**OPTIONS.__dict__ | {"learning_rate": 1.0})
+    with pytest.raises(ValueError, match="learning_rate was 0.01"):
+        tune.fit(model, EXAMPLES, other, folder=tmp_path / "b", progress=False)
+
+
+SCRIPT = """
+import sys, jax, numpy as np
+from jaxml import tune
+from tests.tune.test_fit import EXAMPLES, OPTIONS, lora
+from jaxml.testing import tiny_model
+tuned, _ = tune.fit(lora(tiny_model()), EXAMPLES * 4, tune.Options(**OPTIONS.__dict__ | {"steps": 60}), folder=sys.argv[1], progress=False)
+np.savez(sys.argv[1] + "/final.npz", *[np.asarray(a) for a in jax.tree.leaves(tuned.params)])
+"""
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    start = lambda name: subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / name)], env=environment)
+    assert start("whole").wait() == 0
+    kills, rng = 0, np.random.default_rng(0)
+    while True:
+        process = start("killed")
+        seen = lambda: len(log.read(tmp_path / "killed" / "log.jsonl"))
+        before = seen()
+        # Let it make some progress, then kill it within a few steps.
+        while process.poll() is None and (seen() <= before or kills >= 2):
+            time.sleep(0.01)
+        time.sleep(float(rng.uniform(0, 0.1)))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        if code == 0:
+            break
+        kills += 1
+        assert kills < 10
+    assert kills >= 1
+    with np.load(tmp_path / "whole" / "final.npz") as a, np.load(tmp_path / "killed" / "final.npz") as b:
+        assert all((a[k] == b[k]).all() for k in a.files)
+
+
+def test_a_packed_batch_has_the_loss_of_its_examples_apart():
+    model = tiny_model()
+    together = data.prepare(EXAMPLES[:4], model.tokenizer, length=64, batch_size=1)
+    options = tune.Options(length=64)
+    from jaxml.tune.fit import batch_loss
+
+    total, count = batch_loss(model.params, {}, together(0), config=model.config, options=options)
+    alone = [
+        batch_loss(model.params, {}, data.prepare([e], model.tokenizer, length=64, batch_size=1)(0),
+                   config=model.config, options=options)
+        for e in EXAMPLES[:4]
+    ]
+    np.testing.assert_allclose(total, sum(a[0] for a in alone), rtol=1e-5)
+    assert float(count) == sum(float(a[1]) for a in alone)
+
+
+def test_bad_options_are_refused():
+    for fields, word in ((dict(batch_size=0), "batch_size"), (dict(schedule="step"), "schedule"), (dict(warmup=1), "warmup")):
+        with pytest.raises(ValueError, match=word):
+            tune.Options(**fields)
+    with pytest.raises(ValueError, match="context of 128"):
+        tune.fit(tiny_model(), EXAMPLES, tune.Options(length=500), progress=False)
+    with pytest.raises(ValueError, match="at least one example"):
+        tune.fit(tiny_model(), [], tune.Options(length=32), progress=False)
+
+
+def test_the_loss_plot_is_a_picture(tmp_path):
+    rows = [{"step": i, "loss": 3.0 / i} for i in range(1, 30)] + [{"step": 29, "eval_loss": 0.5}]
+    path = log.plot_loss(rows, tmp_path / "loss.png")
+    assert path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000
+
+
+def test_a_log_cut_off_by_a_crash_is_read_up_to_there(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert log.read(path) == [{"step": 1}]
+
+
+def test_no_recompilation_on_the_second_step():
+    model = tiny_model()
+    trainable, frozen = adapters.split(lora(model).params)
+    step = make_step(model.config, tx := optax.adam(1e-3), tune.Options(length=32))
+    batches = data.prepare(EXAMPLES, model.tokenizer, length=32, batch_size=2)
+    state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    for i in range(3):
+        state, _ = step(state, frozen, {k: v[None] for k, v in batches(i).items()})
+    assert step._cache_size() == 1 and decoder.num_params(model.params) > 0
