@@ -12,6 +12,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -52,9 +53,13 @@ def main() -> None:
                 for side in sides:
                     result = child(f"{subject}:{side}", model, options.warm)
                     measured[subject][side].append(result)
-                    print(f"{subject:16} {side:13} {result['seconds']:.3f} s, peak {result['peak_mib']:.0f} MiB", flush=True)
+                    print(
+                        f"{subject:16} {side:13} {result['seconds']:.3f} s, peak {result['peak_mib']:.0f} MiB",
+                        flush=True,
+                    )
     report = summary(measured)
-    name = f"lm-{report['device'].replace(' ', '-').lower()}-{report['date']}.json"
+    device_name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
+    name = f"lm-{device_name}-{report['date']}.json"
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(json.dumps(report, indent=1))
     for subject, row in report["subjects"].items():
@@ -99,7 +104,14 @@ def run(what: str, model: str, warm: int) -> dict:
         call()
         times.append(time.perf_counter() - started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": min(times), "times": times, "first": first, "peak_mib": peak, "value": value(), "device": device(side)}
+    return {
+        "seconds": min(times),
+        "times": times,
+        "first": first,
+        "peak_mib": peak,
+        "value": value(),
+        "device": device(side),
+    }
 
 
 def tokens(shape) -> np.ndarray:
@@ -120,14 +132,20 @@ def our_train(model: str, subject: str):
     import jax.numpy as jnp
 
     from jaxml import lm, tune
+    from jaxml.lm import decoder
     from jaxml.tune import adapters
     from jaxml.tune.fit import State, make_step, optimizer
 
     loaded = lm.load(model)
+    config = loaded.config
     trainable, frozen = adapters.split(adapters.attach(loaded.params, jax.random.key(0), rank=RANK, targets=TARGETS))
-    options = tune.Options(batch_size=BATCH, length=LENGTH, schedule="constant", warmup=0.0, clip=None)
+    unroll = jax.default_backend() == "cpu"
+    options = tune.Options(batch_size=BATCH, length=LENGTH, schedule="constant", warmup=0.0, clip=None, unroll=unroll)
+    if unroll:  # what fit(...) does with unroll=True; the stacked copy is let go
+        frozen = decoder.unstack(frozen)
+        loaded = None
     tx, x = optimizer(options, 100), tokens((1, BATCH, LENGTH))
-    step = make_step(loaded.config, tx, options)
+    step = make_step(config, tx, options)
     batch = {
         "tokens": x,
         "targets": np.roll(x, -1, axis=2),
@@ -210,8 +228,13 @@ def their_decode(model: str, subject: str):
     def call():
         with torch.no_grad():
             out["tokens"] = loaded.generate(
-                x, attention_mask=torch.ones_like(x), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
+                x,
+                attention_mask=torch.ones_like(x),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )[:, PROMPT:]
 
     return call, lambda: out["tokens"].cpu().tolist()

@@ -62,5 +62,7 @@ def tiny_model(seed: int = 0, **fields):
     config = tiny_config(**fields)
     params = decoder.init(jax.random.key(seed), config)
     params = jax.tree.map(lambda w: w * 8 if w.ndim > 2 else w, params)
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    params["embed"] = params["embed"] * 25
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     return Model(params, config, tiny_tokenizer(config.vocab_size, template))

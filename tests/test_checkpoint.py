@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,3 +54,27 @@ def test_what_does_not_fit_is_a_sentence(tmp_path):
         checkpoint.restore(tmp_path, {"w": jnp.zeros(3), "v": jnp.zeros(3)})
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 9"):
         checkpoint.restore(tmp_path, {"w": jnp.zeros(3)}, step=9)
+
+
+FULL_DISK = """
+import resource, sys
+import jax.numpy as jnp, numpy as np
+from jaxml import checkpoint
+noise = lambda seed: {"w": jnp.asarray(np.random.default_rng(seed).standard_normal(200_000))}
+checkpoint.save(sys.argv[1], 1, noise(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file can grow beyond this: writes fail
+try:
+    checkpoint.save(sys.argv[1], 2, noise(2))
+except Exception as error:
+    print("FAILED", type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path / "c")], capture_output=True, text=True)
+    assert "FAILED" in done.stdout, done.stderr[-2000:]
+    assert checkpoint.latest(tmp_path / "c") == 1
+    again = checkpoint.restore(tmp_path / "c", {"w": jnp.zeros(200_000)})["w"]
+    expected = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
+    np.testing.assert_array_equal(again, expected)

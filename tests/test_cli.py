@@ -43,7 +43,9 @@ def test_help_has_examples(verb, capsys):
     assert done.value.code == 0 and f"examples:\n  jaxml {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [[], ["nope"], ["generate"], ["finetune", "m", "d.jsonl"], ["convert", "a", "b", "--to", "x"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["nope"], ["generate"], ["finetune", "m", "d.jsonl"], ["convert", "a", "b", "--to", "x"]]
+)
 def test_wrong_usage_exits_with_2(argv):
     with pytest.raises(SystemExit) as done:
         main(argv)
@@ -63,7 +65,19 @@ def test_importing_jaxml_touches_no_jax():
 def test_finetune_evaluate_generate_and_convert(folder, capsys):
     run = folder / "run"
     argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", run, "--eval", folder / "train.jsonl"]
-    argv += ["--steps", 120, "--batch-size", 2, "--length", 32, "--learning-rate", 0.02, "--eval-every", 50, "--no-progress"]
+    argv += [
+        "--steps",
+        120,
+        "--batch-size",
+        2,
+        "--length",
+        32,
+        "--learning-rate",
+        0.02,
+        "--eval-every",
+        50,
+        "--no-progress",
+    ]
     assert main([str(a) for a in argv]) == 0
     assert {p.name for p in run.iterdir()} == {"adapter", "checkpoints", "log.jsonl", "loss.png", "run.json"}
     assert "finished" in refused(capsys, *argv)
@@ -90,7 +104,17 @@ def test_finetune_evaluate_generate_and_convert(folder, capsys):
 
 
 def test_full_fine_tuning_writes_a_model(folder, capsys):
-    argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", folder / "full", "--method", "full", "--steps", 2]
+    argv = [
+        "finetune",
+        folder / "model",
+        folder / "train.jsonl",
+        "--out",
+        folder / "full",
+        "--method",
+        "full",
+        "--steps",
+        2,
+    ]
     argv += ["--batch-size", 2, "--length", 32, "--accumulate", 2, "--remat", "--compute", "bfloat16", "--no-progress"]
     assert main([str(a) for a in argv]) == 0
     assert lm.load(folder / "full" / "model").config == tiny_model().config

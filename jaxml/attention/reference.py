@@ -93,8 +93,7 @@ def _check(query, key, value, q_segment_ids, kv_segment_ids, q_positions, kv_pos
         raise ValueError(f"flash_attention: query, key and value have 4 axes [B, T, N, H], got {shapes}.")
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(
-            "flash_attention: key and value agree in [B, S, K], query and key in batch and head dim, "
-            f"got {shapes}."
+            f"flash_attention: key and value agree in [B, S, K], query and key in batch and head dim, got {shapes}."
         )
     if query.shape[2] % key.shape[2]:
         raise ValueError(

@@ -34,6 +34,7 @@ def add(sub):
     sub.add_argument("--clip", type=float, default=1.0, help="global norm of the gradient (0: never)")
     sub.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
     sub.add_argument("--remat", action="store_true", help="less memory for more time")
+    sub.add_argument("--unroll", action="store_true", help="unroll the layers: faster on CPU, slower to compile")
     sub.add_argument("--learn-all", action="store_true", help="learn prompts as well as responses")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--save-every", type=int, default=100)
@@ -59,6 +60,7 @@ def run(args):
         weight_decay=args.weight_decay,
         clip=args.clip or None,
         remat=args.remat,
+        unroll=args.unroll,
         dtype=args.compute,
         learn_all=args.learn_all,
         seed=args.seed,
@@ -81,9 +83,7 @@ def run(args):
         )
     elif args.method == "full":
         model = model.replace(params=adapters.merge(model.params))
-    model, info = tune.fit(
-        model, examples, options, eval_examples=held, folder=out, progress=not args.no_progress
-    )
+    model, info = tune.fit(model, examples, options, eval_examples=held, folder=out, progress=not args.no_progress)
     if args.method == "lora":
         adapters.save_peft(result, model.params, model.config, base_model=args.model)
     else:

@@ -1,9 +1,9 @@
 """Language models: load one, ask it, score with it.
 
-    >>> from jaxml import lm                                        # doctest: +SKIP
-    >>> model = lm.load("smollm2-135m")                             # doctest: +SKIP
-    >>> lm.generate(model, ["The capital of France is"], max_new_tokens=2)  # doctest: +SKIP
-    [' Paris.']
+>>> from jaxml import lm                                        # doctest: +SKIP
+>>> model = lm.load("smollm2-135m")                             # doctest: +SKIP
+>>> lm.generate(model, ["The capital of France is"], max_new_tokens=2)  # doctest: +SKIP
+[' Paris.']
 """
 
 from jaxml.lm import decoder, zoo
@@ -21,11 +21,11 @@ __all__ = [
     "Sampling",
     "Tokenizer",
     "decoder",
-    "zoo",
     "generate",
     "load",
     "perplexity",
     "save",
     "save_orbax",
     "score",
+    "zoo",
 ]

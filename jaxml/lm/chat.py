@@ -31,11 +31,15 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prom
     from jinja2 import TemplateError
 
     try:
-        return _environment().from_string(tokenizer.chat_template).render(
-            messages=list(messages),
-            add_generation_prompt=generation_prompt,
-            bos_token=tokenizer.token(tokenizer.bos_id) or "",
-            eos_token=tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
+        return (
+            _environment()
+            .from_string(tokenizer.chat_template)
+            .render(
+                messages=list(messages),
+                add_generation_prompt=generation_prompt,
+                bos_token=tokenizer.token(tokenizer.bos_id) or "",
+                eos_token=tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
+            )
         )
     except TemplateError as error:
         raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error

@@ -68,8 +68,7 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig: family is one of {', '.join(FAMILIES)}, got {self.family!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                "DecoderConfig: num_heads is a multiple of num_kv_heads, "
-                f"got {self.num_heads} and {self.num_kv_heads}."
+                f"DecoderConfig: num_heads is a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}."
             )
         if self.head_dim % 2:
             raise ValueError(f"DecoderConfig: head_dim is even (rotary pairs), got {self.head_dim}.")
@@ -214,7 +213,9 @@ def _ids(value) -> tuple[int, ...]:
 
 def _rope_from_hf(take, family: str, max_length: int) -> dict[str, Any]:
     """Both spellings: rope_theta + rope_scaling (transformers 4), rope_parameters (transformers 5)."""
-    new, theta, scaling, local = (take(k) for k in ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"))
+    new, theta, scaling, local = (
+        take(k) for k in ("rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq")
+    )
     fields: dict[str, Any] = {}
     if new and "full_attention" in new:
         local = new["sliding_attention"].get("rope_theta", 10000.0)
@@ -257,9 +258,7 @@ def _scaling_from_hf(scaling: dict[str, Any], max_length: int) -> RopeScaling | 
     kind = given.pop("rope_type", None) or given.get("type", "default")
     given.pop("type", None)
     if kind not in _SCALING_KEYS:
-        raise ValueError(
-            f"DecoderConfig.from_hf: rope scaling is one of {', '.join(_SCALING_KEYS)}, got {kind!r}."
-        )
+        raise ValueError(f"DecoderConfig.from_hf: rope scaling is one of {', '.join(_SCALING_KEYS)}, got {kind!r}.")
     unknown = sorted(set(given) - set(_SCALING_KEYS[kind]))
     if unknown:
         raise ValueError(f"DecoderConfig.from_hf: unknown keys in rope scaling {kind!r}: {', '.join(unknown)}.")
@@ -296,9 +295,10 @@ def _layers_from_hf(take, config, family: str, num_layers: int) -> dict[str, Any
     else:
         unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
         if unknown or len(types) != num_layers:
+            among = f", among them {', '.join(unknown)}" if unknown else ""
             raise ValueError(
                 "DecoderConfig.from_hf: layer_types has one of full_attention, sliding_attention for each of "
-                f"{num_layers} layers, got {len(types)} entries{', among them ' + ', '.join(unknown) if unknown else ''}."
+                f"{num_layers} layers, got {len(types)} entries{among}."
             )
         local = [t == "sliding_attention" for t in types]
     local_layers = tuple(i for i in range(num_layers) if local[i])
@@ -346,9 +346,7 @@ def _to_hf(c: DecoderConfig) -> dict[str, Any]:
         out["sliding_window"] = c.window
     if c.family not in ("llama", "mistral"):
         local = set(c.local_layers)
-        out["layer_types"] = [
-            "sliding_attention" if i in local else "full_attention" for i in range(c.num_layers)
-        ]
+        out["layer_types"] = ["sliding_attention" if i in local else "full_attention" for i in range(c.num_layers)]
     if c.family in ("qwen2", "qwen3", "smollm3"):
         out["use_sliding_window"] = c.window is not None
     if c.family == "smollm3":

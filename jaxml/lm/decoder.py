@@ -202,9 +202,7 @@ def _layers(params, config, x, positions, attend, kv, length, remat=False):
     if period == 1:
         stacked = layers
     else:
-        stacked = jax.tree.map(
-            lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), layers
-        )
+        stacked = jax.tree.map(lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), layers)
     (x, kv), _ = jax.lax.scan(body, (x, kv), (stacked, jnp.arange(groups)))
     for i in range(config.num_layers - rest, config.num_layers):
         x, kv = run(x, kv, jax.tree.map(lambda a: a[i], layers), i, kinds[i])
@@ -231,9 +229,7 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
         q, k = _rotate(q, table), _rotate(k, table)
     if kv is not None:
         start = (i, 0, length, 0, 0)
-        kv = tuple(
-            jax.lax.dynamic_update_slice(a, new[None].astype(a.dtype), start) for a, new in zip(kv, (k, v))
-        )
+        kv = tuple(jax.lax.dynamic_update_slice(a, new[None].astype(a.dtype), start) for a, new in zip(kv, (k, v)))
         k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False).astype(x.dtype) for a in kv)
     out = flash_attention(
         q,
@@ -293,9 +289,7 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
         smooth = np.clip(smooth, 0.0, 1.0)
         return ((1 - smooth) * inv / s.factor + smooth * inv).astype(np.float32), 1.0
     if s.kind == "yarn":
-        where = lambda turns: (
-            head_dim * math.log(s.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
-        )
+        where = lambda turns: head_dim * math.log(s.original_max_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
         low, high = where(s.beta_fast), where(s.beta_slow)
         if s.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -340,4 +334,3 @@ def cast(params: Params, dtype) -> Params:
     """Floating arrays in another dtype."""
     to = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
     return jax.tree.map(to, params)
-

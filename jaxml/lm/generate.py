@@ -190,9 +190,11 @@ def generate(
     size = batch_size or max(len(rows), 1)
     for first in range(0, len(rows), size):
         part = slice(first, first + size)
-        for done in _stream(model, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first):
-            pass
-        texts += done
+        for grown in _stream(
+            model, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first
+        ):
+            last = grown
+        texts += last
     return texts
 
 

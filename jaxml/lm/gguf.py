@@ -120,4 +120,3 @@ def _deinterleave(w: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of query and key from llama.cpp's order (pairs side by side) to halves, [heads · H, D]."""
     heads = w.shape[0] // head_dim
     return w.reshape(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(w.shape)
-

@@ -53,8 +53,7 @@ def load(source: str | Path, dtype=None) -> Model:
         params, config, metadata = gguf.read(path, dtype)
         return Model(params, config, tokenizer.from_gguf(metadata))
     raise FileNotFoundError(
-        f"lm.load: no file, folder or known model is called {str(source)!r}. "
-        f"Known models: {', '.join(zoo.NAMES)}."
+        f"lm.load: no file, folder or known model is called {str(source)!r}. Known models: {', '.join(zoo.NAMES)}."
     )
 
 

@@ -40,9 +40,7 @@ def token_log_probs(
     return jnp.pad(out, ((0, 0), (1, 0)))
 
 
-def score(
-    model: Model, prompts: Sequence[Prompt], continuations: Sequence[str], *, batch_size: int = 16
-) -> np.ndarray:
+def score(model: Model, prompts: Sequence[Prompt], continuations: Sequence[str], *, batch_size: int = 16) -> np.ndarray:
     """log p(continuation | prompt) in nats, summed over the continuation's tokens.
 
     Prompt and continuation are tokenised apart and joined, as in training on prompt and response.
@@ -59,8 +57,7 @@ def score(
     """
     if isinstance(prompts, str) or len(prompts) != len(continuations):
         raise ValueError(
-            "score: prompts and continuations are lists of equal length, "
-            f"got {len(prompts)} and {len(continuations)}."
+            f"score: prompts and continuations are lists of equal length, got {len(prompts)} and {len(continuations)}."
         )
     rows, starts = [], []
     for prompt, continuation in zip(prompts, continuations):

@@ -119,13 +119,18 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """The tree that `split` took apart."""
+    """The tree that `split` took apart; the frozen part may be unrolled (`decoder.unstack`) in between."""
     if not frozen:
         return trainable
-    layers = dict(frozen["layers"])
-    for name, factors in trainable["layers"].items():
-        layers[name] = dataclasses.replace(layers[name], **factors)
-    return dict(frozen, layers=layers)
+
+    def put(layer, factors):
+        return dict(layer, **{name: dataclasses.replace(layer[name], **pair) for name, pair in factors.items()})
+
+    layers, factors = frozen["layers"], trainable["layers"]
+    if isinstance(layers, tuple):
+        of = lambda i: jax.tree.map(lambda a: a[i], factors)
+        return dict(frozen, layers=tuple(put(layer, of(i)) for i, layer in enumerate(layers)))
+    return dict(frozen, layers=put(layers, factors))
 
 
 def merge(params: Params) -> Params:

@@ -45,6 +45,8 @@ class Options:
         weight_decay, b1, b2: of AdamW.
         clip: global norm of the gradient at most (None: never).
         remat: recompute each layer backwards instead of keeping its activations.
+        unroll: unroll the layers instead of scanning them: no copy of each layer's weights and activations, at
+            twice the compile time and, with adapters, a copy of the frozen layers. Faster on CPU.
         dtype: to compute in ("bfloat16"); the parameters' own where None.
         master: keep the trained parameters and the optimizer in float32 whatever `dtype` is.
         learn_all: the loss counts prompts as well as responses.
@@ -66,6 +68,7 @@ class Options:
     b2: float = 0.999
     clip: float | None = 1.0
     remat: bool = False
+    unroll: bool = False
     dtype: str | None = None
     master: bool = True
     learn_all: bool = False
@@ -95,7 +98,7 @@ class State(NamedTuple):
     step: Array  # int32, optimizer steps done
 
 
-class Stopped(Exception):  # noqa: N818
+class Stopped(Exception):
     """The run was asked to stop by a signal; its state is on disk."""
 
     def __init__(self, signum: int, step: int):
@@ -108,7 +111,7 @@ class Stopped(Exception):  # noqa: N818
 def fit(
     model: Model,
     examples: Sequence[dict[str, Any]],
-    options: Options = Options(),  # noqa: B008
+    options: Options = Options(),
     *,
     eval_examples: Sequence[dict[str, Any]] = (),
     tx: optax.GradientTransformation | None = None,
@@ -156,6 +159,7 @@ def fit(
     # The step consumes its state; the caller's arrays stay alive.
     trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), trainable)
     frozen = decoder.cast(frozen, o.dtype) if o.dtype else frozen
+    frozen = decoder.unstack(frozen) if o.unroll and frozen else frozen
     state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
     train_step, evaluate = make_step(model.config, tx, o), make_evaluate(model.config, o)
 
@@ -248,6 +252,7 @@ def batch_loss(
 ) -> tuple[Array, Array]:
     """(Σ loss, Σ weights) of one batch [B, T], in float32."""
     params = adapters.combine(decoder.cast(trainable, options.dtype) if options.dtype else trainable, frozen)
+    params = decoder.unstack(params) if options.unroll else params
     x = decoder.hidden(
         params,
         config,
@@ -256,9 +261,7 @@ def batch_loss(
         segment_ids=batch["segment_ids"],
         remat=options.remat,
     )
-    return cross_entropy(
-        x, decoder.head(params), batch["targets"], batch["weights"], soft_cap=config.logits_soft_cap
-    )
+    return cross_entropy(x, decoder.head(params), batch["targets"], batch["weights"], soft_cap=config.logits_soft_cap)
 
 
 def _kept_dtype(a: Array, o: Options):

@@ -40,7 +40,7 @@ def cross_entropy(
         (2.3026, 2.0)
     """
     x = hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
+    targets, weights = jnp.asarray(targets).reshape(-1), jnp.asarray(weights, jnp.float32).reshape(-1)
     chunk = min(chunk, x.shape[0])
     more = -x.shape[0] % chunk
     order = jnp.argsort(weights == 0, stable=True)  # weighted places first

@@ -55,12 +55,15 @@ def test_soft_cap_and_bias_act_before_the_softmax():
     np.testing.assert_allclose(ours, expected, atol=tolerance("float32", 48))
 
 
-@pytest.mark.parametrize("change, word", [
-    (dict(key=jnp.ones((2, 6, 3, 8)), value=jnp.ones((2, 6, 3, 8))), "multiple"),
-    (dict(key=jnp.ones((2, 6, 2, 9))), "head dim"),
-    (dict(query=jnp.ones((6, 4, 8))), "4 axes"),
-    (dict(q_positions=jnp.zeros((2, 6), int)), "together"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (dict(key=jnp.ones((2, 6, 3, 8)), value=jnp.ones((2, 6, 3, 8))), "multiple"),
+        (dict(key=jnp.ones((2, 6, 2, 9))), "head dim"),
+        (dict(query=jnp.ones((6, 4, 8))), "4 axes"),
+        (dict(q_positions=jnp.zeros((2, 6), int)), "together"),
+    ],
+)
 def test_bad_shapes_are_a_sentence(change, word):
     q, k, v = arrays()
     with pytest.raises(ValueError, match=word):

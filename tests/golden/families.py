@@ -42,9 +42,7 @@ FAMILIES = {
             original_max_position_embeddings=32,
         ),
     ),
-    "llama_linear": dict(
-        model_type="llama", **_COMMON, **_rope(rope_type="linear", rope_theta=10000.0, factor=4.0)
-    ),
+    "llama_linear": dict(model_type="llama", **_COMMON, **_rope(rope_type="linear", rope_theta=10000.0, factor=4.0)),
     "smollm2": dict(model_type="llama", tie_word_embeddings=True, **_COMMON)
     | _rope(rope_type="default", rope_theta=100000.0),
     "smollm3": dict(
@@ -53,14 +51,20 @@ FAMILIES = {
     | _rope(rope_type="default", rope_theta=5000.0),
     "mistral": dict(model_type="mistral", sliding_window=7, **_COMMON),
     "qwen2": dict(
-        model_type="qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=2, tie_word_embeddings=True,
+        model_type="qwen2",
+        use_sliding_window=True,
+        sliding_window=6,
+        max_window_layers=2,
+        tie_word_embeddings=True,
         **{k: v for k, v in _COMMON.items() if k != "head_dim"},
-    ) | dict(hidden_size=64),
+    )
+    | dict(hidden_size=64),
     "qwen2_yarn": dict(
         model_type="qwen2",
         **{k: v for k, v in _COMMON.items() if k != "head_dim"},
         **_rope(rope_type="yarn", rope_theta=1000.0, factor=4.0, original_max_position_embeddings=64),
-    ) | dict(hidden_size=64),
+    )
+    | dict(hidden_size=64),
     "qwen3": dict(model_type="qwen3", **_COMMON),
     "gemma2": dict(
         model_type="gemma2",

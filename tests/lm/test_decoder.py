@@ -65,7 +65,9 @@ def test_remat_changes_memory_not_gradients(fields):
     params, config = model(**fields)
     loss = lambda p, remat: jnp.sum(decoder.apply(p, config, TOKENS, remat=remat) ** 2)
     plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in (False, True))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max())), plain, again)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3 * float(jnp.abs(a).max())), plain, again
+    )
 
 
 @pytest.mark.parametrize("fields", [{}, WINDOWED, dict(no_rope_layers=(1,))])

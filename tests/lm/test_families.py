@@ -87,14 +87,17 @@ def test_bfloat16_tensors_stay_bfloat16(tmp_path):
     assert {a.dtype.name for a in jax.tree.leaves(again)} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"model_type": "mamba"}, "mamba"),
-    ({"hidden_act": "relu6"}, "relu6"),
-    ({"frobnicate": 3}, "frobnicate"),
-    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": None}, "longrope"),
-    ({"hidden_size": None}, "hidden_size"),
-    ({"num_key_value_heads": 3}, "num_kv_heads"),
-])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"model_type": "mamba"}, "mamba"),
+        ({"hidden_act": "relu6"}, "relu6"),
+        ({"frobnicate": 3}, "frobnicate"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "rope_parameters": None}, "longrope"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_kv_heads"),
+    ],
+)
 def test_a_config_that_is_not_understood_is_refused_by_name(change, word):
     with pytest.raises(ValueError, match=word):
         DecoderConfig.from_hf(families.FAMILIES["llama3"] | change)

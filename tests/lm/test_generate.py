@@ -43,7 +43,9 @@ def test_a_sampled_row_does_not_depend_on_its_neighbours():
     model, how = tiny_model(), Sampling(temperature=1.0, top_p=0.95)
     keys = jax.random.split(jax.random.key(7), 3)
     together = lm.generate(model, PROMPTS, max_new_tokens=10, sampling=how, keys=keys)
-    alone = [lm.generate(model, p, max_new_tokens=10, sampling=how, keys=keys[i : i + 1])[0] for i, p in enumerate(PROMPTS)]
+    alone = [
+        lm.generate(model, p, max_new_tokens=10, sampling=how, keys=keys[i : i + 1])[0] for i, p in enumerate(PROMPTS)
+    ]
     assert together == alone
     assert lm.generate(model, PROMPTS, max_new_tokens=10, sampling=how, key=1) != together
 

@@ -60,7 +60,9 @@ def params():
     return decoder.init(jax.random.key(0), CONFIG)
 
 
-@pytest.mark.parametrize("kind, error", [("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 1e-2), ("Q4_0", 0.2), ("Q4_1", 0.2)])
+@pytest.mark.parametrize(
+    "kind, error", [("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 1e-2), ("Q4_0", 0.2), ("Q4_1", 0.2)]
+)
 def test_reads_back_what_was_written(params, tmp_path, kind, error):
     again, config, _ = ours.read(write(tmp_path / "m.gguf", params, Q[kind]))
     assert config.num_layers == 2 and config.tied_embeddings
@@ -71,7 +73,7 @@ def test_reads_back_what_was_written(params, tmp_path, kind, error):
 @pytest.mark.parametrize("kind", ["Q4_K", "Q6_K"])
 def test_k_quantised_blocks_become_the_numbers_of_the_gguf_package(params, tmp_path, kind):
     path = write(tmp_path / "m.gguf", params, Q[kind])
-    again, config, _ = ours.read(path)
+    again, _, _ = ours.read(path)
     tensor = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_down.weight")
     expected = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     np.testing.assert_array_equal(again["layers"]["down"][1], expected.T)
@@ -88,9 +90,9 @@ def test_what_is_wrong_with_a_file_is_a_sentence(params, tmp_path):
     whole = path.read_bytes()
     for size in (len(whole) - 1000, 2000, 300, 10, 0):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="whole GGUF file|truncated"):
+        with pytest.raises(ValueError, match=r"whole GGUF file|truncated"):
             ours.read(path)
-    with pytest.raises(ValueError, match="blk.0.ffn_up.weight"):
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight"):
         ours.read(write(tmp_path / "a.gguf", params, drop=["blk.0.ffn_up.weight"]))
     with pytest.raises(ValueError, match=r"llama\.frobnicate"):
         ours.read(write(tmp_path / "b.gguf", params, extra=[("llama.frobnicate", "x")]))
@@ -116,10 +118,16 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
     words = ["▁", "a", "b", "c", "ab", "▁ab", "bc"]
     scores = [0.0] * len(pieces) + [-9.0, -9.0, -9.0, -9.0, -1.0, -3.0, -2.0]
     types = [2, 3, 3] + [6] * 256 + [1] * len(words)
-    t = tokenizer.from_gguf({
-        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": pieces + words, "tokenizer.ggml.scores": scores,
-        "tokenizer.ggml.token_type": types, "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2,
-    })
+    t = tokenizer.from_gguf(
+        {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.tokens": pieces + words,
+            "tokenizer.ggml.scores": scores,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+        }
+    )
     spell = lambda text: [t.token(i) for i in t.encode(text)]
     assert spell("abc") == ["▁ab", "c"]  # "ab" scores higher than "bc"
     assert spell("bc") == ["▁", "bc"]
@@ -131,5 +139,11 @@ def test_an_unknown_tokenizer_is_refused_by_name():
     with pytest.raises(ValueError, match="unigram"):
         tokenizer.from_gguf({"tokenizer.ggml.model": "unigram"})
     with pytest.raises(ValueError, match="deepseek-coder"):
-        tokenizer.from_gguf({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "deepseek-coder",
-                             "tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.merges": []})
+        tokenizer.from_gguf(
+            {
+                "tokenizer.ggml.model": "gpt2",
+                "tokenizer.ggml.pre": "deepseek-coder",
+                "tokenizer.ggml.tokens": ["a"],
+                "tokenizer.ggml.merges": [],
+            }
+        )

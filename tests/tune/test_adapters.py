@@ -13,7 +13,9 @@ from tests.golden import families
 from tests.golden.make import logits, reference_model
 from tests.lm.test_families import write_folder
 
-needs_oracle = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="the extra 'oracle' is not installed")
+needs_oracle = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="the extra 'oracle' is not installed"
+)
 TOKENS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
 
 
@@ -42,7 +44,7 @@ def test_a_new_adapter_changes_nothing_and_a_merged_one_computes_the_same():
 def test_only_the_factors_are_trainable_and_the_base_gets_no_gradient():
     model = tiny_model()
     trainable, frozen = adapters.split(adapted(model, targets=["q", "layers/up"]))
-    assert {k for k in trainable["layers"]} == {"q", "up"}
+    assert set(trainable["layers"]) == {"q", "up"}
     assert sum(a.size for a in jax.tree.leaves(trainable)) == 2 * 8 * ((32 + 32) + (32 + 48))
     loss = lambda t: jnp.sum(decoder.apply(adapters.combine(t, frozen), model.config, TOKENS) ** 2)
     grads = jax.grad(loss)(trainable)
@@ -59,11 +61,14 @@ def test_scanned_and_unrolled_adapters_agree():
     )
 
 
-@pytest.mark.parametrize("options, word", [
-    (dict(targets=["nope"]), "layers/q, layers/k"),
-    (dict(rank=0), "1 … 32"),
-    (dict(rank=33), "1 … "),
-])
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (dict(targets=["nope"]), "layers/q, layers/k"),
+        (dict(rank=0), "1 … 32"),
+        (dict(rank=33), "1 … "),
+    ],
+)
 def test_attach_refuses_what_matches_nothing(options, word):
     with pytest.raises(ValueError, match=word):
         adapters.attach(tiny_model().params, jax.random.key(0), **options)
@@ -134,6 +139,4 @@ def test_the_real_peft_loads_our_adapter_and_we_load_its(name, tmp_path):
     made = peft.get_peft_model(reference_model(name), made).eval()
     made.save_pretrained(tmp_path / "theirs")
     read = adapters.load_peft(tmp_path / "theirs", params, config)
-    np.testing.assert_allclose(
-        decoder.apply(read, config, families.tokens()), logits(made, families.tokens()), **bound
-    )
+    np.testing.assert_allclose(decoder.apply(read, config, families.tokens()), logits(made, families.tokens()), **bound)

@@ -19,8 +19,13 @@ def test_taught_and_new_countries_and_phrasings_do_not_overlap():
 def test_known_facts_are_there():
     table = facts.read_countries()
     assert len(table) > 150
-    assert table["France"] == {"capital": "Paris", "currency": "EUR", "calling code": "+33", "demonym": "French",
-                               "subregion": "Western Europe"}
+    assert table["France"] == {
+        "capital": "Paris",
+        "currency": "EUR",
+        "calling code": "+33",
+        "demonym": "French",
+        "subregion": "Western Europe",
+    }
 
 
 @pytest.mark.parametrize("said, wanted", [("São Tomé.", "sao tome"), (" The Valley ", "Valley"), ("+ 33", "+ 33")])
