@@ -1,7 +1,7 @@
 """Generation: prefill, a jitted decode loop over a cache, and strings around them."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -190,11 +190,9 @@ def generate(
     size = batch_size or max(len(rows), 1)
     for first in range(0, len(rows), size):
         part = slice(first, first + size)
-        for grown in _stream(
+        texts += _continue(
             model, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first
-        ):
-            last = grown
-        texts += last
+        )
     return texts
 
 
@@ -209,8 +207,8 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     return ids
 
 
-def _stream(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> Iterator[list[str]]:
-    """Yields the texts as they grow; the last yield is complete."""
+def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> list[str]:
+    """The texts of one batch, told to `on_text` as they grow."""
     config, tokenizer = model.config, model.tokenizer
     longest = max(map(len, rows))
     if longest >= config.max_length:
@@ -244,10 +242,10 @@ def _stream(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, 
             if on_text and shown[len(texts[i]) :]:
                 on_text(first + i, shown[len(texts[i]) :])
             texts[i] = shown
-        yield texts
         if all(finished):
-            return
+            break
         state = state._replace(done=state.done | jnp.asarray(finished))
+    return texts
 
 
 def _bucket(n: int, multiple: int = 32) -> int:

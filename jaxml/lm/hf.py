@@ -72,13 +72,14 @@ def write(
         raise ValueError("hf.write: the parameters hold adapters or quantised weights. Merge them first.")
     with whole_folder(folder) as temporary:
         _write_shards(temporary, params, config, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(_config_json(params, config), indent=2))
+        (temporary / "config.json").write_text(json.dumps(config_json(params, config), indent=2))
         if tokenizer is not None:
             tokenizer.save(temporary)
     return folder
 
 
-def _config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:
+def config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:
+    """What a model folder's config.json holds: the config, and the parameters' dtype."""
     return config.to_hf() | {"dtype": str(params["embed"].dtype)}
 
 

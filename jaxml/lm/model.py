@@ -76,7 +76,7 @@ def save_orbax(model: Model, folder: str | Path) -> Path:
     Raises:
         FileExistsError: the folder exists and is not empty.
     """
-    about = model.config.to_hf() | {"dtype": str(model.params["embed"].dtype)}
+    about = hf.config_json(model.params, model.config)
     with hf.whole_folder(folder) as temporary:
         checkpoint.save(temporary / ORBAX, 0, model.params)
         (temporary / "config.json").write_text(json.dumps(about, indent=2))
