@@ -9,6 +9,13 @@ from typing import Any
 from jaxml.extras import need
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 class JSONL:
     """A log file with one JSON object a line; each line is on disk when `write` returns."""
 
@@ -17,9 +24,7 @@ class JSONL:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_from is None else [r for r in read(path) if r.get("step", 0) <= resume_from]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
 
     def write(self, **row: Any) -> None:

@@ -9,7 +9,6 @@ Needs the model smollm2-135m (jaxml download smollm2-135m). A run that was stopp
 
 import json
 import math
-import os
 import shutil
 import time
 from importlib import resources
@@ -94,21 +93,19 @@ def run(args):
         "device": jax.devices()[0].device_kind,
         "examples": _examples(questions.held_out, before["answers"], after["answers"]),
     }
-    temporary = out / "report.tmp"
-    temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False))
-    os.replace(temporary, out / "report.json")
+    log.write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     _show(console, report, out)
     return 0
 
 
 def _once(path: Path, measure) -> dict:
     """A measurement that a resumed run does not repeat."""
+    from jaxml import log
+
     if path.is_file():
         return json.loads(path.read_text()) | {"resumed": True}
     result = measure() | {"resumed": False}
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result))
-    os.replace(temporary, path)
+    log.write_text(path, json.dumps(result))
     return result
 
 

@@ -2,7 +2,8 @@
 
 A slot holds one token of one row. Which token, says its *position*; an empty slot and a padding token
 have the position `EMPTY`, larger than any query's, so that the causal rule alone hides them. Rows may
-therefore be padded on either side, and slots and positions need not agree.
+therefore be padded on either side, and slots and positions need not agree. Heads lie outside slots, as
+the products over them want it.
 """
 
 import dataclasses
@@ -19,19 +20,19 @@ EMPTY = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    key: Float[Array, "L B S K H"]  # rotated
-    value: Float[Array, "L B S K H"]
+    key: Float[Array, "L B K S H"]  # rotated
+    value: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
     length: Int[Array, ""]  # slots in use, the same in every row
 
     @property
     def slots(self) -> int:
-        return self.key.shape[2]
+        return self.positions.shape[1]
 
 
 def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
-    shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(
         key=jnp.zeros(shape, dtype),
         value=jnp.zeros(shape, dtype),
@@ -66,7 +67,7 @@ def grow(cache: Cache, slots: int) -> Cache:
     more = slots - cache.slots
     if more < 0:
         raise ValueError(f"cache.grow: slots is at least the present {cache.slots}, got {slots}.")
-    wide = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
+    wide = lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, 0), (0, more), (0, 0)))
     return dataclasses.replace(
         cache,
         key=wide(cache.key),

@@ -173,7 +173,7 @@ def _embed(params, config, tokens):
 
 
 def _layers(params, config, x, positions, attend, kv, length, remat=False):
-    """All layers in order; kv is None or (key, value), [L, B, S, K, H] each, written at `length`."""
+    """All layers in order; kv is None or (key, value), [L, B, K, S, H] each, written at `length`."""
     rotary = _rotary_tables(config, positions)
     kinds, layers = config.layer_kinds, params["layers"]
 
@@ -228,9 +228,9 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
         table = rotary["local" if local and "local" in rotary else "global"]
         q, k = _rotate(q, table), _rotate(k, table)
     if kv is not None:
-        start = (i, 0, length, 0, 0)
-        kv = tuple(jax.lax.dynamic_update_slice(a, new[None].astype(a.dtype), start) for a, new in zip(kv, (k, v)))
-        k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False).astype(x.dtype) for a in kv)
+        new = (k.swapaxes(1, 2)[None], v.swapaxes(1, 2)[None])
+        kv = tuple(jax.lax.dynamic_update_slice(a, n.astype(a.dtype), (i, 0, 0, length, 0)) for a, n in zip(kv, new))
+        k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False).swapaxes(1, 2).astype(x.dtype) for a in kv)
     out = flash_attention(
         q,
         k,

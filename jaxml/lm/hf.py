@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,19 +42,26 @@ def read(folder: str | Path, dtype=None) -> tuple[Params, DecoderConfig]:
     """
     folder = Path(folder)
     config = read_config(folder)
-    with ExitStack() as stack:
-        files = [stack.enter_context(open_safetensors(path)) for path in _weight_files(folder)]
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-        params = tensors.assemble(
-            config,
-            "hf",
-            where,
-            lambda name: where[name].get_tensor(name),
-            source=str(folder),
-            dtype=dtype,
-            # A tied head is sometimes written twice; old files hold the rotary frequencies.
-            ignore=lambda n: n.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and n == "lm_head.weight"),
-        )
+    where = {}
+    for path in _weight_files(folder):
+        with open_safetensors(path) as file:
+            where |= dict.fromkeys(file.keys(), path)
+
+    def tensor(name):
+        # Opened for each tensor: pages of an open map count as the process's memory until it is closed.
+        with open_safetensors(where[name]) as file:
+            return file.get_tensor(name)
+
+    params = tensors.assemble(
+        config,
+        "hf",
+        where,
+        tensor,
+        source=str(folder),
+        dtype=dtype,
+        # A tied head is sometimes written twice; old files hold the rotary frequencies.
+        ignore=lambda n: n.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and n == "lm_head.weight"),
+    )
     return params, config
 
 

@@ -2,15 +2,10 @@
 
 import dataclasses
 import functools
-import json
-import os
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +14,12 @@ import optax
 
 from jaxml import log
 from jaxml.axes import Array, Params
-from jaxml.checkpoint import Checkpoints
 from jaxml.lm import decoder
 from jaxml.lm.config import DecoderConfig
 from jaxml.lm.model import Model
 from jaxml.tune import adapters, data
-from jaxml.tune.loss import cross_entropy
+from jaxml.tune.loss import cross_entropy, divergence
+from jaxml.tune.run import Run, State, Stopped, signals
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -50,6 +45,8 @@ class Options:
         dtype: to compute in ("bfloat16"); the parameters' own where None.
         master: keep the trained parameters and the optimizer in float32 whatever `dtype` is.
         learn_all: the loss counts prompts as well as responses.
+        anchor_rows, anchor_weight: where `fit` is given anchors: their rows in each batch, and the factor of
+            their part of the loss.
         seed: of the order of the data.
         save_every, eval_every, log_every: in steps (0: at the end only).
         keep: checkpoints to keep, beside the best by held-out loss.
@@ -72,6 +69,8 @@ class Options:
     dtype: str | None = None
     master: bool = True
     learn_all: bool = False
+    anchor_rows: int = 1
+    anchor_weight: float = 1.0
     seed: int = 0
     save_every: int = 100
     eval_every: int = 0
@@ -79,7 +78,7 @@ class Options:
     keep: int = 3
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "length", "keep"):
+        for name in ("batch_size", "accumulate", "length", "keep", "anchor_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Options: {name} is at least 1, got {getattr(self, name)}.")
         if self.steps is not None and self.steps < 1:
@@ -90,30 +89,13 @@ class Options:
             raise ValueError(f"Options: warmup is in [0, 1), got {self.warmup}.")
 
 
-class State(NamedTuple):
-    """What a step carries and a checkpoint holds."""
-
-    trainable: Params
-    opt_state: Any
-    step: Array  # int32, optimizer steps done
-
-
-class Stopped(Exception):
-    """The run was asked to stop by a signal; its state is on disk."""
-
-    def __init__(self, signum: int, step: int):
-        super().__init__(
-            f"stopped by {signal.Signals(signum).name} after step {step}; the same command goes on from there."
-        )
-        self.signum, self.step = signum, step
-
-
 def fit(
     model: Model,
     examples: Sequence[dict[str, Any]],
     options: Options = Options(),
     *,
     eval_examples: Sequence[dict[str, Any]] = (),
+    anchors: Sequence[dict[str, Any]] = (),
     tx: optax.GradientTransformation | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -124,6 +106,10 @@ def fit(
         model: gradients are taken of the trainable tree only; the rest is an argument of the step.
         examples: in the three forms of `tune.data`.
         eval_examples: held out; their loss is logged, and chooses the best checkpoint.
+        anchors: texts on which the adapted model shall go on saying what the model under the adapters says, so
+            that learning the examples forgets less: each batch has rows of them, and the loss adds the mean
+            Kullback–Leibler divergence of the next token from base to adapted model. Texts sampled from the
+            model itself will do.
         tx: any Optax transformation; AdamW with clipping and the schedule of `options` where None.
         folder: for checkpoints/, log.jsonl and run.json. A run that stopped there goes on, to the same bits
             that it would have reached undisturbed. Nothing is written where None.
@@ -133,7 +119,8 @@ def fit(
         The trained model, and a dictionary: steps, loss (of the last step), eval_loss, tokens, seconds.
 
     Raises:
-        ValueError: no examples, one longer than a row, or a folder with a run of other options.
+        ValueError: no examples, one longer than a row, anchors without adapters, or a folder with a run of
+            other options.
         Stopped: SIGINT or SIGTERM came; the state was saved.
 
     Example:
@@ -152,26 +139,31 @@ def fit(
     )
     batches = prepare(examples, seed=o.seed)
     held = prepare(eval_examples, seed=0) if eval_examples else None
+    kept = prepare(anchors, seed=o.seed, batch_size=o.anchor_rows, learn_all=True) if anchors else None
     steps = o.steps or max(1, round(o.epochs * batches.per_epoch / o.accumulate))
     tx = optimizer(o, steps) if tx is None else tx
 
-    trainable, frozen = adapters.split(model.params)
+    given, untouched = adapters.split(model.params)
+    if kept and not untouched:
+        raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
     # The step consumes its state; the caller's arrays stay alive.
-    trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), trainable)
-    frozen = decoder.cast(frozen, o.dtype) if o.dtype else frozen
+    trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), given)
+    frozen = decoder.cast(untouched, o.dtype) if o.dtype else untouched
     frozen = decoder.unstack(frozen) if o.unroll and frozen else frozen
     state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
     train_step, evaluate = make_step(model.config, tx, o), make_evaluate(model.config, o)
 
-    with _Run(folder, o, steps, examples, best="eval_loss" if held else None) as run:
+    with Run(folder, o, steps, counts, best="eval_loss" if held else None) as run:
         state = run.restore(state)
         info: dict[str, Any] = {"steps": steps, "loss": None, "eval_loss": None, "tokens": 0}
         started, first = time.perf_counter(), int(state.step)
         fields = dict(loss="–", speed="–")
-        with log.progress("training", enabled=progress, fields=("loss", "speed")) as bar, _signals() as caught:
+        with log.progress("training", enabled=progress, fields=("loss", "speed")) as bar, signals() as caught:
             task = bar.add_task("train", total=steps, completed=first, **fields)
             for step in range(first + 1, steps + 1):
-                batch = _stack([batches((step - 1) * o.accumulate + i) for i in range(o.accumulate)])
+                numbers = range((step - 1) * o.accumulate, step * o.accumulate)
+                batch = _stack([_with_anchors(batches(n), kept and kept(n)) for n in numbers])
                 state, metrics = train_step(state, frozen, batch)
                 info["loss"] = float(metrics["loss"])  # waits for the step
                 info["tokens"] += int((batch["segment_ids"] > 0).sum())
@@ -189,8 +181,8 @@ def fit(
                     run.wait()
                     raise Stopped(caught[0], step)
         info["seconds"] = time.perf_counter() - started
-    trainable = jax.tree.map(lambda new, old: new.astype(old.dtype), state.trainable, adapters.split(model.params)[0])
-    return model.replace(params=adapters.combine(trainable, adapters.split(model.params)[1])), info
+    trained = jax.tree.map(lambda new, old: new.astype(old.dtype), state.trainable, given)
+    return model.replace(params=adapters.combine(trained, untouched)), info
 
 
 def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
@@ -250,7 +242,10 @@ def make_evaluate(config: DecoderConfig, options: Options):
 def batch_loss(
     trainable: Params, frozen: Params, batch: dict[str, Array], *, config: DecoderConfig, options: Options
 ) -> tuple[Array, Array]:
-    """(Σ loss, Σ weights) of one batch [B, T], in float32."""
+    """(Σ loss, Σ weights) of one batch [B, T], in float32.
+
+    With "anchors" in the batch, its last `options.anchor_rows` rows are anchors and that array their weights.
+    """
     params = adapters.combine(decoder.cast(trainable, options.dtype) if options.dtype else trainable, frozen)
     params = decoder.unstack(params) if options.unroll else params
     x = decoder.hidden(
@@ -261,98 +256,29 @@ def batch_loss(
         segment_ids=batch["segment_ids"],
         remat=options.remat,
     )
-    return cross_entropy(x, decoder.head(params), batch["targets"], batch["weights"], soft_cap=config.logits_soft_cap)
+    head, soft_cap = decoder.head(params), config.logits_soft_cap
+    total, count = cross_entropy(x, head, batch["targets"], batch["weights"], soft_cap=soft_cap)
+    if "anchors" not in batch:
+        return total, count
+    last = lambda name: batch[name][-options.anchor_rows :]
+    base = decoder.hidden(
+        adapters.detach(frozen), config, last("tokens"), positions=last("positions"), segment_ids=last("segment_ids")
+    )
+    distance, places = divergence(base, x[-options.anchor_rows :], head, batch["anchors"], soft_cap=soft_cap)
+    return total + options.anchor_weight * count * distance / jnp.maximum(places, 1.0), count
 
 
 def _kept_dtype(a: Array, o: Options):
     return jnp.float32 if o.master and jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
 
 
+def _with_anchors(batch: dict[str, np.ndarray], anchors: dict[str, np.ndarray] | None) -> dict[str, np.ndarray]:
+    """The batch with rows of anchors below, which the cross entropy leaves out."""
+    if anchors is None:
+        return batch
+    below = anchors | {"weights": np.zeros_like(anchors["weights"])}
+    return {k: np.concatenate([batch[k], below[k]]) for k in batch} | {"anchors": anchors["weights"]}
+
+
 def _stack(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {k: np.stack([p[k] for p in parts]) for k in parts[0]}
-
-
-# ---- what is on disk --------------------------------------------------------------------------------
-
-
-class _Run:
-    """The folder of a run, or nothing where there is none."""
-
-    def __init__(self, folder, options: Options, steps: int, examples, best: str | None):
-        self.folder = None if folder is None else Path(folder)
-        self.about = {"options": dataclasses.asdict(options) | {"steps": steps}, "examples": len(examples)}
-        self.options, self.best = options, best
-
-    def __enter__(self) -> "_Run":
-        if self.folder is None:
-            return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "run.json"
-        if path.is_file():
-            _same_run(path, self.about)
-        else:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.about, indent=2))
-            os.replace(temporary, path)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
-        return self
-
-    def restore(self, state: State) -> State:
-        if self.folder is None:
-            return state
-        if self.checkpoints.steps():
-            state = self.checkpoints.restore(state)
-        self.log = log.JSONL(self.folder / "log.jsonl", resume_from=int(state.step))
-        return state
-
-    def write(self, **row) -> None:
-        if self.folder is not None:
-            self.log.write(**row)
-
-    def save(self, step: int, state: State, eval_loss: float | None) -> None:
-        if self.folder is not None:
-            metrics = None if eval_loss is None else {"eval_loss": eval_loss}
-            # The next step consumes the state while the files are being written: save copies.
-            self.checkpoints.save(step, jax.tree.map(jnp.copy, state), metrics)
-
-    def wait(self) -> None:
-        if self.folder is not None:
-            self.checkpoints.wait()
-
-    def __exit__(self, *_) -> None:
-        if self.folder is not None:
-            self.checkpoints.close()
-            if hasattr(self, "log"):
-                self.log.close()
-
-
-def _same_run(path: Path, about: dict[str, Any]) -> None:
-    then = json.loads(path.read_text())
-    flat = lambda d: {"examples": d.get("examples")} | d.get("options", {})
-    before, now = flat(then), flat(about)
-    differ = [k for k in now if before.get(k) != now[k]]
-    if differ:
-        what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
-        raise ValueError(f"fit: {path.parent} holds a run with other options ({what}). Choose another folder.")
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one acts as it would have."""
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(signum, frame):
-        caught.append(signum)
-        signal.signal(signum, before[signum])
-
-    for s in before:
-        signal.signal(s, note)
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
