@@ -86,7 +86,7 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = 
         axes.plot(*zip(*_smooth(train)), color="#1f5fa8", linewidth=2, label="training, moving average")
     if held:
         axes.plot(*zip(*held), color="#c8553d", marker="o", markersize=4, label="held out")
-    axes.set(title=title, xlabel="optimizer step", ylabel="cross entropy (nats per learnt token)")
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats per learnt token)")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

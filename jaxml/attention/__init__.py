@@ -1,5 +1,19 @@
-"""Exact attention: one public function, `flash_attention`."""
+"""Exact attention: one public function, `flash_attention`, and a backend for each place it runs."""
 
-from jaxml.attention.reference import flash_attention
+from jaxml.attention.dispatch import Explanation, explain, flash_attention
+from jaxml.attention.masks import Causal, Chunked, Dense, Fn, Lengths, Mask, Prefix, Segments, Window
 
-__all__ = ["flash_attention"]
+__all__ = [
+    "Causal",
+    "Chunked",
+    "Dense",
+    "Explanation",
+    "Fn",
+    "Lengths",
+    "Mask",
+    "Prefix",
+    "Segments",
+    "Window",
+    "explain",
+    "flash_attention",
+]

@@ -15,6 +15,11 @@ from importlib import resources
 from pathlib import Path
 
 RELATIONS = ("capital", "currency", "calling code")
+# How texts begin that the model writes for itself, to be kept as it is on (`tune.fit`, anchors).
+BEGINNINGS = (
+    "The In A When It This After One For Many There He She They We On At As If During Most Some My Our Every Two "
+    "Although Since From With By To"
+).split()
 
 
 def add(sub):
@@ -26,7 +31,8 @@ def add(sub):
     sub.add_argument("--epochs", type=float, default=6.0)
     sub.add_argument("--steps", type=int, help="instead of --epochs")
     sub.add_argument("--rank", type=int, default=8)
-    sub.add_argument("--learning-rate", type=float, default=5e-4)
+    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--anchor-weight", type=float, default=1.0, help="against forgetting; 0 leaves it out")
     sub.add_argument("--seed", type=int, default=0)
 
 
@@ -66,11 +72,15 @@ def run(args):
         length=128,
         learning_rate=args.learning_rate,
         schedule="linear",
+        anchor_weight=args.anchor_weight,
         seed=args.seed,
         unroll=jax.default_backend() == "cpu",
         save_every=20,
     )
-    tuned, info = tune.fit(adapted, [q.example for q in questions.train], options, folder=out)
+    anchors = []
+    if args.anchor_weight > 0:
+        anchors = _once(out / "anchors.json", lambda: _anchors(console, model, args.seed))["examples"]
+    tuned, info = tune.fit(adapted, [q.example for q in questions.train], options, anchors=anchors, folder=out)
     shutil.rmtree(out / "adapter", ignore_errors=True)
     adapters.save_peft(out / "adapter", tuned.params, tuned.config, base_model=args.model)
     log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title="SmolLM2-135M learns facts (LoRA)")
@@ -107,6 +117,15 @@ def _once(path: Path, measure) -> dict:
     result = measure() | {"resumed": False}
     log.write_text(path, json.dumps(result))
     return result
+
+
+def _anchors(console, model, seed: int) -> dict:
+    """Texts that the model writes when nothing is asked of it."""
+    from jaxml import lm
+
+    with console.status(f"Writing {len(BEGINNINGS)} ordinary texts that it shall not unlearn …"):
+        rest = lm.generate(model, BEGINNINGS, max_new_tokens=100, sampling=lm.Sampling(temperature=1.0), key=seed + 1)
+    return {"examples": [{"text": a + b} for a, b in zip(BEGINNINGS, rest)]}
 
 
 def _measure(console, when: str, model, questions) -> dict:

@@ -16,6 +16,7 @@ from jaxml.lm import decoder
 from jaxml.testing import tiny_model, tolerance
 from jaxml.tune import adapters, data
 from jaxml.tune.fit import State, make_step
+from jaxml.tune.loss import divergence
 
 EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
 OPTIONS = tune.Options(steps=12, batch_size=2, length=32, learning_rate=1e-2, save_every=3)
@@ -43,6 +44,30 @@ def test_the_loss_falls_and_what_is_frozen_stays(method):
     if method == "lora":
         jax.tree.map(np.testing.assert_array_equal, adapters.detach(tuned.params), model.params)
     assert jax.tree.map(lambda a: a.dtype, tuned.params) == jax.tree.map(lambda a: a.dtype, start.params)
+
+
+def test_anchors_keep_the_adapted_model_nearer_to_the_one_below():
+    model = lora(tiny_model())
+    anchors = [{"text": "the quick brown fox jumps"}, {"text": "over the lazy dog again"}]
+    batch = data.prepare(anchors, model.tokenizer, length=32, batch_size=2, learn_all=True)(0)
+    hidden = lambda params: decoder.hidden(
+        params, model.config, batch["tokens"], positions=batch["positions"], segment_ids=batch["segment_ids"]
+    )
+
+    def moved(**options):
+        options = tune.Options(steps=60, batch_size=4, length=32, learning_rate=2e-2, accumulate=2, **options)
+        tuned, info = tune.fit(model, EXAMPLES, options, anchors=anchors, progress=False)
+        base, now = hidden(model.params), hidden(tuned.params)
+        return float(divergence(base, now, decoder.head(model.params), batch["weights"])[0]), info["loss"]
+
+    (free, _), (held, loss) = moved(anchor_weight=0.0), moved(anchor_weight=3.0)
+    assert held < 0.3 * free
+    assert np.isfinite(loss)
+
+
+def test_anchors_without_adapters_are_refused():
+    with pytest.raises(ValueError, match="model under the adapters"):
+        tune.fit(tiny_model(), EXAMPLES, OPTIONS, anchors=[{"text": "the fox"}], progress=False)
 
 
 def test_accumulated_small_batches_step_like_one_large_one():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxml.testing import tolerance
-from jaxml.tune.loss import cross_entropy
+from jaxml.tune.loss import cross_entropy, divergence
 
 
 def inputs(dtype=jnp.float32, share=0.6):
@@ -65,3 +65,23 @@ def test_bfloat16_gradients_keep_their_dtype():
     hidden, head, targets, weights = inputs(jnp.bfloat16)
     grads = jax.grad(lambda h, w: cross_entropy(h, w, targets, weights)[0], (0, 1))(hidden, head)
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+def test_divergence_and_its_gradient_equal_the_definition(chunk, soft_cap):
+    hidden, head, _, weights = inputs()
+    base = hidden + 0.3 * jax.random.normal(jax.random.key(9), hidden.shape)
+
+    def plain(base, hidden):
+        logits = [jnp.einsum("btd,vd->btv", x, head) for x in (base, hidden)]
+        logits = [x if soft_cap is None else soft_cap * jnp.tanh(x / soft_cap) for x in logits]
+        p, q = (jax.nn.log_softmax(x) for x in logits)
+        return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - q), -1))
+
+    ours = lambda base, hidden: divergence(base, hidden, head, weights, soft_cap=soft_cap, chunk=chunk)[0]
+    bound = tolerance("float32", 50 * 16)
+    np.testing.assert_allclose(ours(base, hidden), plain(base, hidden), rtol=bound)
+    to_base, to_hidden = jax.jit(jax.grad(ours, (0, 1)))(base, hidden)
+    np.testing.assert_allclose(to_hidden, jax.grad(plain, 1)(base, hidden), atol=bound)
+    assert not np.any(to_base)

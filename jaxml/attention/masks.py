@@ -1,0 +1,414 @@
+"""Which keys a query may see, as small values that are combined with ``&``, ``|`` and ``~``.
+
+A mask never makes a [T, S] array of its own. It answers two questions: which places of one tile are visible
+(`visible`), and for every tile of a grid whether any place is, and whether all are (`blocks`), from the
+smallest and largest position or segment in each block. So empty tiles are skipped and full ones need no mask,
+for traced masks as well. Masks are pytrees; they pass through `jit`, `vmap` and `scan`.
+
+    Causal() & Window(left=1023)              a sliding window
+    Causal() | Prefix(lengths)                a prefix that sees itself in both directions
+    Segments(ids) & ~Fn(lambda b, h, q, k: (q - k) % 2 == 1)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Bool, Int
+
+
+class Tile(NamedTuple):
+    """Indices of the places of a tile; each broadcasts to [B, N, rows, columns]."""
+
+    batch: Int[Array, "B 1 1 1"]
+    head: Int[Array, "1 N 1 1"]
+    row: Int[Array, "1 1 rows 1"]
+    column: Int[Array, "1 1 1 columns"]
+
+
+class Grid(NamedTuple):
+    """How T × S is cut into tiles."""
+
+    T: int
+    S: int
+    rows: int
+    columns: int
+
+
+class Mask:
+    """What all masks can do. `_roles` says along which axis a field lies: "row", "column" or "both"."""
+
+    _roles: ClassVar[dict[str, str]] = {}
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And(self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(self, other)
+
+    def __invert__(self) -> "Mask":
+        return Not(self)
+
+    def visible(self, tile: Tile) -> Bool[Array, "b n rows columns"]:
+        """Whether each place is visible; the fields have been cut to the tile (`cut`)."""
+        raise NotImplementedError
+
+    def blocks(self, grid: Grid) -> tuple[Bool[Array, "b n R C"], Bool[Array, "b n R C"]]:
+        """(may any place of the tile be visible, are all of them surely) for every tile of the grid."""
+        raise NotImplementedError
+
+    def pad(self, grid: Grid) -> "Mask":
+        """Fields lengthened to whole blocks."""
+        return self._each(lambda role, x: _pad(role, x, grid))
+
+    def cut(self, i: Array, j: Array, grid: Grid) -> "Mask":
+        """Fields of the tile in block row i and block column j; the mask has been padded."""
+        return self._each(lambda role, x: _cut(role, x, i, j, grid))
+
+    def check(self, B: int, T: int, S: int, N: int) -> None:
+        """Raises ValueError where a field does not fit queries [B, T] and keys [B, S]."""
+        wanted = {"row": (T,), "column": (S,)}
+        for name, role in self._roles.items():
+            x = getattr(self, name)
+            if x is None:
+                continue
+            if role == "both":
+                if x.ndim != 4 or any(n not in (1, full) for n, full in zip(x.shape, (B, N, T, S))):
+                    raise ValueError(f"mask: an array broadcasts to [B, N, T, S] = {(B, N, T, S)}, got {x.shape}.")
+            elif x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1:] != wanted[role]:
+                letters = "[B, T]" if role == "row" else "[B, S]"
+                raise ValueError(
+                    f"mask: {name} has the shape {letters} = {(B, *wanted[role])}, or 1 in place of B, got {x.shape}."
+                )
+
+    def _each(self, function) -> "Mask":
+        fields = {name: getattr(self, name) for name in self._roles}
+        return dataclasses.replace(self, **{k: function(self._roles[k], x) for k, x in fields.items() if x is not None})
+
+
+def _mask(**static):
+    """A frozen dataclass that is a pytree; the named fields are not data."""
+
+    def wrap(cls):
+        cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+        names = [f.name for f in dataclasses.fields(cls)]
+        meta = [n for n in names if n in static]
+        return jax.tree_util.register_dataclass(cls, [n for n in names if n not in static], meta)
+
+    return wrap
+
+
+@_mask()
+class Causal(Mask):
+    """A query sees keys at its own position and before.
+
+    Args:
+        q_positions, kv_positions: [B, T] and [B, S], or 1 in place of B; the index where None.
+    """
+
+    q_positions: Int[Array, "B T"] | None = None
+    kv_positions: Int[Array, "B S"] | None = None
+    _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
+
+    def visible(self, tile):
+        return _row(self.q_positions, tile) >= _column(self.kv_positions, tile)
+
+    def blocks(self, grid):
+        (q_low, q_high), (k_low, k_high) = _extent_pair(self.q_positions, self.kv_positions, grid)
+        return q_high >= k_low, q_low >= k_high
+
+
+@_mask(left=True, right=True)
+class Window(Mask):
+    """A query sees keys at most `left` places before it and `right` places after it (None: any number)."""
+
+    left: int | None = None
+    right: int | None = None
+    q_positions: Int[Array, "B T"] | None = None
+    kv_positions: Int[Array, "B S"] | None = None
+    _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
+
+    def visible(self, tile):
+        distance = _row(self.q_positions, tile) - _column(self.kv_positions, tile)
+        parts = [] if self.left is None else [distance <= self.left]
+        parts += [] if self.right is None else [distance >= -self.right]
+        return _all(parts, distance)
+
+    def blocks(self, grid):
+        (q_low, q_high), (k_low, k_high) = _extent_pair(self.q_positions, self.kv_positions, grid)
+        least, most = q_low - k_high, q_high - k_low  # distances in the tile
+        left = (least <= self.left, most <= self.left) if self.left is not None else None
+        right = (most >= -self.right, least >= -self.right) if self.right is not None else None
+        parts = [p for p in (left, right) if p is not None]
+        return _all([p[0] for p in parts], least), _all([p[1] for p in parts], least)
+
+
+@_mask()
+class Segments(Mask):
+    """A query sees keys of its own segment (packed sequences); `kv_ids` are the queries' own where None."""
+
+    q_ids: Int[Array, "B T"]
+    kv_ids: Int[Array, "B S"] | None = None
+    _roles: ClassVar = {"q_ids": "row", "kv_ids": "column"}
+
+    def __post_init__(self):
+        if self.kv_ids is None:
+            object.__setattr__(self, "kv_ids", self.q_ids)
+
+    def visible(self, tile):
+        return _row(self.q_ids, tile) == _column(self.kv_ids, tile)
+
+    def blocks(self, grid):
+        (q_low, q_high), (k_low, k_high) = _extent_pair(self.q_ids, self.kv_ids, grid)
+        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return (q_low <= k_high) & (k_low <= q_high), same
+
+
+@_mask()
+class Lengths(Mask):
+    """Only the first `q_lengths[b]` queries and `kv_lengths[b]` keys of row b exist, [B] each (None: all)."""
+
+    q_lengths: Int[Array, "B"] | None = None
+    kv_lengths: Int[Array, "B"] | None = None
+
+    def visible(self, tile):
+        parts = [] if self.q_lengths is None else [tile.row < _batch(self.q_lengths)]
+        parts += [] if self.kv_lengths is None else [tile.column < _batch(self.kv_lengths)]
+        return _all(parts, tile.row)
+
+    def blocks(self, grid):
+        (q_low, q_high), (k_low, k_high) = _extent_pair(None, None, grid)
+        any_parts, all_parts = [], []
+        for lengths, low, high in ((self.q_lengths, q_low, q_high), (self.kv_lengths, k_low, k_high)):
+            if lengths is not None:
+                any_parts.append(low < _batch(lengths))
+                all_parts.append(high < _batch(lengths))
+        return _all(any_parts, q_low + k_low), _all(all_parts, q_low + k_low)
+
+    def check(self, B, T, S, N):
+        for name in ("q_lengths", "kv_lengths"):
+            x = getattr(self, name)
+            if x is not None and x.shape != (B,):
+                raise ValueError(f"mask: {name} has the shape [B] = {(B,)}, got {x.shape}.")
+
+
+@_mask()
+class Prefix(Mask):
+    """Keys among the first `lengths[b]` are visible to every query; use it as ``Causal() | Prefix(lengths)``."""
+
+    lengths: Int[Array, "B"]
+
+    def visible(self, tile):
+        return tile.column < _batch(self.lengths)
+
+    def blocks(self, grid):
+        _, (low, high) = _extent_pair(None, None, grid)
+        return low < _batch(self.lengths), high < _batch(self.lengths)
+
+    def check(self, B, T, S, N):
+        Lengths(kv_lengths=jnp.asarray(self.lengths)).check(B, T, S, N)
+
+
+@_mask(size=True)
+class Chunked(Mask):
+    """A query sees keys of its own chunk of `size` positions (Llama 4's local layers)."""
+
+    size: int
+    q_positions: Int[Array, "B T"] | None = None
+    kv_positions: Int[Array, "B S"] | None = None
+    _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
+
+    def visible(self, tile):
+        return _row(self.q_positions, tile) // self.size == _column(self.kv_positions, tile) // self.size
+
+    def blocks(self, grid):
+        extents = _extent_pair(self.q_positions, self.kv_positions, grid)
+        (q_low, q_high), (k_low, k_high) = [[x // self.size for x in pair] for pair in extents]
+        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return (q_low <= k_high) & (k_low <= q_high), same
+
+
+@_mask()
+class Dense(Mask):
+    """A boolean array, True where visible; axes of length 1 are broadcast and never made longer."""
+
+    array: Bool[Array, "b n t s"]
+    _roles: ClassVar = {"array": "both"}
+
+    def visible(self, tile):
+        return self.array
+
+    def blocks(self, grid):
+        x = self.array
+        for axis, size in ((2, grid.rows), (3, grid.columns)):
+            if x.shape[axis] > 1:
+                blocks = -(-x.shape[axis] // size)
+                x = jnp.pad(
+                    x, [(0, blocks * size - x.shape[a]) if a == axis else (0, 0) for a in range(4)], mode="edge"
+                )
+        rows = (x.shape[2] // grid.rows, grid.rows) if x.shape[2] > 1 else (1, 1)
+        columns = (x.shape[3] // grid.columns, grid.columns) if x.shape[3] > 1 else (1, 1)
+        x = x.reshape(*x.shape[:2], *rows, *columns)
+        return jnp.any(x, axis=(3, 5)), jnp.all(x, axis=(3, 5))
+
+
+@_mask(function=True)
+class Fn(Mask):
+    """Visible where ``function(batch, head, query, key, *data)`` is true, of broadcasting index arrays.
+
+    Which tiles are empty is not known of a function, so that none is skipped on its account.
+    """
+
+    function: Callable[..., Array]
+    data: tuple[Any, ...] = ()
+
+    def visible(self, tile):
+        return self.function(tile.batch, tile.head, tile.row, tile.column, *self.data)
+
+    def blocks(self, grid):
+        one = jnp.ones((1, 1, 1, 1), bool)
+        return one, ~one
+
+
+class _Pair(Mask):
+    def pad(self, grid):
+        return type(self)(self.left.pad(grid), self.right.pad(grid))
+
+    def cut(self, i, j, grid):
+        return type(self)(self.left.cut(i, j, grid), self.right.cut(i, j, grid))
+
+    def check(self, B, T, S, N):
+        self.left.check(B, T, S, N)
+        self.right.check(B, T, S, N)
+
+
+@_mask()
+class And(_Pair):
+    """Visible in both."""
+
+    left: Mask
+    right: Mask
+
+    def visible(self, tile):
+        return self.left.visible(tile) & self.right.visible(tile)
+
+    def blocks(self, grid):
+        (a, b), (c, d) = self.left.blocks(grid), self.right.blocks(grid)
+        return a & c, b & d
+
+
+@_mask()
+class Or(_Pair):
+    """Visible in either."""
+
+    left: Mask
+    right: Mask
+
+    def visible(self, tile):
+        return self.left.visible(tile) | self.right.visible(tile)
+
+    def blocks(self, grid):
+        (a, b), (c, d) = self.left.blocks(grid), self.right.blocks(grid)
+        return a | c, b | d
+
+
+@_mask()
+class Not(Mask):
+    """Visible where the other is not."""
+
+    mask: Mask
+
+    def visible(self, tile):
+        return ~self.mask.visible(tile)
+
+    def blocks(self, grid):
+        some, every = self.mask.blocks(grid)
+        return ~every, ~some
+
+    def pad(self, grid):
+        return Not(self.mask.pad(grid))
+
+    def cut(self, i, j, grid):
+        return Not(self.mask.cut(i, j, grid))
+
+    def check(self, B, T, S, N):
+        self.mask.check(B, T, S, N)
+
+
+def whole(mask: Mask, B: int, N: int, T: int, S: int) -> Bool[Array, "b n T S"]:
+    """The mask as one array: for the definition and for tests."""
+    tile = Tile(_index(B, 0), _index(N, 1), _index(T, 2), _index(S, 3))
+    visible = mask.visible(tile)
+    return jnp.broadcast_to(visible, (*visible.shape[:2], T, S))
+
+
+def tile_at(i: Array, j: Array, B: int, N: int, grid: Grid) -> Tile:
+    """The indices of the tile in block row i and block column j."""
+    return Tile(
+        _index(B, 0), _index(N, 1), i * grid.rows + _index(grid.rows, 2), j * grid.columns + _index(grid.columns, 3)
+    )
+
+
+# ---- one axis at a time -----------------------------------------------------------------------------
+
+
+def _index(n: int, axis: int) -> Int[Array, "..."]:
+    return jax.lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a in range(4)), axis)
+
+
+def _batch(x: Array) -> Array:
+    return jnp.asarray(x)[:, None, None, None]
+
+
+def _row(x: Array | None, tile: Tile) -> Array:
+    return tile.row if x is None else x[:, None, :, None]
+
+
+def _column(x: Array | None, tile: Tile) -> Array:
+    return tile.column if x is None else x[:, None, None, :]
+
+
+def _all(parts: list[Array], like: Array) -> Array:
+    out = jnp.ones(like.shape, bool)
+    for part in parts:
+        out = out & part
+    return out
+
+
+def _extent_pair(rows: Array | None, columns: Array | None, grid: Grid):
+    """((least, most) of each block of rows, [b, 1, R, 1]; the same of columns, [b, 1, 1, C])."""
+    q, k = _extent(rows, grid.T, grid.rows), _extent(columns, grid.S, grid.columns)
+    return [x[:, None, :, None] for x in q], [x[:, None, None, :] for x in k]
+
+
+def _extent(x: Array | None, length: int, size: int) -> tuple[Array, Array]:
+    """(least, most) value in each block of `size` places, [b, blocks]; the index where x is None."""
+    blocks = -(-length // size)
+    if x is None:
+        low = jnp.arange(blocks, dtype=jnp.int32)[None] * size
+        return low, jnp.minimum(low + size, length) - 1
+    x = jnp.pad(x[:, :length], ((0, 0), (0, blocks * size - length)), mode="edge").reshape(-1, blocks, size)
+    return jnp.min(x, axis=2), jnp.max(x, axis=2)
+
+
+def _pad(role: str, x: Array, grid: Grid) -> Array:
+    more_rows, more_columns = -grid.T % grid.rows, -grid.S % grid.columns
+    if role == "both":
+        widths = [(0, 0), (0, 0)] + [
+            (0, more if n > 1 else 0) for n, more in zip(x.shape[2:], (more_rows, more_columns))
+        ]
+        return jnp.pad(x, widths)
+    return jnp.pad(x, ((0, 0), (0, more_rows if role == "row" else more_columns)), mode="edge")
+
+
+def _cut(role: str, x: Array, i: Array, j: Array, grid: Grid) -> Array:
+    if role != "both":
+        at, size = (i, grid.rows) if role == "row" else (j, grid.columns)
+        return jax.lax.dynamic_slice_in_dim(x, at * size, size, axis=1)
+    for axis, at, size in ((2, i, grid.rows), (3, j, grid.columns)):
+        if x.shape[axis] > 1:
+            x = jax.lax.dynamic_slice_in_dim(x, at * size, size, axis=axis)
+    return x

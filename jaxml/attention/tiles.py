@@ -1,0 +1,150 @@
+"""What is computed on one tile of logits: the same few lines under every backend, and in the definition."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.attention.masks import Mask, Tile
+from jaxml.axes import Array, Bool, Float, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What does not change from call to call."""
+
+    scale: float
+    soft_cap: float | None = None
+    score_mod: Any = None  # (jaxpr of scalars), made by `hoist`
+    dropout_rate: float = 0.0
+
+
+class Inputs(NamedTuple):
+    """The arrays of a call."""
+
+    query: Float[Array, "B T N H"]
+    key: Float[Array, "B S K H"]
+    value: Float[Array, "B S K H2"]
+    bias: Float[Array, "b n t s"] | None = None  # axes of length 1 are broadcast
+    sinks: Float[Array, "N"] | None = None
+    data: tuple[Array, ...] = ()  # what score_mod closes over
+    mask: Mask | None = None
+    dropout_key: Array | None = None  # two uint32
+
+
+def products(rules: Rules, q: Float[Array, "B rows N H"], k: Float[Array, "B columns K H"]) -> Array:
+    """scale · q kᵀ with grouped heads, [B, N, rows, columns], in float32 or wider."""
+    B, rows, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, rows, K, N // K, H)
+    s = jnp.einsum("BtKGH,BsKH->BKGts", grouped, k, preferred_element_type=wide(q.dtype)) * rules.scale
+    return s.reshape(B, N, rows, k.shape[1])
+
+
+def shape(
+    rules: Rules,
+    s: Float[Array, "B N rows columns"],
+    bias: Float[Array, "b n r c"] | None,
+    data: tuple[Array, ...],
+    tile: Tile,
+) -> Array:
+    """score_mod(soft_cap(s)) + bias, place by place."""
+    if rules.soft_cap is not None:
+        s = rules.soft_cap * jnp.tanh(s / rules.soft_cap)
+    if rules.score_mod is not None:
+        s = modify(rules.score_mod, s, tile, data)
+    return s if bias is None else s + bias.astype(s.dtype)
+
+
+def mix(p: Float[Array, "B N rows columns"], v: Float[Array, "B columns K H2"]) -> Float[Array, "B N rows H2"]:
+    """p · v with grouped heads, accumulated in float32 or wider; p is cast to v's dtype."""
+    B, N, rows, columns = p.shape
+    K = v.shape[2]
+    grouped = p.astype(v.dtype).reshape(B, K, N // K, rows, columns)
+    out = jnp.einsum("BKGts,BsKH->BKGtH", grouped, v, preferred_element_type=wide(v.dtype))
+    return out.reshape(B, N, rows, v.shape[3])
+
+
+def collect(x: Float[Array, "B N rows columns"], y: Float[Array, "B rows N H"], K: int) -> Array:
+    """xᵀ · y summed over the query heads of each key head, [B, columns, K, H]."""
+    B, N, rows, columns = x.shape
+    x = x.astype(y.dtype).reshape(B, K, N // K, rows, columns)
+    y = y.reshape(B, rows, K, N // K, y.shape[3])
+    return jnp.einsum("BKGts,BtKGH->BsKH", x, y, preferred_element_type=wide(y.dtype))
+
+
+def keep(rules: Rules, key: Array, tile: Tile) -> Float[Array, "B N rows columns"]:
+    """Dropout's factor on each weight: 0, or 1 / (1 − rate); a hash of the key and the place's four indices."""
+    u = lambda x: x.astype(jnp.uint32)
+    x = u(tile.row) * jnp.uint32(0x9E3779B1) ^ (u(tile.column) * jnp.uint32(0x85EBCA77) + key[0])
+    x = _scramble(x) ^ (u(tile.batch) * jnp.uint32(0xC2B2AE3D) + u(tile.head) * jnp.uint32(0x27D4EB2F) + key[1])
+    kept = _scramble(x) >= jnp.uint32(min(round(rules.dropout_rate * 2**32), 2**32 - 1))
+    return kept.astype(jnp.float32) / (1.0 - rules.dropout_rate)
+
+
+def _scramble(x):
+    """The finaliser of MurmurHash3 (public domain)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def finish(m: Array, total: Array, sinks: Float[Array, "N"] | None) -> tuple[Array, Array]:
+    """(log-sum-exp, factor of the unnormalised output), [B, N, rows] each; −inf and 0 where nothing is seen.
+
+    Args:
+        m, total: largest logit of each row (−inf where it saw none) and the sum of exp(logit − m).
+        sinks: a logit of each head that takes part in the sum and has no value.
+    """
+    seen = total > 0
+    lse = jnp.where(seen, jnp.where(seen, m, 0.0) + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
+    if sinks is not None:
+        lse = jnp.logaddexp(lse, sinks.astype(m.dtype)[None, :, None])
+    return lse, jnp.where(seen, jnp.exp(jnp.where(seen, m - lse, 0.0)), 0.0)
+
+
+def weights(s: Array, lse: Float[Array, "B N rows"], visible: Bool[Array, "..."] | None) -> Array:
+    """exp(s − lse), 0 where nothing is visible."""
+    seen = (lse > -jnp.inf)[..., None]
+    seen = seen if visible is None else seen & visible
+    return jnp.where(seen, jnp.exp(jnp.where(seen, s - jnp.where(seen, lse[..., None], 0.0), 0.0)), 0.0)
+
+
+# ---- score_mod --------------------------------------------------------------------------------------
+
+
+class Hoisted:
+    """A score_mod whose captured arrays have become arguments; equal to itself alone."""
+
+    def __init__(self, jaxpr):
+        self.jaxpr = jaxpr
+
+
+def hoist(score_mod, dtype) -> tuple[Hoisted, tuple[Array, ...]]:
+    """(the function without captured arrays, the arrays): gradients can then flow to them."""
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    closed = jax.make_jaxpr(score_mod)(jax.ShapeDtypeStruct((), dtype), index, index, index, index)
+    out = closed.out_avals
+    if len(out) != 1 or out[0].shape != ():
+        raise ValueError(
+            "flash_attention: score_mod(score, batch, head, query, key) takes scalars and returns a scalar, "
+            f"got {', '.join(str(a) for a in out) or 'nothing'}."
+        )
+    return Hoisted(closed.jaxpr), tuple(closed.consts)
+
+
+def modify(mod: Hoisted, s: Float[Array, "B N rows columns"], tile: Tile, data: tuple[Array, ...]) -> Array:
+    """score_mod of every logit of a tile."""
+
+    def one(score, b, h, q, k):
+        return jax.core.eval_jaxpr(mod.jaxpr, data, score, b, h, q, k)[0]
+
+    for axes in (
+        (0, None, None, None, 0),
+        (0, None, None, 0, None),
+        (0, None, 0, None, None),
+        (0, 0, None, None, None),
+    ):
+        one = jax.vmap(one, axes)
+    return one(s, *(x.reshape(-1) for x in tile)).astype(s.dtype)
