@@ -30,6 +30,7 @@ test-fast: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,oracle]'
 	$(BIN)/python benchmarks/lm.py
+	$(BIN)/python benchmarks/attention.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -17,4 +17,5 @@ step() {
 
 step devices python3 -c "import jax; d = jax.devices(); print(d); assert d[0].platform == 'gpu', d"
 step lm python3 benchmarks/lm.py --repeats 2 --warm 5
+step attention python3 benchmarks/attention.py --lengths 1024 4096 8192
 exit $failed
