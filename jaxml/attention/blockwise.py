@@ -36,9 +36,9 @@ def _blocks(x: Inputs) -> tuple[int, int]:
         return T, S
     if jax.default_backend() != "cpu":
         return min(T, 512), min(S, 512)
-    side = 2 ** int(math.log2(math.sqrt(2**20 / (B * N))))  # a tile of all heads is about 4 MiB
+    side = 2 ** int(math.log2(math.sqrt(2**20 / (B * N))))  # a tile of all heads is about 2 MiB
     side = min(max(side, 64), 512)
-    return min(T, side), min(S, side)
+    return min(T, side // 2), min(S, side)
 
 
 class _Problem:
