@@ -80,10 +80,7 @@ class _Problem:
         return _pad(a, 1, self.C * self.grid.columns)
 
     def both(self, a):
-        if a is None:
-            return None
-        a = _pad(a, 2, self.R * self.grid.rows) if a.shape[2] > 1 else a
-        return _pad(a, 3, self.C * self.grid.columns) if a.shape[3] > 1 else a
+        return None if a is None else masks.pad("both", a, self.grid)
 
     def row(self, a, i, axis=1):
         return jax.lax.dynamic_slice_in_dim(a, i * self.grid.rows, self.grid.rows, axis)
@@ -92,10 +89,7 @@ class _Problem:
         return jax.lax.dynamic_slice_in_dim(a, j * self.grid.columns, self.grid.columns, axis)
 
     def tile(self, a, i, j):
-        if a is None:
-            return None
-        a = self.row(a, i, 2) if a.shape[2] > 1 else a
-        return self.column(a, j, 3) if a.shape[3] > 1 else a
+        return None if a is None else masks.cut("both", a, i, j, self.grid)
 
     def where(self, i, j):
         return masks.tile_at(i, j, self.B, self.N, self.grid)
@@ -295,11 +289,7 @@ def backward(
         "value": lambda: _rows_first(dv, p.S).astype(x.value.dtype),
         "bias": lambda: _bias_columns(dbias, p, x.bias),
         "sinks": lambda: -jnp.sum(_sink_share(x, lse) * delta, axis=(0, 2)).astype(x.sinks.dtype),
-        "data": lambda: _fill(
-            tuple(map(_zero_tangent, p.data)),
-            moving,
-            [g.astype(a.dtype) for g, a in zip(ddata, _choose(p.data, moving))],
-        ),
+        "data": lambda: tuple(g.astype(a.dtype) for g, a in zip(ddata, _choose(p.data, moving))),
     }
     return {name: grads[name]() for name in wanted}
 

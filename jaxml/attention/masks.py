@@ -62,11 +62,11 @@ class Mask:
 
     def pad(self, grid: Grid) -> "Mask":
         """Fields lengthened to whole blocks."""
-        return self._each(lambda role, x: _pad(role, x, grid))
+        return self._each(lambda role, x: pad(role, x, grid))
 
     def cut(self, i: Array, j: Array, grid: Grid) -> "Mask":
         """Fields of the tile in block row i and block column j; the mask has been padded."""
-        return self._each(lambda role, x: _cut(role, x, i, j, grid))
+        return self._each(lambda role, x: cut(role, x, i, j, grid))
 
     def check(self, B: int, T: int, S: int, N: int) -> None:
         """Raises ValueError where a field does not fit queries [B, T] and keys [B, S]."""
@@ -162,9 +162,7 @@ class Segments(Mask):
         return _row(self.q_ids, tile) == _column(self.kv_ids, tile)
 
     def blocks(self, grid):
-        (q_low, q_high), (k_low, k_high) = _extent_pair(self.q_ids, self.kv_ids, grid)
-        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return (q_low <= k_high) & (k_low <= q_high), same
+        return _equal(*_extent_pair(self.q_ids, self.kv_ids, grid))
 
 
 @_mask()
@@ -226,9 +224,7 @@ class Chunked(Mask):
 
     def blocks(self, grid):
         extents = _extent_pair(self.q_positions, self.kv_positions, grid)
-        (q_low, q_high), (k_low, k_high) = [[x // self.size for x in pair] for pair in extents]
-        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
-        return (q_low <= k_high) & (k_low <= q_high), same
+        return _equal(*([x // self.size for x in pair] for pair in extents))
 
 
 @_mask()
@@ -378,6 +374,13 @@ def _all(parts: list[Array], like: Array) -> Array:
     return out
 
 
+def _equal(rows, columns) -> tuple[Array, Array]:
+    """(may any row's value equal a column's, do all) from the least and most of each block."""
+    (q_low, q_high), (k_low, k_high) = rows, columns
+    same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    return (q_low <= k_high) & (k_low <= q_high), same
+
+
 def _extent_pair(rows: Array | None, columns: Array | None, grid: Grid):
     """((least, most) of each block of rows, [b, 1, R, 1]; the same of columns, [b, 1, 1, C])."""
     q, k = _extent(rows, grid.T, grid.rows), _extent(columns, grid.S, grid.columns)
@@ -394,7 +397,8 @@ def _extent(x: Array | None, length: int, size: int) -> tuple[Array, Array]:
     return jnp.min(x, axis=2), jnp.max(x, axis=2)
 
 
-def _pad(role: str, x: Array, grid: Grid) -> Array:
+def pad(role: str, x: Array, grid: Grid) -> Array:
+    """An array along rows, columns or both ([b, n, t, s], axes of length 1 stay) lengthened to whole blocks."""
     more_rows, more_columns = -grid.T % grid.rows, -grid.S % grid.columns
     if role == "both":
         widths = [(0, 0), (0, 0)] + [
@@ -404,7 +408,8 @@ def _pad(role: str, x: Array, grid: Grid) -> Array:
     return jnp.pad(x, ((0, 0), (0, more_rows if role == "row" else more_columns)), mode="edge")
 
 
-def _cut(role: str, x: Array, i: Array, j: Array, grid: Grid) -> Array:
+def cut(role: str, x: Array, i: Array, j: Array, grid: Grid) -> Array:
+    """The part of a padded array that belongs to the tile in block row i and block column j."""
     if role != "both":
         at, size = (i, grid.rows) if role == "row" else (j, grid.columns)
         return jax.lax.dynamic_slice_in_dim(x, at * size, size, axis=1)
