@@ -39,7 +39,10 @@ class Grid(NamedTuple):
 
 
 class Mask:
-    """What all masks can do. `_roles` says along which axis a field lies: "row", "column" or "both"."""
+    """What all masks can do. `_roles` says along which axes each field of data lies.
+
+    "row" [b, T], "column" [b, S], "both" [b, n, t, s], "batch" [B], or "data": what a function is given.
+    """
 
     _roles: ClassVar[dict[str, str]] = {}
 
@@ -53,29 +56,38 @@ class Mask:
         return Not(self)
 
     def visible(self, tile: Tile) -> Bool[Array, "b n rows columns"]:
-        """Whether each place is visible; the fields have been cut to the tile (`cut`)."""
+        """Whether each place is visible; the fields broadcast to the tile's indices (`cut` has laid them so)."""
         raise NotImplementedError
 
     def blocks(self, grid: Grid) -> tuple[Bool[Array, "b n R C"], Bool[Array, "b n R C"]]:
         """(may any place of the tile be visible, are all of them surely) for every tile of the grid."""
         raise NotImplementedError
 
+    def map(self, function: Callable[[str, Array], Any]) -> "Mask":
+        """The same mask with ``function(role, x)`` in place of every array of data that it holds."""
+        given = {k: getattr(self, k) for k in self._roles if getattr(self, k) is not None}
+        each = lambda k, x: jax.tree.map(lambda a: function(self._roles[k], a), x)
+        return dataclasses.replace(self, **{k: each(k, x) for k, x in given.items()})
+
     def pad(self, grid: Grid) -> "Mask":
         """Fields lengthened to whole blocks."""
-        return self._each(lambda role, x: pad(role, x, grid))
+        return self.map(lambda role, x: pad(role, x, grid))
 
     def cut(self, i: Array, j: Array, grid: Grid) -> "Mask":
-        """Fields of the tile in block row i and block column j; the mask has been padded."""
-        return self._each(lambda role, x: cut(role, x, i, j, grid))
+        """Fields of the tile in block row i and block column j, laid to broadcast; the mask has been padded."""
+        return self.map(lambda role, x: lay(role, cut(role, x, i, j, grid)))
 
     def check(self, B: int, T: int, S: int, N: int) -> None:
         """Raises ValueError where a field does not fit queries [B, T] and keys [B, S]."""
         wanted = {"row": (T,), "column": (S,)}
         for name, role in self._roles.items():
             x = getattr(self, name)
-            if x is None:
+            if x is None or role == "data":
                 continue
-            if role == "both":
+            if role == "batch":
+                if x.shape != (B,):
+                    raise ValueError(f"mask: {name} has the shape [B] = {(B,)}, got {x.shape}.")
+            elif role == "both":
                 if x.ndim != 4 or any(n not in (1, full) for n, full in zip(x.shape, (B, N, T, S))):
                     raise ValueError(f"mask: an array broadcasts to [B, N, T, S] = {(B, N, T, S)}, got {x.shape}.")
             elif x.ndim != 2 or x.shape[0] not in (1, B) or x.shape[1:] != wanted[role]:
@@ -83,10 +95,6 @@ class Mask:
                 raise ValueError(
                     f"mask: {name} has the shape {letters} = {(B, *wanted[role])}, or 1 in place of B, got {x.shape}."
                 )
-
-    def _each(self, function) -> "Mask":
-        fields = {name: getattr(self, name) for name in self._roles}
-        return dataclasses.replace(self, **{k: function(self._roles[k], x) for k, x in fields.items() if x is not None})
 
 
 def _mask(**static):
@@ -114,7 +122,7 @@ class Causal(Mask):
     _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
 
     def visible(self, tile):
-        return _row(self.q_positions, tile) >= _column(self.kv_positions, tile)
+        return _at(self.q_positions, tile.row) >= _at(self.kv_positions, tile.column)
 
     def blocks(self, grid):
         (q_low, q_high), (k_low, k_high) = _extent_pair(self.q_positions, self.kv_positions, grid)
@@ -132,7 +140,7 @@ class Window(Mask):
     _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
 
     def visible(self, tile):
-        distance = _row(self.q_positions, tile) - _column(self.kv_positions, tile)
+        distance = _at(self.q_positions, tile.row) - _at(self.kv_positions, tile.column)
         parts = [] if self.left is None else [distance <= self.left]
         parts += [] if self.right is None else [distance >= -self.right]
         return _all(parts, distance)
@@ -159,7 +167,7 @@ class Segments(Mask):
             object.__setattr__(self, "kv_ids", self.q_ids)
 
     def visible(self, tile):
-        return _row(self.q_ids, tile) == _column(self.kv_ids, tile)
+        return self.q_ids == self.kv_ids
 
     def blocks(self, grid):
         return _equal(*_extent_pair(self.q_ids, self.kv_ids, grid))
@@ -171,10 +179,11 @@ class Lengths(Mask):
 
     q_lengths: Int[Array, "B"] | None = None
     kv_lengths: Int[Array, "B"] | None = None
+    _roles: ClassVar = {"q_lengths": "batch", "kv_lengths": "batch"}
 
     def visible(self, tile):
-        parts = [] if self.q_lengths is None else [tile.row < _batch(self.q_lengths)]
-        parts += [] if self.kv_lengths is None else [tile.column < _batch(self.kv_lengths)]
+        parts = [] if self.q_lengths is None else [tile.row < self.q_lengths]
+        parts += [] if self.kv_lengths is None else [tile.column < self.kv_lengths]
         return _all(parts, tile.row)
 
     def blocks(self, grid):
@@ -182,15 +191,9 @@ class Lengths(Mask):
         any_parts, all_parts = [], []
         for lengths, low, high in ((self.q_lengths, q_low, q_high), (self.kv_lengths, k_low, k_high)):
             if lengths is not None:
-                any_parts.append(low < _batch(lengths))
-                all_parts.append(high < _batch(lengths))
+                any_parts.append(low < lay("batch", lengths))
+                all_parts.append(high < lay("batch", lengths))
         return _all(any_parts, q_low + k_low), _all(all_parts, q_low + k_low)
-
-    def check(self, B, T, S, N):
-        for name in ("q_lengths", "kv_lengths"):
-            x = getattr(self, name)
-            if x is not None and x.shape != (B,):
-                raise ValueError(f"mask: {name} has the shape [B] = {(B,)}, got {x.shape}.")
 
 
 @_mask()
@@ -198,16 +201,14 @@ class Prefix(Mask):
     """Keys among the first `lengths[b]` are visible to every query; use it as ``Causal() | Prefix(lengths)``."""
 
     lengths: Int[Array, "B"]
+    _roles: ClassVar = {"lengths": "batch"}
 
     def visible(self, tile):
-        return tile.column < _batch(self.lengths)
+        return tile.column < self.lengths
 
     def blocks(self, grid):
         _, (low, high) = _extent_pair(None, None, grid)
-        return low < _batch(self.lengths), high < _batch(self.lengths)
-
-    def check(self, B, T, S, N):
-        Lengths(kv_lengths=jnp.asarray(self.lengths)).check(B, T, S, N)
+        return low < lay("batch", self.lengths), high < lay("batch", self.lengths)
 
 
 @_mask(size=True)
@@ -220,7 +221,7 @@ class Chunked(Mask):
     _roles: ClassVar = {"q_positions": "row", "kv_positions": "column"}
 
     def visible(self, tile):
-        return _row(self.q_positions, tile) // self.size == _column(self.kv_positions, tile) // self.size
+        return _at(self.q_positions, tile.row) // self.size == _at(self.kv_positions, tile.column) // self.size
 
     def blocks(self, grid):
         extents = _extent_pair(self.q_positions, self.kv_positions, grid)
@@ -260,6 +261,7 @@ class Fn(Mask):
 
     function: Callable[..., Array]
     data: tuple[Any, ...] = ()
+    _roles: ClassVar = {"data": "data"}
 
     def visible(self, tile):
         return self.function(tile.batch, tile.head, tile.row, tile.column, *self.data)
@@ -270,11 +272,8 @@ class Fn(Mask):
 
 
 class _Pair(Mask):
-    def pad(self, grid):
-        return type(self)(self.left.pad(grid), self.right.pad(grid))
-
-    def cut(self, i, j, grid):
-        return type(self)(self.left.cut(i, j, grid), self.right.cut(i, j, grid))
+    def map(self, function):
+        return type(self)(self.left.map(function), self.right.map(function))
 
     def check(self, B, T, S, N):
         self.left.check(B, T, S, N)
@@ -324,11 +323,8 @@ class Not(Mask):
         some, every = self.mask.blocks(grid)
         return ~every, ~some
 
-    def pad(self, grid):
-        return Not(self.mask.pad(grid))
-
-    def cut(self, i, j, grid):
-        return Not(self.mask.cut(i, j, grid))
+    def map(self, function):
+        return Not(self.mask.map(function))
 
     def check(self, B, T, S, N):
         self.mask.check(B, T, S, N)
@@ -336,8 +332,7 @@ class Not(Mask):
 
 def whole(mask: Mask, B: int, N: int, T: int, S: int) -> Bool[Array, "b n T S"]:
     """The mask as one array: for the definition and for tests."""
-    tile = Tile(_index(B, 0), _index(N, 1), _index(T, 2), _index(S, 3))
-    visible = mask.visible(tile)
+    visible = mask.map(lay).visible(tile_at(0, 0, B, N, Grid(T, S, T, S)))
     return jnp.broadcast_to(visible, (*visible.shape[:2], T, S))
 
 
@@ -355,16 +350,14 @@ def _index(n: int, axis: int) -> Int[Array, "..."]:
     return jax.lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a in range(4)), axis)
 
 
-def _batch(x: Array) -> Array:
-    return jnp.asarray(x)[:, None, None, None]
+def lay(role: str, x: Array) -> Array:
+    """An array of data, its axes where [B, N, rows, columns] has them."""
+    axes = {"row": (1, 3), "column": (1, 2), "batch": (1, 2, 3)}.get(role, ())
+    return jnp.expand_dims(jnp.asarray(x), axes) if axes else x
 
 
-def _row(x: Array | None, tile: Tile) -> Array:
-    return tile.row if x is None else x[:, None, :, None]
-
-
-def _column(x: Array | None, tile: Tile) -> Array:
-    return tile.column if x is None else x[:, None, None, :]
+def _at(x: Array | None, index: Array) -> Array:
+    return index if x is None else x
 
 
 def _all(parts: list[Array], like: Array) -> Array:
@@ -399,6 +392,8 @@ def _extent(x: Array | None, length: int, size: int) -> tuple[Array, Array]:
 
 def pad(role: str, x: Array, grid: Grid) -> Array:
     """An array along rows, columns or both ([b, n, t, s], axes of length 1 stay) lengthened to whole blocks."""
+    if role in ("batch", "data"):
+        return x
     more_rows, more_columns = -grid.T % grid.rows, -grid.S % grid.columns
     if role == "both":
         widths = [(0, 0), (0, 0)] + [
@@ -410,6 +405,8 @@ def pad(role: str, x: Array, grid: Grid) -> Array:
 
 def cut(role: str, x: Array, i: Array, j: Array, grid: Grid) -> Array:
     """The part of a padded array that belongs to the tile in block row i and block column j."""
+    if role in ("batch", "data"):
+        return x
     if role != "both":
         at, size = (i, grid.rows) if role == "row" else (j, grid.columns)
         return jax.lax.dynamic_slice_in_dim(x, at * size, size, axis=1)
