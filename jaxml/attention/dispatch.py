@@ -6,15 +6,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blockwise, masks, reference, tiles
+from jaxml.attention import blocks, blockwise, masks, pallas_tpu, reference, tiles
 from jaxml.attention.derivatives import Backend, attend
 from jaxml.attention.masks import Mask
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, Bool, Float, Int, wide
 
 BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwise.backward)
-BACKENDS = {b.name: b for b in (BLOCKWISE,)}
-ORDER = {"cpu": ("blockwise",), "gpu": ("blockwise",), "tpu": ("blockwise",)}
+MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
+BACKENDS = {b.name: b for b in (MOSAIC_TPU, BLOCKWISE)}
+ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
 
 
 def flash_attention(
@@ -135,24 +136,20 @@ def explain(*args, implementation: str | None = None, **kwargs) -> Explanation:
 
 def _refused(rules: Rules, x: Inputs) -> dict[str, str]:
     """Backend → why this platform or call does not get it."""
-    platform = jax.default_backend()
-    order = ORDER.get(platform, ("blockwise",))
-    out = {}
-    for name, backend in BACKENDS.items():
-        reason = backend.supports(rules, x)
-        if reason is None and name not in order:
-            reason = f"not for {platform}"
-        if reason is None and name != next(n for n in order if BACKENDS[n].supports(rules, x) is None):
-            reason = "a faster one comes first"
-        if reason is not None:
-            out[name] = reason
-    return out
+    chosen = _first(rules, x).name
+    reasons = {name: backend.supports(rules, x) or "a faster one comes first" for name, backend in BACKENDS.items()}
+    return {name: reason for name, reason in reasons.items() if name != chosen}
+
+
+def _first(rules: Rules, x: Inputs) -> Backend:
+    """The first in the platform's order that can."""
+    order = ORDER.get(blocks.platform(), ("blockwise",))
+    return next(BACKENDS[name] for name in order if BACKENDS[name].supports(rules, x) is None)
 
 
 def _choose(rules: Rules, x: Inputs, implementation: str | None) -> Backend:
     if implementation is None:
-        order = ORDER.get(jax.default_backend(), ("blockwise",))
-        return next(BACKENDS[n] for n in order if BACKENDS[n].supports(rules, x) is None)
+        return _first(rules, x)
     if implementation not in BACKENDS:
         raise ValueError(
             f"flash_attention: implementation is one of reference, {', '.join(BACKENDS)}, got {implementation!r}."

@@ -148,3 +148,70 @@ def modify(mod: Hoisted, s: Float[Array, "B N rows columns"], tile: Tile, data: 
     ):
         one = jax.vmap(one, axes)
     return one(s, *(x.reshape(-1) for x in tile)).astype(s.dtype)
+
+
+# ---- score_mod inside a kernel: what depends on the head alone is computed outside -------------------
+
+
+def split(mod: Hoisted) -> tuple[list, list, list]:
+    """(equations of batch, head and data alone; the others; the variables that pass from the first to the others).
+
+    A kernel can compute with a score and its indices, but not look them up in an array.
+    """
+    jaxpr = mod.jaxpr
+    score, _, _, q, k = jaxpr.invars
+    moving, outside, inside = {score, q, k}, [], []
+    is_variable = lambda v: not hasattr(v, "val")
+    for eqn in jaxpr.eqns:
+        depends = any(is_variable(v) and v in moving for v in eqn.invars)
+        (inside if depends else outside).append(eqn)
+        if depends:
+            moving.update(eqn.outvars)
+    used = [v for eqn in inside for v in eqn.invars] + list(jaxpr.outvars)
+    passed = list(dict.fromkeys(v for v in used if is_variable(v) and v not in moving))
+    return outside, inside, passed
+
+
+def num_tables(mod: Hoisted) -> int:
+    """How many numbers of each batch row and head the inner part needs."""
+    return len(split(mod)[2])
+
+
+def needs_arrays(mod: Hoisted) -> bool:
+    """Whether the score or its position picks from an array."""
+    return any(v.aval.shape != () for v in split(mod)[2])
+
+
+def tables(mod: Hoisted, data: tuple[Array, ...], N: int, B: int) -> list[Float[Array, "B N"]]:
+    """The numbers of each batch row and head that the inner part needs."""
+    outside, _, passed = split(mod)
+    _, b, h, _, _ = mod.jaxpr.invars
+
+    of = lambda batch, head: _run(mod, outside, (*mod.jaxpr.constvars, b, h), passed, (*data, batch, head))
+    batch, head = jnp.arange(B, dtype=jnp.int32), jnp.arange(N, dtype=jnp.int32)
+    return jax.vmap(jax.vmap(of, (None, 0)), (0, None))(batch, head)
+
+
+def modify_tile(mod: Hoisted, s: Array, tile: Tile, tables: tuple[Array, ...]) -> Array:
+    """score_mod of a tile of any layout; its indices and tables broadcast to it."""
+    _, inside, passed = split(mod)
+    score, _, _, q, k = mod.jaxpr.invars
+
+    one = lambda *values: _run(mod, inside, (score, q, k, *passed), mod.jaxpr.outvars, values)[0]
+    spread = [jnp.broadcast_to(a, s.shape) for a in (tile.row, tile.column, *tables)]
+    for _ in s.shape:
+        one = jax.vmap(one)
+    return one(s, *spread).astype(s.dtype)
+
+
+def _run(mod: Hoisted, equations, inputs, outputs, values) -> list[Array]:
+    """The values of `outputs`, by some of the equations, from those of `inputs`."""
+    part = mod.jaxpr.replace(
+        constvars=[], invars=list(inputs), outvars=list(outputs), eqns=list(equations), debug_info=_no_names(mod.jaxpr)
+    )
+    return jax.core.eval_jaxpr(part, (), *values)
+
+
+def _no_names(jaxpr):
+    """The jaxpr's debug information without the names of arguments and results, which have changed."""
+    return jaxpr.debug_info._replace(arg_names=None, result_paths=None)

@@ -1,0 +1,93 @@
+"""How large the tiles of a kernel are: by generation of the device, by length and by width, without a tuning run.
+
+A TPU kernel works on a block of query rows, cut into chunks of columns of the transposed tile; keys pass by in chunks
+of their own. Both are multiples of 128 and cut a length evenly, so that any length costs little more than itself.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+
+LANES = 128
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+
+INTERPRET = "interpret"
+
+
+@contextlib.contextmanager
+def target(device_kind: str):
+    """Choose backends and blocks for that kind of device, whatever this machine has.
+
+    For compilation ahead of time ("TPU v5e", …), and for tests: "interpret" runs the TPU kernels on any platform.
+
+    Example:
+        >>> with target("TPU v6e"):
+        ...     generation()
+        'v6e'
+    """
+    token = _target.set(device_kind)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """Where the computation is going to run: "cpu", "gpu", "tpu" or "interpret"."""
+    kind = _target.get()
+    if kind is None:
+        return jax.default_backend()
+    return kind if kind == INTERPRET else "tpu"
+
+
+def generation() -> str:
+    """The row of the table: "v4", "v5e", "v5p", "v6e" or "tpu7x"."""
+    kind = _target.get() or jax.devices()[0].device_kind
+    kind = kind.lower().replace("tpu", "").strip()
+    names = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x", "v7x": "tpu7x"}
+    kind = names.get(kind, kind)
+    return kind if kind in TABLE else "v6e"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a generation of TPU is good at: the row of the table."""
+
+    vmem: int  # bytes that a kernel may plan with
+    chunk: int  # keys and queries of a chunk
+    rows: int  # queries of a block
+
+
+MiB = 2**20
+TABLE = {
+    "v4": Limits(vmem=14 * MiB, chunk=512, rows=1024),
+    "v5e": Limits(vmem=96 * MiB, chunk=512, rows=2048),
+    "v5p": Limits(vmem=80 * MiB, chunk=512, rows=2048),
+    "v6e": Limits(vmem=96 * MiB, chunk=512, rows=2048),
+    "tpu7x": Limits(vmem=48 * MiB, chunk=512, rows=2048),
+    INTERPRET: Limits(vmem=48 * MiB, chunk=128, rows=256),
+}
+
+
+def limits() -> Limits:
+    """The table's row for the device that runs."""
+    return TABLE[generation()]
+
+
+def cut_evenly(length: int, most: int) -> tuple[int, int]:
+    """(size, number) of the pieces of a length: multiples of 128, near `most`, with as little left over as can be.
+
+    Example:
+        >>> cut_evenly(1100, 512), cut_evenly(4096, 512), cut_evenly(5, 512)
+        ((384, 3), (512, 8), (128, 1))
+    """
+    fewest = max(1, round(length / most))
+    choices = []
+    for n in range(fewest, 2 * fewest + 2):
+        size = -(-length // (n * LANES)) * LANES
+        choices.append((size, -(-length // size)))
+    least = min(size * number for size, number in choices)
+    return max((size, number) for size, number in choices if size * number <= 1.03 * least)

@@ -1,0 +1,28 @@
+"""The TPU backend `mosaic_tpu`: which calls it computes. The kernels are in tpu_forward.py and tpu_backward.py."""
+
+import jax.numpy as jnp
+
+from jaxml.attention import blocks, blockwise, tiles
+from jaxml.attention.tiles import Inputs, Rules
+from jaxml.attention.tpu_forward import forward
+
+__all__ = ["backward", "forward", "supports"]
+
+backward = blockwise.backward
+
+
+def supports(rules: Rules, x: Inputs) -> str | None:
+    """Why the kernels cannot compute the call, or None."""
+    platform = blocks.platform()
+    if platform not in ("tpu", blocks.INTERPRET):
+        return f"it needs a TPU, this is {platform}"
+    if x.query.dtype == jnp.float64 and platform != blocks.INTERPRET:
+        return "TPUs have no float64"
+    if rules.score_mod is not None and tiles.needs_arrays(rules.score_mod):
+        return "score_mod looks something up in an array by query, key or score; kernels can only compute with them"
+    shapes = []
+    if x.mask is not None:
+        x.mask.map(lambda role, a: shapes.append(jnp.shape(a)) if role == "data" else None)
+    if any(shape != () for shape in shapes):
+        return f"the function of a mask holds arrays {shapes}; kernels take only scalars"
+    return None
