@@ -237,9 +237,9 @@ def backward(
     """Gradients of the arrays named in `wanted`, from those of output and log-sum-exp."""
     p = _Problem(rules, x, out, ct_out, ct_lse)
     dtype = wide(x.query.dtype)
-    delta = jnp.sum(out.astype(dtype) * ct_out.astype(dtype), axis=-1).swapaxes(1, 2) - ct_lse.astype(dtype)
+    moved = delta(out, ct_out, ct_lse)
     ct_rows = p.rows(ct_out.astype(x.query.dtype))
-    lse_rows, delta_rows = (_pad(a, 2, p.R * p.grid.rows) for a in (lse, delta))
+    lse_rows, delta_rows = (_pad(a, 2, p.R * p.grid.rows) for a in (lse, moved))
     moving = _floating(p.data)
 
     def column(carry, j):
@@ -288,10 +288,21 @@ def backward(
         "key": lambda: _rows_first(dk, p.S).astype(x.key.dtype),
         "value": lambda: _rows_first(dv, p.S).astype(x.value.dtype),
         "bias": lambda: _bias_columns(dbias, p, x.bias),
-        "sinks": lambda: -jnp.sum(_sink_share(x, lse) * delta, axis=(0, 2)).astype(x.sinks.dtype),
+        "sinks": lambda: sinks_gradient(x, lse, moved),
         "data": lambda: tuple(g.astype(a.dtype) for g, a in zip(ddata, _choose(p.data, moving))),
     }
     return {name: grads[name]() for name in wanted}
+
+
+def delta(out: Array, ct_out: Array, ct_lse: Array) -> Float[Array, "B N T"]:
+    """How much each row's weights all pull together: sum(out · ct_out) − ct_lse."""
+    dtype = wide(out.dtype)
+    return jnp.sum(out.astype(dtype) * ct_out.astype(dtype), axis=-1).swapaxes(1, 2) - ct_lse.astype(dtype)
+
+
+def sinks_gradient(x: Inputs, lse: Array, delta: Float[Array, "B N T"]) -> Float[Array, "N"]:
+    """The gradient of the sinks: their share of each row's weight against its pull."""
+    return -jnp.sum(_sink_share(x, lse) * delta, axis=(0, 2)).astype(x.sinks.dtype)
 
 
 def _sink_share(x: Inputs, lse: Float[Array, "B N T"]) -> Array:

@@ -2,13 +2,12 @@
 
 import jax.numpy as jnp
 
-from jaxml.attention import blocks, blockwise, tiles
+from jaxml.attention import blocks, tiles
 from jaxml.attention.tiles import Inputs, Rules
+from jaxml.attention.tpu_backward import backward
 from jaxml.attention.tpu_forward import forward
 
 __all__ = ["backward", "forward", "supports"]
-
-backward = blockwise.backward
 
 
 def supports(rules: Rules, x: Inputs) -> str | None:

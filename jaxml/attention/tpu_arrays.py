@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, masks, tiles
-from jaxml.attention.masks import Grid, Mask, Tile
+from jaxml.attention.masks import Mask, Tile
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, wide
 
@@ -48,7 +48,9 @@ class Cut:
         return self.keys * self.resident * self.parts
 
 
-def cut(B: int, N: int, K: int, T: int, S: int, H: int, H2: int, itemsize: int, dense: int) -> Cut:
+def cut(
+    B: int, N: int, K: int, T: int, S: int, H: int, H2: int, itemsize: int, dense: int, backward: bool = False
+) -> Cut:
     """The blocks for these shapes on the device that runs; `dense`: bytes of [T, S]-shaped operands a place."""
     limits = blocks.limits()
     columns, chunks_all = blocks.cut_evenly(T, min(limits.chunk, max(-(-T // 2), blocks.LANES)))
@@ -61,14 +63,20 @@ def cut(B: int, N: int, K: int, T: int, S: int, H: int, H2: int, itemsize: int, 
     rows = -(-chunks_all // chunks)
     keys, keys_all = blocks.cut_evenly(S, limits.chunk)
     padded = lambda n: -(-n // blocks.LANES) * blocks.LANES
-    block = columns * chunks
-    fixed = block * (2 * itemsize * (padded(H) + padded(H2)) + 4 * padded(H2) + 4 * 24) + 4 * chunks * keys * columns
-    a_key = 2 * itemsize * (padded(H) + padded(H2)) + 64 + 2 * dense * block
+    block, widths = columns * chunks, padded(H) + padded(H2)
+    a_query = 2 * itemsize * widths + 4 * padded(H2) + 4 * 24
+    a_key = 2 * itemsize * widths + 64 + 2 * dense * block
+    buffers = 4 * chunks * keys * columns
+    if backward:
+        a_query += 2 * itemsize * padded(H) + 4 * 32
+        a_key += (4 + 2 * itemsize) * widths
+        buffers *= 3
+    fixed = block * a_query + buffers
     room = max(1, int((limits.vmem - fixed) // (a_key * keys)))
     parts = -(-keys_all // room)
     resident = -(-keys_all // parts)
     heads = 1
-    if parts == 1 and rows == 1:  # short sequences: several heads a grid step
+    if parts == 1 and rows == 1 and not backward:  # short sequences: several heads a grid step
         group = N // K
         work = 2**21 // (block * keys_all * keys)
         options = [n for n in range(1, N + 1) if N % n == 0 and (n % group == 0 or group % n == 0)]
@@ -102,13 +110,13 @@ class Operand:
 class Layout:
     """A call's arrays as the kernels take them."""
 
-    def __init__(self, rules: Rules, x: Inputs):
+    def __init__(self, rules: Rules, x: Inputs, backward: bool = False):
         if x.query.dtype == jnp.float16:  # TPUs compute with float32 and bfloat16
             x = x._replace(**{name: getattr(x, name).astype(jnp.float32) for name in ("query", "key", "value")})
         self.rules, self.original = rules, x
         self.fold = fold = _folds(x)
         if fold:
-            x = _folded(x)
+            x = _folded(x, fold)
         B, self.N, self.true_T, H = x.query.shape[0], x.query.shape[2], x.query.shape[1], x.query.shape[3]
         self.B, self.K, self.true_S, self.H2 = B, x.key.shape[2], x.key.shape[1], x.value.shape[3]
         self.group = self.N // self.K
@@ -118,71 +126,44 @@ class Layout:
         if x.mask is not None:
             x.mask.map(lambda role, a: both.append(a) if role == "both" else None)
         dense = sum(4 if a.dtype == jnp.bool_ else a.dtype.itemsize for a in both if 1 not in a.shape[2:])
-        self.cut = cut(B, self.N, self.K, self.true_T, self.true_S, H, self.H2, self.dtype.itemsize, dense)
+        self.H, self.width2 = H, _width(self.H2)
+        self.cut = cut(B, self.N, self.K, self.true_T, self.true_S, H, self.H2, self.dtype.itemsize, dense, backward)
         self.x = x
 
     # ---- arrays ---------------------------------------------------------------------------------------
 
-    def queries(self, a: Array) -> Array:
-        """[B, T, N, H] → [B, N, T′, H′], zeros in the new places."""
-        return _lengthen(a.swapaxes(1, 2), {2: self.cut.T, 3: _width(a.shape[3])})
+    def store(self, a: Array, length: int) -> Array:
+        """[B, T, N, H] → [B, N, T′, H′], as the kernels take it; zeros in the new places."""
+        return _lengthen(a.swapaxes(1, 2), {2: length, 3: _width(a.shape[3])})
 
-    def keys(self, a: Array) -> Array:
-        """[B, S, K, H] → [B, K, S′, H′]."""
-        return _lengthen(a.swapaxes(1, 2), {2: self.cut.S, 3: _width(a.shape[3])})
+    def spec(self, heads: int, block: int, width: int, at: Callable) -> pl.BlockSpec:
+        """The block of some heads; `at(*grid)` → (batch, block of heads, block along the sequence)."""
+        return pl.BlockSpec((1, heads, block, _width(width)), lambda *grid: (*at(*grid), 0))
 
-    def keys_turned(self, a: Array) -> Array:
-        """[B, S, K, H] → [B, K, H′, S′]."""
-        return _lengthen(jnp.moveaxis(a, 1, 3), {2: _width(a.shape[3]), 3: self.cut.S})
+    def keys_of(self, j):
+        """The places of a chunk of keys among the resident ones."""
+        return pl.ds(pl.multiple_of(j * self.cut.keys, blocks.LANES), self.cut.keys)
+
+    def columns_of(self, chunk: int):
+        """The places of a chunk of queries in its block."""
+        return pl.ds(chunk * self.cut.columns, self.cut.columns)
 
     def rows(self, a: Array, fill=0.0) -> Array:
         """[B, N, T] → [B, N, 1, T′]."""
         more = self.cut.T - a.shape[2]
         return jnp.pad(a, ((0, 0), (0, 0), (0, more)), constant_values=fill)[:, :, None]
 
-    # ---- which tiles are seen -------------------------------------------------------------------------
-
-    def ranges(self) -> tuple[Array | None, Array | None]:
-        """(bounds, holes): what each block of queries sees of the chunks of keys; None where all see all.
-
-        bounds: [b, rows, 4] int32, flat: chunks outside [first, last) are empty, those in [whole, crossed) whole.
-        holes: [b, rows, words] int32, flat: a bit for every chunk, set where it is not empty.
-        """
-        c, mask = self.cut, self._ended(self.original.mask)
-        if mask is None:
-            return None, None
-        C, true_C = c.resident * c.parts, -(-self.true_S // c.keys)
-        T = self.original.query.shape[1]
-        grid = Grid(T, self.true_S, T if self.fold else c.block, c.keys)
-        some, every = mask.blocks(grid)
-        b = max(some.shape[0], every.shape[0])
-        some, every = jnp.any(some, axis=1), jnp.all(every, axis=1)
-        spread = lambda a: jnp.broadcast_to(a, (b, c.rows, true_C))
-        some, every = (jnp.pad(spread(a), ((0, 0), (0, 0), (0, C - true_C))) for a in (some, every))
-        index = jnp.arange(C, dtype=jnp.int32)[None, None]
-        every &= some & ((index + 1) * c.keys <= self.true_S)
-        lowest = lambda a: jnp.min(jnp.where(a, index, C), axis=2)
-        first, last = lowest(some), jnp.max(jnp.where(some, index + 1, 0), axis=2)
-        whole = jnp.minimum(lowest(every), last)
-        crossed = jnp.minimum(lowest((index >= whole[..., None]) & ~every), jnp.maximum(last, whole))
-        bounds = jnp.stack([jnp.minimum(first, last), whole, crossed, last], axis=2)
-        words = -(-C // 32)
-        bits = jnp.pad(some, ((0, 0), (0, 0), (0, words * 32 - C))).reshape(b, c.rows, words, 32)
-        bits = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None, None, None], axis=3)
-        holes = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.int32)
-        return bounds.astype(jnp.int32).reshape(-1), holes.reshape(-1)
+    # ---- operands of a tile ---------------------------------------------------------------------------
 
     def mask(self) -> Mask | None:
         """The call's mask, and the end of the keys where they were lengthened."""
-        return self._ended(self.x.mask)
+        return self.ended(self.x.mask)
 
-    def _ended(self, mask: Mask | None) -> Mask | None:
+    def ended(self, mask: Mask | None) -> Mask | None:
         if self.true_S < self.cut.S:
             end = masks.Lengths(kv_lengths=jnp.full((1,), self.true_S, jnp.int32))
             mask = end if mask is None else mask & end
         return mask
-
-    # ---- operands of a tile ---------------------------------------------------------------------------
 
     def operands(self, at: Callable) -> list[Operand]:
         """The arrays that shape logits and masks, in a fixed order; `at(b, h, i, s, …)` → the block of each axis."""
@@ -309,11 +290,10 @@ def _folds(x: Inputs) -> Fold | None:
     return Fold(group, place // group, place % group)
 
 
-def _folded(x: Inputs) -> Inputs:
+def _folded(x: Inputs, fold: Fold) -> Inputs:
     """The same call with one query head for each key head and `group` times as many queries."""
-    B, T, N, H = x.query.shape
-    K = x.key.shape[2]
-    G = N // K
+    T, N = x.query.shape[1:3]
+    G, K = fold.group, N // fold.group
 
     def four(a):
         b, n, t, s = a.shape
@@ -323,9 +303,9 @@ def _folded(x: Inputs) -> Inputs:
         return jnp.repeat(a, G, axis=2) if t > 1 else a
 
     lay = {"row": lambda a: jnp.repeat(a, G, axis=1), "both": four}
-    query = x.query.reshape(B, T, K, G, H).swapaxes(2, 3).reshape(B, T * G, K, H)
     mask = None if x.mask is None else x.mask.map(lambda role, a: lay.get(role, lambda a: a)(a))
-    return x._replace(query=query, mask=mask, bias=None if x.bias is None else four(x.bias))
+    bias = None if x.bias is None else four(x.bias)
+    return x._replace(query=folded_queries(x.query, fold), mask=mask, bias=bias)
 
 
 def unfold(a: Array, fold: Fold | None) -> Array:
@@ -335,6 +315,14 @@ def unfold(a: Array, fold: Fold | None) -> Array:
     B, K, rows = a.shape[:3]
     a = a.reshape(B, K, rows // fold.group, fold.group, *a.shape[3:])
     return jnp.swapaxes(a, 2, 3).reshape(B, K * fold.group, rows // fold.group, *a.shape[4:])
+
+
+def folded_queries(a: Array, fold: Fold | None) -> Array:
+    """[B, T, N, H] → [B, T · group, K, H]."""
+    if fold is None:
+        return a
+    B, T, N, H = a.shape
+    return a.reshape(B, T, N // fold.group, fold.group, H).swapaxes(2, 3).reshape(B, T * fold.group, -1, H)
 
 
 def folded_rows(a: Array, fold: Fold | None) -> Array:

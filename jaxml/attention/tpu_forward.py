@@ -16,12 +16,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxml.attention import blocks
 from jaxml.attention.tiles import Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, Layout, Place, divide, dot, shape_logits, unfold
+from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array, Float
 
 
 def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
     """(output in query's dtype, log-sum-exp of each row's logits, −inf where it sees nothing)."""
-    out, lse = attend(Layout(rules, x))
+    p = Layout(rules, x)
+    out, lse = attend(p)
     if x.sinks is not None:  # a sink only makes the sum larger: all that it does can be done afterwards
         with_sink = jnp.logaddexp(lse, x.sinks.astype(lse.dtype)[None, :, None])
         out = out * jnp.exp(lse - with_sink)[..., None]
@@ -29,46 +31,34 @@ def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Ar
     return out.swapaxes(1, 2).astype(x.query.dtype), lse
 
 
-def attend(p: Layout) -> tuple[Float[Array, "B N T H2"], Float[Array, "B N T"]]:
+def attend(p: Layout) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
     """The kernel's call; no sinks."""
     c, per_key_head = p.cut, max(1, p.group // p.cut.heads)
     key_heads = max(1, c.heads // p.group)
-    bounds, holes = p.ranges()
-    prefetched = [jnp.zeros(2, jnp.int32), *([] if bounds is None else [bounds, holes])]
+    ranges = Ranges(p)
+    at = lambda batch, head, i, part, *refs: (batch, head, i, ranges.held(refs, batch, i, part))
+    of_queries = lambda batch, head, i, part, *_: (batch, head, i)
 
-    def resident(batch, i, part, _, *ranges):
-        """The part of the keys to hold: never one that this block of queries does not see."""
-        if not ranges or c.parts == 1:
-            return part
-        first, last = (_bound(ranges[0], p, batch, i, n) for n in (0, 3))
-        return jnp.clip(part, divide(first, c.resident), divide(jnp.maximum(last - 1, 0), c.resident))
-
-    at = lambda batch, head, i, part, *ranges: (batch, head, i, resident(batch, i, part, *ranges))
-    query_index = lambda batch, head, i, part, *_: (batch, head, i, 0)
-
-    def key_index(batch, head, i, part, *ranges):
-        return batch, divide(head, per_key_head), resident(batch, i, part, *ranges), 0
-
-    def turned_index(*grid):
-        batch, head, part, _ = key_index(*grid)
-        return batch, head, 0, part
-
+    of_keys = lambda batch, head, i, part, *refs: (
+        batch,
+        divide(head, per_key_head),
+        ranges.held(refs, batch, i, part),
+    )
     operands = p.operands(at)
-    query, key, value = p.queries(p.x.query), p.keys(p.x.key), p.keys_turned(p.x.value)
-    (H, H2), per = (query.shape[3], value.shape[2]), c.keys * c.resident
+    query, key, value = p.store(p.x.query, c.T), p.store(p.x.key, c.S), p.store(p.x.value, c.S)
     in_specs = [
-        pl.BlockSpec((1, c.heads, c.block, H), query_index),
-        pl.BlockSpec((1, key_heads, per, H), key_index),
-        pl.BlockSpec((1, key_heads, H2, per), turned_index),
+        p.spec(c.heads, c.block, p.H, of_queries),
+        p.spec(key_heads, c.keys * c.resident, p.H, of_keys),
+        p.spec(key_heads, c.keys * c.resident, p.H2, of_keys),
         *(o.spec for o in operands),
     ]
     row_index = lambda batch, head, i, part, *_: (batch, head, 0, i)
     out_specs = [
-        pl.BlockSpec((1, c.heads, c.block, H2), query_index),
+        p.spec(c.heads, c.block, p.H2, of_queries),
         pl.BlockSpec((1, c.heads, 1, c.block), row_index),
     ]
     out_shape = [
-        jax.ShapeDtypeStruct((p.B, p.N, c.T, H2), p.dtype),
+        jax.ShapeDtypeStruct((p.B, p.N, c.T, p.width2), p.dtype),
         jax.ShapeDtypeStruct((p.B, p.N, 1, c.T), p.wide),
     ]
     scratch = [
@@ -76,14 +66,14 @@ def attend(p: Layout) -> tuple[Float[Array, "B N T H2"], Float[Array, "B N T"]]:
         *[pltpu.VMEM((8, c.columns), p.wide)] * max(2, c.chunks),
         pltpu.VMEM((8, c.block), p.wide),
         pltpu.VMEM((8, c.block), p.wide),
-        pltpu.VMEM((H2, c.block), p.wide),
+        pltpu.VMEM((p.width2, c.block), p.wide),
     ]
     itemsize = p.dtype.itemsize
     places = p.B * p.N * c.T * c.S
     out, lse = pl.pallas_call(
-        _kernel(p, operands, len(prefetched)),
+        _kernel(p, ranges, operands),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetched),
+            num_scalar_prefetch=len(ranges.arrays),
             grid=(p.B, p.N // c.heads, c.rows, c.parts),
             in_specs=in_specs,
             out_specs=out_specs,
@@ -95,36 +85,22 @@ def attend(p: Layout) -> tuple[Float[Array, "B N T H2"], Float[Array, "B N T"]]:
             vmem_limit_bytes=blocks.limits().vmem + 8 * blocks.MiB,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * places * (H + H2),
+            flops=2 * places * (p.H + p.H2),
             transcendentals=places,
             bytes_accessed=itemsize * (query.size + (key.size + value.size) * c.rows + out_shape[0].size),
         ),
         interpret=blocks.platform() == blocks.INTERPRET,
         name="flash_attention_forward",
-    )(*prefetched, query, key, value, *(o.array for o in operands))
+    )(*ranges.arrays, query, key, value, *(o.array for o in operands))
     out, lse = out[:, :, : p.true_T, : p.H2], lse[:, :, 0, : p.true_T]
     return unfold(out, p.fold), unfold(lse, p.fold)
 
 
-def _bound(bounds, p: Layout, batch, i, n: int):
-    """The n-th bound of a block of queries: first seen, first whole, first crossed again, end."""
-    one = bounds.shape[0] == p.cut.rows * 4
-    return bounds[((0 if one else batch) * p.cut.rows + i) * 4 + n]
-
-
-def _seen(holes, p: Layout, batch, i, j):
-    """Whether the block of queries i sees anything of the chunk of keys j of the call."""
-    words = -(-p.cut.resident * p.cut.parts // 32)
-    one = holes.shape[0] == p.cut.rows * words
-    word = holes[((0 if one else batch) * p.cut.rows + i) * words + (j >> 5)]
-    return (word >> (j & 31)) & 1 == 1
-
-
-def _kernel(p: Layout, operands, num_prefetched: int):
+def _kernel(p: Layout, ranges: Ranges, operands):
     c, rules = p.cut, p.rules
 
     def kernel(*refs):
-        (zeros, *ranges), refs = refs[:num_prefetched], refs[num_prefetched:]
+        numbers, refs = refs[: len(ranges.arrays)], refs[len(ranges.arrays) :]
         (query, key, value), refs = refs[:3], refs[3:]
         extra, refs = refs[: len(operands)], refs[len(operands) :]
         (out, lse), refs = refs[:2], refs[2:]
@@ -132,7 +108,7 @@ def _kernel(p: Layout, operands, num_prefetched: int):
         buffers, tops, (m_ref, l_ref, acc_ref) = refs[:n], refs[n : 2 * n], refs[2 * n :]
         read = p.rebuild(extra, operands)
         batch, head_block, i, part = (pl.program_id(axis) for axis in range(4))
-        here, there = (pl.multiple_of(zeros[n], 8) for n in (0, 1))
+        here, there = (pl.multiple_of(numbers[0][n], 8) for n in (0, 1))
         first_part, last_part = part == 0, part == c.parts - 1
 
         def one_head(local, _):
@@ -153,8 +129,8 @@ def _kernel(p: Layout, operands, num_prefetched: int):
 
                 Where in the buffer, only memory knows: else the compiler would keep a whole tile in registers.
                 """
-                k = key[0, key_local, pl.ds(pl.multiple_of(j * c.keys, c.keys), c.keys)]
-                q = query[0, local, chunk * c.columns : (chunk + 1) * c.columns]
+                k = key[0, key_local, p.keys_of(j)]
+                q = query[0, local, p.columns_of(chunk)]
                 mask, bias, tables, _, tile = read(place(j, chunk))
                 s = shape_logits(rules, dot(k, q, (1, 1)), bias, tables, tile)
                 if masked:
@@ -164,7 +140,7 @@ def _kernel(p: Layout, operands, num_prefetched: int):
 
             def softmax(j, chunk, buffer: int):
                 """Takes a tile's logits into the running softmax of its queries."""
-                columns = pl.ds(chunk * c.columns, c.columns)
+                columns = p.columns_of(chunk)
                 s = buffers[buffer][pl.ds(there, c.keys)].reshape(c.keys // 8, 8, c.columns)
                 m = m_ref[:, columns]
                 top = jnp.max(tops[buffer][...], axis=0, keepdims=True)
@@ -176,12 +152,12 @@ def _kernel(p: Layout, operands, num_prefetched: int):
                 if rules.dropout_rate:
                     *_, dropout_key, tile = read(place(j, chunk))
                     e = e * keep(rules, dropout_key, tile)
-                v = value[0, key_local, :, pl.ds(pl.multiple_of(j * c.keys, c.keys), c.keys)]
-                mixed = dot(v, e.astype(v.dtype), (1, 0))
+                v = value[0, key_local, p.keys_of(j)]
+                mixed = dot(v, e.astype(v.dtype), (0, 0))
                 acc = acc_ref[:, columns].reshape(-1, 8, c.columns) * shrink[None]
                 acc_ref[:, columns] = acc.reshape(mixed.shape) + mixed
 
-            def run(first, last, masked: bool):
+            def run(first, last, masked):
                 """All chunks of queries against the chunks of keys first … last − 1."""
 
                 def step(j, carry):
@@ -198,27 +174,7 @@ def _kernel(p: Layout, operands, num_prefetched: int):
                 logits(first, 0, masked, 0)
                 jax.lax.fori_loop(first, last, step, None)
 
-            if not ranges:
-                run(0, c.resident, masked=False)
-            else:
-                start = part * c.resident
-                within = lambda n: jnp.clip(_bound(ranges[0], p, batch, i, n) - start, 0, c.resident)
-                first, whole, again, last = map(within, range(4))
-
-                @pl.when(again > whole)
-                def _():
-                    run(whole, again, masked=False)
-
-                def crossed(n, carry):
-                    j = jnp.where(first + n < whole, first + n, again + n - (whole - first))
-
-                    @pl.when(_seen(ranges[1], p, batch, i, start + j))
-                    def _():
-                        run(j, j + 1, masked=True)
-
-                    return carry
-
-                jax.lax.fori_loop(0, whole - first + last - again, crossed, None)
+            ranges.visit(numbers, batch, i, part, run)
 
             @pl.when(last_part)
             def _():
