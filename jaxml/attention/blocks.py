@@ -58,17 +58,18 @@ class Limits:
 
     vmem: int  # bytes that a kernel may plan with
     chunk: int  # keys and queries of a chunk
-    rows: int  # queries of a block
+    rows: int  # queries of a block, forwards
+    rows_backward: int
 
 
 MiB = 2**20
 TABLE = {
-    "v4": Limits(vmem=14 * MiB, chunk=512, rows=1024),
-    "v5e": Limits(vmem=96 * MiB, chunk=512, rows=2048),
-    "v5p": Limits(vmem=80 * MiB, chunk=512, rows=2048),
-    "v6e": Limits(vmem=96 * MiB, chunk=512, rows=2048),
-    "tpu7x": Limits(vmem=48 * MiB, chunk=512, rows=2048),
-    INTERPRET: Limits(vmem=48 * MiB, chunk=128, rows=256),
+    "v4": Limits(vmem=14 * MiB, chunk=512, rows=1024, rows_backward=1024),
+    "v5e": Limits(vmem=96 * MiB, chunk=512, rows=2048, rows_backward=1024),
+    "v5p": Limits(vmem=80 * MiB, chunk=512, rows=2048, rows_backward=1024),
+    "v6e": Limits(vmem=96 * MiB, chunk=512, rows=2048, rows_backward=1024),
+    "tpu7x": Limits(vmem=48 * MiB, chunk=512, rows=2048, rows_backward=1024),
+    INTERPRET: Limits(vmem=48 * MiB, chunk=128, rows=256, rows_backward=256),
 }
 
 

@@ -54,7 +54,7 @@ def cut(
     """The blocks for these shapes on the device that runs; `dense`: bytes of [T, S]-shaped operands a place."""
     limits = blocks.limits()
     columns, chunks_all = blocks.cut_evenly(T, min(limits.chunk, max(-(-T // 2), blocks.LANES)))
-    most = max(1, limits.rows // columns)
+    most = max(1, (limits.rows_backward if backward else limits.rows) // columns)
     if dense:
         most = min(most, 2)
     chunks = min(chunks_all, most)
@@ -94,7 +94,7 @@ class Place:
     local: Array  # among the heads of the grid step
     row: Array  # first query of the block, in the call
     part: Array  # first key of the resident keys, in the call
-    chunk: int  # which chunk of queries in the block
+    chunk: Array | int  # which chunk of queries in the block
     key: Array  # which chunk of keys among the resident ones
 
 
@@ -144,9 +144,11 @@ class Layout:
         """The places of a chunk of keys among the resident ones."""
         return pl.ds(pl.multiple_of(j * self.cut.keys, blocks.LANES), self.cut.keys)
 
-    def columns_of(self, chunk: int):
+    def columns_of(self, chunk):
         """The places of a chunk of queries in its block."""
-        return pl.ds(chunk * self.cut.columns, self.cut.columns)
+        start = chunk * self.cut.columns
+        start = start if isinstance(start, int) else pl.multiple_of(start, blocks.LANES)
+        return pl.ds(start, self.cut.columns)
 
     def rows(self, a: Array, fill=0.0) -> Array:
         """[B, N, T] → [B, N, 1, T′]."""
@@ -249,8 +251,8 @@ class Layout:
 
         def load(ref, place):
             h = place.local if n > 1 else 0
-            lanes = pl.ds(place.chunk * c.columns, c.columns) if t > 1 else slice(None)
-            down = pl.ds(pl.multiple_of(place.key * c.keys, c.keys), c.keys)
+            lanes = self.columns_of(place.chunk) if t > 1 else slice(None)
+            down = self.keys_of(place.key)
             if turn:
                 return _turned(ref[0, h, :, down], c.keys)
             out = ref[0, h, down if s > 1 else slice(None), lanes]

@@ -208,24 +208,28 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
             if queries:
                 dq_ref[:, columns] += dot(key[0, 0, those_keys], ds, (0, 0))
 
-        def run(first, last, masked):
-            """All chunks of queries against the chunks of keys first … last − 1."""
+        def whole(first, last):
+            """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
 
             def step(j, carry):
                 for chunk in range(c.chunks):
                     if chunk + 1 < c.chunks:
-                        logits(j, chunk + 1, masked, chunk + 1)
-                    elif c.chunks > 1 and not masked:
-                        logits(jnp.minimum(j + 1, last - 1), 0, masked, 0)
+                        logits(j, chunk + 1, False, chunk + 1)
+                    elif c.chunks > 1:
+                        logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
                     gradients(j, chunk, chunk)
-                if c.chunks == 1 and not masked:
-                    logits(jnp.minimum(j + 1, last - 1), 0, masked, 0)
+                if c.chunks == 1:
+                    logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
                 return carry
 
-            logits(first, 0, masked, 0)
+            logits(first, 0, False, 0)
             jax.lax.fori_loop(first, last, step, None)
 
-        ranges.visit(numbers, batch, i, part, run)
+        def crossed(j, chunk):
+            logits(j, chunk, True, 0)
+            gradients(j, chunk, 0)
+
+        ranges.visit(numbers, batch, i, part, whole, crossed)
         scale = 1.0 if bent else rules.scale
 
         if queries:

@@ -157,24 +157,28 @@ def _kernel(p: Layout, ranges: Ranges, operands):
                 acc = acc_ref[:, columns].reshape(-1, 8, c.columns) * shrink[None]
                 acc_ref[:, columns] = acc.reshape(mixed.shape) + mixed
 
-            def run(first, last, masked):
-                """All chunks of queries against the chunks of keys first … last − 1."""
+            def whole(first, last):
+                """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
 
                 def step(j, carry):
                     for chunk in range(c.chunks):
                         if chunk + 1 < c.chunks:
-                            logits(j, chunk + 1, masked, chunk + 1)
-                        elif c.chunks > 1 and not masked:
-                            logits(jnp.minimum(j + 1, last - 1), 0, masked, 0)
+                            logits(j, chunk + 1, False, chunk + 1)
+                        elif c.chunks > 1:
+                            logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
                         softmax(j, chunk, chunk)
-                    if c.chunks == 1 and not masked:
-                        logits(jnp.minimum(j + 1, last - 1), 0, masked, 0)
+                    if c.chunks == 1:
+                        logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
                     return carry
 
-                logits(first, 0, masked, 0)
+                logits(first, 0, False, 0)
                 jax.lax.fori_loop(first, last, step, None)
 
-            ranges.visit(numbers, batch, i, part, run)
+            def crossed(j, chunk):
+                logits(j, chunk, True, 0)
+                softmax(j, chunk, 0)
+
+            ranges.visit(numbers, batch, i, part, whole, crossed)
 
             @pl.when(last_part)
             def _():
