@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, masks, tiles
+from jaxml.attention.linear import vary, varying_axes
 from jaxml.attention.masks import Mask, Tile
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, wide
@@ -73,7 +74,8 @@ def cut(
         buffers *= 3
     fixed = block * a_query + buffers
     room = max(1, int((limits.vmem - fixed) // (a_key * keys)))
-    parts = -(-keys_all // room)
+    fewest = -(-keys_all // room)
+    parts = next((n for n in range(fewest, 2 * fewest) if keys_all % n == 0), fewest)  # evenly: no copy to lengthen
     resident = -(-keys_all // parts)
     heads = 1
     if parts == 1 and rows == 1 and not backward:  # short sequences: several heads a grid step
@@ -110,10 +112,10 @@ class Operand:
 class Layout:
     """A call's arrays as the kernels take them."""
 
-    def __init__(self, rules: Rules, x: Inputs, backward: bool = False):
+    def __init__(self, rules: Rules, x: Inputs, others: Any = (), backward: bool = False):
         if x.query.dtype == jnp.float16:  # TPUs compute with float32 and bfloat16
             x = x._replace(**{name: getattr(x, name).astype(jnp.float32) for name in ("query", "key", "value")})
-        self.rules, self.original = rules, x
+        self.rules, self.original, self.axes = rules, x, varying_axes(x, others)
         self.fold = fold = _folds(x)
         if fold:
             x = _folded(x, fold)
@@ -131,6 +133,11 @@ class Layout:
         self.x = x
 
     # ---- arrays ---------------------------------------------------------------------------------------
+
+    def output(self, *shape: int, dtype=None) -> jax.ShapeDtypeStruct:
+        """What a kernel returns, differing between the devices of a `jax.shard_map` as its inputs do."""
+        like = jax.typeof(vary(self.x.query, self.axes))
+        return jax.ShapeDtypeStruct(shape, dtype or self.dtype, manual_axis_type=like.manual_axis_type)
 
     def store(self, a: Array, length: int) -> Array:
         """[B, T, N, H] → [B, N, T′, H′], as the kernels take it; zeros in the new places."""

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, blockwise
+from jaxml.attention.linear import vary
 from jaxml.attention.tiles import Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import LOG2E, Layout, Place, dot, folded_queries, folded_rows, shape_logits, unfold
 from jaxml.attention.tpu_ranges import Ranges
@@ -35,7 +36,7 @@ def backward(
         grads["sinks"] = blockwise.sinks_gradient(x, lse, delta)
     asked = [name for name in ("query", "key", "value") if name in wanted]
     if asked:
-        p = Layout(rules, x, backward=True)
+        p = Layout(rules, x, (out, ct_out, ct_lse), backward=True)
         query, key, value = gradients(p, lse, delta, ct_out)
         found = {"query": query, "key": key, "value": value}
         grads |= {name: found[name].astype(x.query.dtype) for name in asked}
@@ -105,7 +106,7 @@ def _call(p: Layout, rows: list[Array], ct: Array, *, queries: bool, keys: bool)
         if asked:
             spec = p.spec(1, block, width, where)
             out_specs.append(spec)
-            out_shape.append(jax.ShapeDtypeStruct((p.B, heads, length, spec.block_shape[-1]), p.dtype))
+            out_shape.append(p.output(p.B, heads, length, spec.block_shape[-1]))
             scratch.append(pltpu.VMEM((spec.block_shape[-1], block), p.wide))
     places = p.B * p.N * c.T * c.S
     products = (3 if keys else 2) * p.H + 2 * p.H2 if queries else 2 * (p.H + p.H2)
@@ -130,7 +131,7 @@ def _call(p: Layout, rows: list[Array], ct: Array, *, queries: bool, keys: bool)
         ),
         interpret=blocks.platform() == blocks.INTERPRET,
         name="flash_attention_backward" + ("" if queries and keys else "_queries" if queries else "_keys"),
-    )(*ranges.arrays, *inputs, *(o.array for o in operands))
+    )(*vary([*ranges.arrays, *inputs, *(o.array for o in operands)], p.axes))
 
 
 def _bent(p: Layout) -> bool:

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
+from jaxml.attention.linear import vary
 from jaxml.attention.tiles import Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, Layout, Place, divide, dot, shape_logits, unfold
 from jaxml.attention.tpu_ranges import Ranges
@@ -58,8 +59,8 @@ def attend(p: Layout) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
         pl.BlockSpec((1, c.heads, 1, c.block), row_index),
     ]
     out_shape = [
-        jax.ShapeDtypeStruct((p.B, p.N, c.T, p.width2), p.dtype),
-        jax.ShapeDtypeStruct((p.B, p.N, 1, c.T), p.wide),
+        p.output(p.B, p.N, c.T, p.width2),
+        p.output(p.B, p.N, 1, c.T, dtype=p.wide),
     ]
     scratch = [
         *[pltpu.VMEM((c.keys, c.columns), p.wide)] * max(2, c.chunks),
@@ -91,7 +92,7 @@ def attend(p: Layout) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
         ),
         interpret=blocks.platform() == blocks.INTERPRET,
         name="flash_attention_forward",
-    )(*ranges.arrays, query, key, value, *(o.array for o in operands))
+    )(*vary([*ranges.arrays, query, key, value, *(o.array for o in operands)], p.axes))
     out, lse = out[:, :, : p.true_T, : p.H2], lse[:, :, 0, : p.true_T]
     return unfold(out, p.fold), unfold(lse, p.fold)
 
