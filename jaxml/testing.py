@@ -66,3 +66,37 @@ def tiny_model(seed: int = 0, **fields):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     return Model(params, config, tiny_tokenizer(config.vocab_size, template))
+
+
+TPU_TOPOLOGIES = {
+    "v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1",
+}  # fmt: skip
+
+
+def compile_for_tpu(function, arguments, chip: str):
+    """`function` compiled for one chip of a TPU generation, on any machine that has libtpu (`jaxml[tpu]`).
+
+    Args:
+        function: a pure function of `arguments`; calls of `flash_attention` in it take the TPU's backends and blocks.
+        arguments: a sequence of pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
+        chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+
+    Returns:
+        What `jit(function).lower(...).compile()` returns: `memory_analysis()`, `cost_analysis()`, `as_text()`.
+    """
+    import os
+
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
+
+    from jaxml.attention import blocks
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    device = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip]).devices[0]
+    sharding = SingleDeviceSharding(device)
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
+    with use_abstract_mesh(mesh), blocks.target(f"TPU {chip}"):
+        return jax.jit(function).lower(*jax.tree.map(place, tuple(arguments))).compile()
