@@ -2,6 +2,7 @@
 
 from jaxml.attention.dispatch import Explanation, explain, flash_attention
 from jaxml.attention.masks import Causal, Chunked, Dense, Fn, Lengths, Mask, Prefix, Segments, Window
+from jaxml.attention.ring import ring_attention, zigzag_order
 
 __all__ = [
     "Causal",
@@ -16,4 +17,6 @@ __all__ = [
     "Window",
     "explain",
     "flash_attention",
+    "ring_attention",
+    "zigzag_order",
 ]
