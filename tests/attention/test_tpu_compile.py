@@ -1,0 +1,90 @@
+"""The TPU kernels, compiled for real TPUs by libtpu, with no TPU."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxml.attention import flash_attention
+from jaxml.attention.cases import CASES
+from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu
+
+pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
+
+by_name = {case.name: case for case in CASES}
+EVERYWHERE = ("grouped heads", "packed", "sinks")
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "tpu_schedule.py"
+
+
+def gradients(case, dtype):
+    """(function, its arguments): value and gradients of a case."""
+    kwargs = case.kwargs(dtype)
+    arrays = {k: v for k, v in kwargs.items() if hasattr(v, "shape") or k == "mask"}
+    rest = {k: v for k, v in kwargs.items() if k not in arrays}
+
+    def total(qkv, arrays):
+        out = flash_attention(*qkv, **arrays, **rest, implementation="mosaic_tpu")
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    return jax.value_and_grad(total), (case.arrays(dtype), arrays)
+
+
+@pytest.mark.parametrize("chip", TPU_TOPOLOGIES)
+@pytest.mark.parametrize(
+    "name",
+    ["grouped heads", "packed", "sinks", *[pytest.param(n, marks=pytest.mark.slow) for n in ("bias", "dropout")]],
+)
+def test_compiles_for_every_generation(name, chip):
+    compile_for_tpu(*gradients(by_name[name], jnp.bfloat16), chip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [n for n in by_name if n not in ("grouped heads", "packed", "sinks", "bias", "dropout")]
+)
+def test_every_case_compiles(name):
+    compile_for_tpu(*gradients(by_name[name], jnp.bfloat16), "v6e")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_every_dtype_compiles(dtype):
+    compile_for_tpu(*gradients(by_name["causal"], dtype), "v5e")
+
+
+@pytest.mark.slow
+def test_a_million_tokens_need_no_memory_that_grows_with_their_square():
+    """Beside arguments and results; the arrays come and go with heads first, as the kernels take them."""
+    x = jax.ShapeDtypeStruct((1, 1, 2**20, 128), jnp.bfloat16)
+    turned = lambda a: a.swapaxes(1, 2)
+    attend = lambda *a: turned(flash_attention(*map(turned, a), is_causal=True, implementation="mosaic_tpu"))
+    extra = compile_for_tpu(attend, [x, x, x], "v6e").memory_analysis().temp_size_in_bytes
+    assert extra < 16 * 2**20
+
+
+@pytest.mark.slow
+def test_the_backward_pass_of_sixteen_heads_needs_little_memory():
+    x = jax.ShapeDtypeStruct((1, 16, 4096, 128), jnp.bfloat16)
+    turned = lambda a: a.swapaxes(1, 2)
+    attend = lambda *a: turned(flash_attention(*map(turned, a), is_causal=True, implementation="mosaic_tpu"))
+    backward = lambda q, k, v, ct: jax.vjp(attend, q, k, v)[1](ct)
+    extra = compile_for_tpu(backward, [x] * 4, "v6e").memory_analysis().temp_size_in_bytes
+    assert extra < 66 * 2**20
+
+
+BUNDLES = {"0.0.42.1": {"v6e": 9272}, "0.0.50.1": {"v6e": 9324}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v6e"])
+def test_the_schedule_has_not_grown(chip):
+    version = importlib.metadata.version("libtpu")
+    if version not in BUNDLES:
+        pytest.skip(f"bundle counts are known for libtpu {', '.join(BUNDLES)}, this is {version}")
+    job = json.dumps(dict(subject="jaxml", chip=chip, width=128, kind="forward", blocks={}))
+    done = subprocess.run([sys.executable, str(BENCHMARK), "--one", job], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1])["bundles"] <= 1.02 * BUNDLES[version][chip]
