@@ -92,7 +92,8 @@ def best(subject: str, chip: str, width: int, kind: str, timeout: int) -> dict:
             tried.append({"blocks": blocks, "failed": f"not compiled in {timeout} s"})
             continue
         if done.returncode:
-            tried.append({"blocks": blocks, "failed": done.stderr.strip().splitlines()[-1][:300]})
+            said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("See ")]
+            tried.append({"blocks": blocks, "failed": said[-1][:300]})
         else:
             tried.append({"blocks": blocks} | json.loads(done.stdout.splitlines()[-1]))
     found = [t for t in tried if "bundles" in t]
@@ -112,7 +113,8 @@ def measure(subject: str, chip: str, width: int, kind: str, blocks: dict) -> dic
 
     folder = tempfile.mkdtemp()
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
-    os.environ["LIBTPU_INIT_ARGS"] = flags + " --xla_jf_debug_level=2"
+    flags += " --xla_jf_debug_level=2 --xla_tpu_scoped_vmem_limit_kib=65536"  # the rivals' large blocks need the last
+    os.environ["LIBTPU_INIT_ARGS"] = flags
     import jax
     import jax.numpy as jnp
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxml.attention import Causal, Chunked, Dense, Fn, Lengths, Prefix, Segments, Window, flash_attention
+from jaxml.attention import Array, Causal, Chunked, Fn, Lengths, Prefix, Segments, Window, flash_attention
 from jaxml.attention.masks import Grid, tile_at, whole
 
 B, N, T, S = 2, 4, 13, 17
@@ -20,8 +20,8 @@ MASKS = {
     "lengths": Lengths(jnp.array([5, 13]), jnp.array([17, 0])),
     "prefix": Prefix(jnp.array([3, 0])),
     "chunked": Chunked(4),
-    "array of rows": Dense(jnp.asarray(RNG.random((B, 1, T, 1)) > 0.5)),
-    "array of heads": Dense(jnp.asarray(RNG.random((1, N, T, S)) > 0.02)),
+    "array of rows": Array(jnp.asarray(RNG.random((B, 1, T, 1)) > 0.5)),
+    "array of heads": Array(jnp.asarray(RNG.random((1, N, T, S)) > 0.02)),
     "function": Fn(lambda b, h, q, k, n: (q + k + h) % n == 0, (jnp.asarray(2),)),
     "and": Causal() & Segments(Q_IDS, KV_IDS),
     "or": Causal() | Prefix(jnp.array([3, 0])),
@@ -94,7 +94,7 @@ def test_half_of_the_tiles_of_a_causal_mask_are_empty_and_a_window_leaves_a_band
         (Segments(jnp.zeros((3, 6), int)), "q_ids"),
         (Lengths(jnp.zeros(3, int)), "q_lengths"),
         (Prefix(jnp.zeros(5, int)), "lengths"),
-        (Causal() & ~Dense(jnp.ones((2, 3, 6, 6), bool)), "broadcasts"),
+        (Causal() & ~Array(jnp.ones((2, 3, 6, 6), bool)), "broadcasts"),
     ],
 )
 def test_masks_of_another_shape_are_refused(mask, word):
