@@ -132,7 +132,7 @@ def measure(subject: str, chip: str, width: int, kind: str, blocks: dict) -> dic
             continue
         if kind == "backward" and re.search(r"forward|fwd|flash_attention\.", path.name):
             continue
-        count, spilled = bundles(path.read_text(), _trips(subject, kind, blocks))
+        count, spilled = bundles(path.read_text(), _trips(subject, kind, chip, blocks))
         kernels.append({"kernel": re.sub(r"^\d+-|-\d+-final.*", "", path.name), "bundles": count})
         total, spills = total + count, spills + spilled
     if not kernels:
@@ -197,13 +197,17 @@ CALLS = {"jaxml": _jaxml, "tokamax splash": _tokamax, "jax splash": _splash, "ja
 KERNELS = {"jaxml": "flash_attention", "tokamax splash": "splash|flash", "jax splash": "splash", "jax flash": "flash"}
 
 
-def _trips(subject: str, kind: str, blocks: dict) -> tuple[int, ...]:
+def _trips(subject: str, kind: str, chip: str, blocks: dict) -> tuple[int, ...]:
     """How often the loops of each depth run: over the grid where it has several steps, and within a step."""
     if subject != "jaxml":  # what is within a step is unrolled
         half = 1 if kind == "forward" or subject == "jax flash" else 2
         return ((LENGTH * half // blocks["q"]) * (LENGTH * half // blocks["kv"]),)
-    chunks = LENGTH // 512
-    return (chunks,) if kind == "forward" else (2, chunks)
+    from jaxml.attention.blocks import TABLE
+
+    limits = TABLE[chip]
+    if kind == "forward":
+        return (LENGTH // limits.chunk // limits.together,)
+    return LENGTH // limits.rows_backward, LENGTH // limits.chunk
 
 
 def table() -> str:

@@ -60,6 +60,7 @@ class Limits:
     chunk: int  # keys and queries of a chunk
     rows: int  # queries of a block, forwards
     rows_backward: int
+    together: int = 1  # chunks of keys in one turn of the forward loop: 1 or 2
 
 
 MiB = 2**20
@@ -67,9 +68,9 @@ TABLE = {
     "v4": Limits(vmem=14 * MiB, chunk=512, rows=1024, rows_backward=1024),
     "v5e": Limits(vmem=96 * MiB, chunk=512, rows=2048, rows_backward=1024),
     "v5p": Limits(vmem=80 * MiB, chunk=512, rows=2048, rows_backward=1024),
-    "v6e": Limits(vmem=96 * MiB, chunk=512, rows=2048, rows_backward=1024),
-    "tpu7x": Limits(vmem=48 * MiB, chunk=512, rows=2048, rows_backward=1024),
-    INTERPRET: Limits(vmem=48 * MiB, chunk=128, rows=256, rows_backward=256),
+    "v6e": Limits(vmem=96 * MiB, chunk=512, rows=2048, rows_backward=1024, together=2),
+    "tpu7x": Limits(vmem=48 * MiB, chunk=512, rows=2048, rows_backward=1024, together=2),
+    INTERPRET: Limits(vmem=48 * MiB, chunk=128, rows=256, rows_backward=256, together=2),
 }
 
 

@@ -161,7 +161,7 @@ def _kernel(p: Layout, ranges: Ranges, operands):
             def whole(first, last):
                 """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
 
-                def step(j, carry):
+                def step(j):
                     for chunk in range(c.chunks):
                         if chunk + 1 < c.chunks:
                             logits(j, chunk + 1, False, chunk + 1)
@@ -170,10 +170,21 @@ def _kernel(p: Layout, ranges: Ranges, operands):
                         softmax(j, chunk, chunk)
                     if c.chunks == 1:
                         logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
+
+                def turn(n, carry):
+                    for more in range(together):
+                        step(first + n * together + more)
                     return carry
 
+                together = blocks.limits().together
                 logits(first, 0, False, 0)
-                jax.lax.fori_loop(first, last, step, None)
+                turns = (last - first) // together if isinstance(last, int) else divide(last - first, together)
+                jax.lax.fori_loop(0, turns, turn, None)
+                left = last - first - turns * together  # 0 or 1
+                if not isinstance(left, int):
+                    pl.when(left == 1)(lambda: step(last - 1))
+                elif left:
+                    step(last - 1)
 
             def crossed(j, chunk):
                 logits(j, chunk, True, 0)

@@ -76,7 +76,7 @@ def test_the_backward_pass_of_sixteen_heads_needs_little_memory():
     assert extra < 66 * 2**20
 
 
-BUNDLES = {"0.0.42.1": {"v6e": 9272}, "0.0.50.1": {"v6e": 9324}}
+BUNDLES = {"0.0.42.1": {"v6e": 8828}, "0.0.50.1": {"v6e": 8926}}
 
 
 @pytest.mark.slow
