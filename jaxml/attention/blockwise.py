@@ -38,7 +38,7 @@ def _blocks(x: Inputs) -> tuple[int, int]:
         return min(T, 512), min(S, 512)
     side = 2 ** int(math.log2(math.sqrt(2**20 / (B * N))))  # a tile of all heads is about 2 MiB
     side = min(max(side, 64), 512)
-    return min(T, side // 2), min(S, side)
+    return min(T, side), min(S, side // 2)
 
 
 class _Problem:
@@ -82,11 +82,17 @@ class _Problem:
     def both(self, a):
         return None if a is None else masks.pad("both", a, self.grid)
 
-    def row(self, a, i, axis=1):
-        return jax.lax.dynamic_slice_in_dim(a, i * self.grid.rows, self.grid.rows, axis)
+    def row(self, a, i):
+        """The tile's part of an array [B, T, N, H], heads first."""
+        return jax.lax.dynamic_slice_in_dim(a, i * self.grid.rows, self.grid.rows, 1).swapaxes(1, 2)
 
-    def column(self, a, j, axis=1):
-        return jax.lax.dynamic_slice_in_dim(a, j * self.grid.columns, self.grid.columns, axis)
+    def column(self, a, j):
+        """The tile's part of an array [B, S, K, H], heads first."""
+        return jax.lax.dynamic_slice_in_dim(a, j * self.grid.columns, self.grid.columns, 1).swapaxes(1, 2)
+
+    def of_row(self, a, i):
+        """The tile's part of a number for each row, [B, N, T]."""
+        return jax.lax.dynamic_slice_in_dim(a, i * self.grid.rows, self.grid.rows, 2)
 
     def tile(self, a, i, j):
         return None if a is None else masks.cut("both", a, i, j, self.grid)
@@ -150,7 +156,7 @@ def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Ar
             m, total, acc = carry
 
             def compute(visible):
-                s = p.shape(i, j)(tiles.products(rules, q, p.column(p.key, j)), p.tile(p.bias, i, j), p.data)
+                s = p.shape(i, j)(tiles.products(q, p.column(p.key, j)) * rules.scale, p.tile(p.bias, i, j), p.data)
                 s = s if visible is None else jnp.where(visible, s, -jnp.inf)
                 top = jnp.maximum(m, jnp.max(s, axis=-1))
                 base = jnp.where(top > -jnp.inf, top, 0.0)
@@ -187,10 +193,10 @@ def tangent(rules: Rules, x: Inputs, out: Array, lse: Array, dots: dict[str, Arr
     dbias, ddata = p.both(dbias), tuple(map(_zero_tangent, p.data))
     if "data" in dots:
         ddata = _fill(ddata, _floating(p.data), dots["data"])
-    lse_rows = _pad(lse, 2, p.R * p.grid.rows)
+    lse_rows = _pad(tiles.finite(lse), 2, p.R * p.grid.rows)
 
     def row(_, i):
-        q, lse_i = p.row(p.query, i), p.row(lse_rows, i, 2)
+        q, lse_i = p.row(p.query, i), p.of_row(lse_rows, i)
 
         @jax.checkpoint
         def column(carry, j):
@@ -198,11 +204,11 @@ def tangent(rules: Rules, x: Inputs, out: Array, lse: Array, dots: dict[str, Arr
 
             def compute(visible):
                 k, v = p.column(p.key, j), p.column(p.value, j)
-                s, s_dot = tiles.products(rules, q, k), jnp.zeros((), dtype)
+                s, s_dot = tiles.products(q, k) * rules.scale, jnp.zeros((), dtype)
                 if dq is not None:
-                    s_dot = s_dot + tiles.products(rules, p.row(dq, i), k)
+                    s_dot = s_dot + tiles.products(p.row(dq, i), k) * rules.scale
                 if dk is not None:
-                    s_dot = s_dot + tiles.products(rules, q, p.column(dk, j))
+                    s_dot = s_dot + tiles.products(q, p.column(dk, j)) * rules.scale
                 bias, bias_dot = p.tile(p.bias, i, j), p.tile(dbias, i, j)
                 bias_dot = jnp.zeros_like(bias) if bias is not None and bias_dot is None else bias_dot
                 s, s_dot = jax.jvp(
@@ -239,7 +245,7 @@ def backward(
     dtype = wide(x.query.dtype)
     moved = delta(out, ct_out, ct_lse)
     ct_rows = p.rows(ct_out.astype(x.query.dtype))
-    lse_rows, delta_rows = (_pad(a, 2, p.R * p.grid.rows) for a in (lse, moved))
+    lse_rows, delta_rows = (_pad(a, 2, p.R * p.grid.rows) for a in (tiles.finite(lse), moved))
     moving = _floating(p.data)
 
     def column(carry, j):
@@ -248,38 +254,35 @@ def backward(
 
         @jax.checkpoint
         def row(carry, i):
-            dk, dv, ddata = carry
-            q, ct, bias = p.row(p.query, i), p.row(ct_rows, i), p.tile(p.bias, i, j)
+            dq, (dk, dv, ddata) = carry
 
             def compute(visible):
+                q, ct, bias = p.row(p.query, i), p.row(ct_rows, i), p.tile(p.bias, i, j)
                 free = lambda s, bias, some: p.shape(i, j)(s, bias, _fill(p.data, moving, some))
-                s, pull = jax.vjp(free, tiles.products(rules, q, k), bias, _choose(p.data, moving))
-                e = tiles.weights(s, p.row(lse_rows, i, 2), visible)
-                ds = jnp.einsum(
-                    "BtKGH,BsKH->BKGts",
-                    ct.reshape(p.B, p.grid.rows, p.K, p.N // p.K, -1),
-                    v,
-                    preferred_element_type=dtype,
-                ).reshape(e.shape)
+                s, pull = jax.vjp(free, tiles.products(q, k) * rules.scale, bias, _choose(p.data, moving))
+                e = tiles.weights(s, p.of_row(lse_rows, i), visible)
+                ds = tiles.products(ct, v)
                 kept = p.keep(i, j)
                 e_kept, ds = (e, ds) if kept is None else (e * kept, ds * kept)
-                ds, dbias, more = pull(e * (ds - p.row(delta_rows, i, 2)[..., None]))
+                ds, dbias, more = pull(e * (ds - p.of_row(delta_rows, i)[..., None]))
                 ds = ds * rules.scale
-                dq_part = tiles.mix(ds, k).swapaxes(1, 2)
+                dq_part = tiles.mix(ds, k)
                 ddata_new = tuple(a + b.astype(a.dtype) for a, b in zip(ddata, more))
-                dk_new = dk + tiles.collect(ds, q, p.K)
-                return (dk_new, dv + tiles.collect(e_kept, ct, p.K), ddata_new), (dq_part, dbias)
+                dk_new = dk + tiles.collect(ds, q, k)
+                return (dk_new, dv + tiles.collect(e_kept, ct, v), ddata_new), dq_part, dbias
 
             def skip():
-                nothing = p.new((p.B, p.grid.rows, p.N, q.shape[3]), dtype)
-                return carry, (nothing, None if bias is None else p.new(bias.shape, bias.dtype))
+                bias = jax.eval_shape(lambda: p.tile(p.bias, i, j))
+                nothing = p.new((p.B, p.N, p.grid.rows, k.shape[3]), dtype)
+                return carry[1], nothing, None if bias is None else p.new(bias.shape, bias.dtype)
 
-            return p.by_kind(i, j, compute, skip)
+            sums, part, dbias = p.by_kind(i, j, compute, skip)
+            dq = jax.lax.dynamic_update_slice_in_dim(dq, (p.row(dq, i) + part).swapaxes(1, 2), i * p.grid.rows, 1)
+            return (dq, sums), dbias
 
         empty = p.new(k.shape, dtype), p.new(v.shape, dtype), ddata
-        (dk, dv, ddata), (parts, dbias) = _scan(row, empty, p.R)
-        dbias = _bias_rows(dbias, p, x.bias)
-        return (dq + _rows_first(parts, p.R * p.grid.rows), ddata), (dk, dv, dbias)
+        (dq, (dk, dv, ddata)), dbias = _scan(row, (dq, empty), p.R)
+        return (dq, ddata), (dk.swapaxes(1, 2), dv.swapaxes(1, 2), _bias_rows(dbias, p, x.bias))
 
     some = tuple(p.new(a.shape, wide(a.dtype)) for a in _choose(p.data, moving))
     (dq, ddata), (dk, dv, dbias) = _scan(column, (p.new(p.query.shape, dtype), some), p.C)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jaxml.attention.masks import Mask, Tile
 from jaxml.axes import Array, Bool, Float, wide
 
+NOTHING = 2.4e38  # a log-sum-exp that leaves no weight: finite, so that no difference of two is NaN
+
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
@@ -33,13 +35,16 @@ class Inputs(NamedTuple):
     dropout_key: Array | None = None  # two uint32
 
 
-def products(rules: Rules, q: Float[Array, "B rows N H"], k: Float[Array, "B columns K H"]) -> Array:
-    """scale · q kᵀ with grouped heads, [B, N, rows, columns], in float32 or wider."""
-    B, rows, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, rows, K, N // K, H)
-    s = jnp.einsum("BtKGH,BsKH->BKGts", grouped, k, preferred_element_type=wide(q.dtype)) * rules.scale
-    return s.reshape(B, N, rows, k.shape[1])
+def products(q: Float[Array, "B N rows H"], k: Float[Array, "B K columns H"]) -> Float[Array, "B N rows columns"]:
+    """q kᵀ with grouped heads, in float32 or wider."""
+    out = jnp.einsum("BKrH,BKsH->BKrs", _grouped(q, k), k, preferred_element_type=wide(q.dtype))
+    return out.reshape(*q.shape[:3], k.shape[2])
+
+
+def _grouped(a: Float[Array, "B N rows _"], of: Float[Array, "B K columns _"]) -> Float[Array, "B K (group·rows) _"]:
+    """The query heads of a key head as more of its rows: a product with more batch axes takes twice as long on CPU."""
+    B, K = of.shape[:2]
+    return a.reshape(B, K, -1, a.shape[3])
 
 
 def shape(
@@ -57,21 +62,16 @@ def shape(
     return s if bias is None else s + bias.astype(s.dtype)
 
 
-def mix(p: Float[Array, "B N rows columns"], v: Float[Array, "B columns K H2"]) -> Float[Array, "B N rows H2"]:
+def mix(p: Float[Array, "B N rows columns"], v: Float[Array, "B K columns H2"]) -> Float[Array, "B N rows H2"]:
     """p · v with grouped heads, accumulated in float32 or wider; p is cast to v's dtype."""
-    B, N, rows, columns = p.shape
-    K = v.shape[2]
-    grouped = p.astype(v.dtype).reshape(B, K, N // K, rows, columns)
-    out = jnp.einsum("BKGts,BsKH->BKGtH", grouped, v, preferred_element_type=wide(v.dtype))
-    return out.reshape(B, N, rows, v.shape[3])
+    out = jnp.einsum("BKrs,BKsH->BKrH", _grouped(p.astype(v.dtype), v), v, preferred_element_type=wide(v.dtype))
+    return out.reshape(*p.shape[:3], v.shape[3])
 
 
-def collect(x: Float[Array, "B N rows columns"], y: Float[Array, "B rows N H"], K: int) -> Array:
-    """xᵀ · y summed over the query heads of each key head, [B, columns, K, H]."""
-    B, N, rows, columns = x.shape
-    x = x.astype(y.dtype).reshape(B, K, N // K, rows, columns)
-    y = y.reshape(B, rows, K, N // K, y.shape[3])
-    return jnp.einsum("BKGts,BtKGH->BsKH", x, y, preferred_element_type=wide(y.dtype))
+def collect(x: Float[Array, "B N rows columns"], y: Float[Array, "B N rows H"], of: Float[Array, "B K columns H"]):
+    """xᵀ · y summed over the query heads of each key head of `of`, and of its shape."""
+    x, y = _grouped(x.astype(y.dtype), of), _grouped(y, of)
+    return jnp.einsum("BKrs,BKrH->BKsH", x, y, preferred_element_type=wide(y.dtype))
 
 
 def keep(rules: Rules, key: Array, tile: Tile) -> Float[Array, "B N rows columns"]:
@@ -105,10 +105,14 @@ def finish(m: Array, total: Array, sinks: Float[Array, "N"] | None) -> tuple[Arr
 
 
 def weights(s: Array, lse: Float[Array, "B N rows"], visible: Bool[Array, "..."] | None) -> Array:
-    """exp(s − lse), 0 where nothing is visible."""
-    seen = (lse > -jnp.inf)[..., None]
-    seen = seen if visible is None else seen & visible
-    return jnp.where(seen, jnp.exp(jnp.where(seen, s - jnp.where(seen, lse[..., None], 0.0), 0.0)), 0.0)
+    """exp(s − lse), 0 where nothing is visible; `lse` has gone through `finite`."""
+    s = s if visible is None else jnp.where(visible, s, -jnp.inf)
+    return jnp.exp(s - lse[..., None])
+
+
+def finite(lse: Array) -> Array:
+    """The log-sum-exp, so large for rows that see nothing that their weights are 0."""
+    return jnp.where(lse > -jnp.inf, lse, NOTHING)
 
 
 # ---- score_mod --------------------------------------------------------------------------------------
