@@ -3,6 +3,7 @@
 from jaxml.attention.dispatch import Explanation, explain, flash_attention
 from jaxml.attention.masks import Causal, Chunked, Fn, Lengths, Mask, Prefix, Segments, Window
 from jaxml.attention.masks import Dense as Array
+from jaxml.attention.paged import Pages, paged_attention
 from jaxml.attention.ring import ring_attention, zigzag_order
 
 __all__ = [
@@ -13,11 +14,13 @@ __all__ = [
     "Fn",
     "Lengths",
     "Mask",
+    "Pages",
     "Prefix",
     "Segments",
     "Window",
     "explain",
     "flash_attention",
+    "paged_attention",
     "ring_attention",
     "zigzag_order",
 ]

@@ -44,12 +44,11 @@ def platform() -> str:
 
 
 def generation() -> str:
-    """The row of the table: "v4", "v5e", "v5p", "v6e" or "tpu7x"."""
+    """The row of the table: "v4", "v5e", "v5p", "v6e", "tpu7x"; the device's own name where there is none."""
     kind = _target.get() or jax.devices()[0].device_kind
     kind = kind.lower().replace("tpu", "").strip()
     names = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x", "v7x": "tpu7x"}
-    kind = names.get(kind, kind)
-    return kind if kind in TABLE else "v6e"
+    return names.get(kind, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +74,18 @@ TABLE = {
 
 
 def limits() -> Limits:
-    """The table's row for the device that runs."""
+    """The table's row for the device that runs; the kernels' `supports` has asked whether there is one."""
     return TABLE[generation()]
+
+
+def unsupported() -> str | None:
+    """Why kernels for TPUs cannot run here, or None."""
+    if platform() not in ("tpu", INTERPRET):
+        return f"it needs a TPU, this is {platform()}"
+    if generation() not in TABLE:
+        known = ", ".join(name for name in TABLE if name != INTERPRET)
+        return f"it knows the TPUs {known}, this is {generation()!r}"
+    return None
 
 
 def cut_evenly(length: int, most: int) -> tuple[int, int]:

@@ -12,10 +12,9 @@ __all__ = ["backward", "forward", "supports"]
 
 def supports(rules: Rules, x: Inputs) -> str | None:
     """Why the kernels cannot compute the call, or None."""
-    platform = blocks.platform()
-    if platform not in ("tpu", blocks.INTERPRET):
-        return f"it needs a TPU, this is {platform}"
-    if x.query.dtype == jnp.float64 and platform != blocks.INTERPRET:
+    if reason := blocks.unsupported():
+        return reason
+    if x.query.dtype == jnp.float64 and blocks.platform() != blocks.INTERPRET:
         return "TPUs have no float64"
     if rules.score_mod is not None and tiles.needs_arrays(rules.score_mod):
         return "score_mod looks something up in an array by query, key or score; kernels can only compute with them"

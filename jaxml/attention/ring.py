@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.attention.dispatch import flash_attention
+from jaxml.attention.tiles import add_sinks
 from jaxml.axes import Array, Float, Int, wide
 
 
@@ -93,8 +94,7 @@ def ring_attention(
     if n > 1:
         (out, lse, _), _ = jax.lax.scan(step, (out, lse, state), length=n - 1)
     if sinks is not None:
-        total = jnp.logaddexp(lse, sinks.astype(lse.dtype)[None, None])
-        out, lse = out * jnp.exp(lse - total)[..., None].astype(out.dtype), total
+        out, lse = add_sinks(out, lse, sinks[None, None])
     out = out.astype(query.dtype)
     return (out, lse) if return_residual else out
 

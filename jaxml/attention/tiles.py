@@ -104,6 +104,15 @@ def finish(m: Array, total: Array, sinks: Float[Array, "N"] | None) -> tuple[Arr
     return lse, jnp.where(seen, jnp.exp(jnp.where(seen, m - lse, 0.0)), 0.0)
 
 
+def add_sinks(out: Array, lse: Array, sinks: Array) -> tuple[Array, Array]:
+    """An attention without sinks as one with them; `sinks` broadcasts to `lse`, and `out` has one axis more.
+
+    A sink only makes the sum of a row larger, so that all it does can be done afterwards.
+    """
+    total = jnp.logaddexp(lse, sinks.astype(lse.dtype))
+    return out * jnp.exp(lse - total)[..., None].astype(out.dtype), total
+
+
 def weights(s: Array, lse: Float[Array, "B N rows"], visible: Bool[Array, "..."] | None) -> Array:
     """exp(s − lse), 0 where nothing is visible; `lse` has gone through `finite`."""
     s = s if visible is None else jnp.where(visible, s, -jnp.inf)

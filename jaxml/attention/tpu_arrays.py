@@ -21,7 +21,7 @@ from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, wide
 
 LOG2E = 1.4426950408889634
-HIDDEN = -2.4e38  # a logit that nobody sees: finite, so that no difference of two is NaN
+HIDDEN = -tiles.NOTHING  # a logit that nobody sees
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.linear import vary
-from jaxml.attention.tiles import Inputs, Rules, keep
+from jaxml.attention.tiles import NOTHING, Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import LOG2E, Layout, Place, dot, folded_queries, folded_rows, shape_logits, unfold
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array
-
-NOTHING = 2.4e38  # the log-sum-exp of a row without weight: exp2(any logit − it) is 0
 
 
 def backward(

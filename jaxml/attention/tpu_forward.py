@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
 from jaxml.attention.linear import vary
-from jaxml.attention.tiles import Inputs, Rules, keep
+from jaxml.attention.tiles import Inputs, Rules, add_sinks, keep
 from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, Layout, Place, divide, dot, shape_logits, unfold
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array, Float
@@ -25,10 +25,8 @@ def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Ar
     """(output in query's dtype, log-sum-exp of each row's logits, −inf where it sees nothing)."""
     p = Layout(rules, x)
     out, lse = attend(p)
-    if x.sinks is not None:  # a sink only makes the sum larger: all that it does can be done afterwards
-        with_sink = jnp.logaddexp(lse, x.sinks.astype(lse.dtype)[None, :, None])
-        out = out * jnp.exp(lse - with_sink)[..., None]
-        lse = with_sink
+    if x.sinks is not None:
+        out, lse = add_sinks(out, lse, x.sinks[None, :, None])
     return out.swapaxes(1, 2).astype(x.query.dtype), lse
 
 

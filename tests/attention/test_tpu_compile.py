@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxml.attention import flash_attention
+from jaxml.attention import Pages, flash_attention, paged_attention
 from jaxml.attention.cases import CASES
 from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu
 
@@ -54,6 +54,18 @@ def test_every_case_compiles(name):
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_every_dtype_compiles(dtype):
     compile_for_tpu(*gradients(by_name["causal"], dtype), "v5e")
+
+
+@pytest.mark.parametrize("chip", TPU_TOPOLOGIES)
+@pytest.mark.parametrize(
+    "heads", [dict(N=32, K=8, H=128), dict(N=9, K=3, H=64, page=16), dict(N=32, K=32, H=128, T=4)], ids=str
+)
+def test_paged_decoding_compiles_for_every_generation(heads, chip):
+    N, K, H, T, page = heads["N"], heads["K"], heads["H"], heads.get("T", 1), heads.get("page", 128)
+    shape = lambda *n, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(n, dtype)
+    store, table, lengths = shape(64, page, K * H), shape(4, 16, dtype=jnp.int32), shape(4, dtype=jnp.int32)
+    attend = lambda q, k, v, *rows: paged_attention(q, Pages(k, v, K), *rows, implementation="mosaic_tpu")
+    compile_for_tpu(attend, [shape(4, T, N, H), store, store, table, lengths], chip)
 
 
 @pytest.mark.slow

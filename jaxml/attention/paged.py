@@ -1,0 +1,203 @@
+"""Decoding over a cache in pages: rows of any length share one store of keys and values.
+
+A page holds the keys and values of `page` successive tokens of one row; which pages a row has, and in which order, says
+its line of the table. Where pages come from is the caller's business: nothing here allocates.
+
+Reference:
+    Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with PagedAttention".
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.attention import blocks, tiles, tpu_paged
+from jaxml.attention.dispatch import flash_attention
+from jaxml.axes import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Keys and values of all rows, the heads of a token side by side, as the TPU kernel reads them."""
+
+    key: Float[Array, "P page K*H"]
+    value: Float[Array, "P page K*H2"]
+    num_heads: int = dataclasses.field(metadata=dict(static=True))  # K
+
+    @property
+    def size(self) -> int:
+        """Tokens of a page."""
+        return self.key.shape[1]
+
+
+def init(pages: int, size: int, num_heads: int, head_dim: int, value_dim: int | None = None, dtype=jnp.bfloat16):
+    """Empty `Pages` of `size` tokens each (128 is good on TPUs; multiples of 16 at least).
+
+    Example:
+        >>> init(pages=8, size=16, num_heads=2, head_dim=64).key.shape
+        (8, 16, 128)
+    """
+    lay = lambda width: jnp.zeros((pages, size, num_heads * width), dtype)
+    return Pages(lay(head_dim), lay(value_dim or head_dim), num_heads)
+
+
+def write(
+    pages: Pages,
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H2"],
+    table: Int[Array, "B n"],
+    lengths: Int[Array, "B"],
+) -> Pages:
+    """The pages with the last T tokens of each row written; `lengths` count them already.
+
+    Tokens before a row's beginning (where lengths[b] < T) and beyond its last page are left out. Two rows that write
+    to one page must write to different places of it.
+
+    Raises:
+        ValueError: shapes that do not agree.
+    """
+    B, T, K, _ = key.shape
+    wanted = {"key": (pages.key, key), "value": (pages.value, value)}
+    for name, (store, new) in wanted.items():
+        if new.ndim != 4 or new.shape[:3] != (B, T, pages.num_heads) or K * new.shape[3] != store.shape[2]:
+            raise ValueError(
+                f"paged.write: {name} has the shape [B, T, K, H] with K = {pages.num_heads} and K·H = "
+                f"{store.shape[2]}, got {new.shape}."
+            )
+    _check_table(table, lengths, B)
+    place = lengths[:, None] - T + jnp.arange(T, dtype=lengths.dtype)[None]
+    column = place // pages.size
+    page = jnp.take_along_axis(table, jnp.clip(column, 0, table.shape[1] - 1), axis=1)
+    page = jnp.where((place >= 0) & (column < table.shape[1]), page, pages.key.shape[0])  # out of bounds: dropped
+    put = lambda store, new: store.at[page, place % pages.size].set(
+        new.reshape(B, T, -1).astype(store.dtype), mode="drop"
+    )
+    return dataclasses.replace(pages, key=put(pages.key, key), value=put(pages.value, value))
+
+
+def paged_attention(
+    query: Float[Array, "B T N H"],
+    pages: Pages,
+    table: Int[Array, "B n"],
+    lengths: Int[Array, "B"],
+    *,
+    scale: float | None = None,
+    local_window_size: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    return_residual: bool = False,
+    implementation: str | None = None,
+) -> Float[Array, "B T N H2"] | tuple[Float[Array, "B T N H2"], Float[Array, "B T N"]]:
+    """Causal attention of each row's last T tokens to its keys and values in pages.
+
+    Args:
+        query: of tokens lengths[b] − T, …, lengths[b] − 1 of row b; T is 1, or a few (speculation, a chunk of a
+            prompt). N is a multiple of `pages.num_heads`.
+        pages: hold the keys and values of those tokens already (`write`).
+        table: the pages of each row in order; entries beyond its length are not read, but are valid page numbers.
+        lengths: tokens of each row, the queries included; a row of length 0 gives 0.
+        scale, logits_soft_cap, sinks: as in `flash_attention`.
+        local_window_size: how far a query sees to the left; every token where None.
+        return_residual: return the log-sum-exp of each query's logits as well.
+        implementation: "mosaic_tpu" or "blockwise" (pages gathered, then `flash_attention`); what runs best where None.
+
+    Returns:
+        The output in query's dtype; queries before a row's beginning are 0. With `return_residual` also the
+        log-sum-exp, [B, T, N].
+
+    Raises:
+        ValueError: shapes or dtypes that do not agree.
+        NotImplementedError: the named implementation cannot do it; says why.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> pages = init(pages=8, size=16, num_heads=2, head_dim=64)
+        >>> table, lengths = jnp.array([[3, 5], [0, 1]]), jnp.array([20, 7])
+        >>> new = jax.random.normal(jax.random.key(0), (2, 1, 2, 64), jnp.bfloat16)
+        >>> pages = write(pages, new, new, table, lengths)
+        >>> paged_attention(jnp.ones((2, 1, 8, 64), jnp.bfloat16), pages, table, lengths).shape
+        (2, 1, 8, 64)
+    """
+    _check(query, pages, table, lengths, local_window_size, sinks)
+    rules = tpu_paged.Rules(
+        scale=query.shape[3] ** -0.5 if scale is None else float(scale),
+        window=local_window_size,
+        soft_cap=logits_soft_cap,
+        num_heads=pages.num_heads,
+    )
+    reason = tpu_paged.supports(query, pages.key, pages.value, table)
+    if implementation not in (None, "blockwise", "mosaic_tpu"):
+        raise ValueError(f"paged_attention: implementation is one of blockwise, mosaic_tpu, got {implementation!r}.")
+    if implementation == "mosaic_tpu" and reason is not None:
+        raise NotImplementedError(f"paged_attention: mosaic_tpu cannot do this: {reason}. blockwise can.")
+    kernel = implementation != "blockwise" and reason is None and (blocks.platform() == "tpu" or implementation)
+    attend = _by_kernel if kernel else _gathered
+    out, lse = attend(rules, query, pages.key, pages.value, table, lengths)
+    if sinks is not None:
+        out, lse = tiles.add_sinks(out, lse, sinks[None, None])
+    out = out.astype(query.dtype)
+    return (out, lse) if return_residual else out
+
+
+def _gathered(rules, query, key, value, table, lengths):
+    """The definition: each row's pages end to end, then attention over them."""
+    B, T = query.shape[:2]
+    page, count = key.shape[1], table.shape[1]
+    written = (jnp.arange(count * page, dtype=lengths.dtype)[None] < lengths[:, None])[..., None, None]
+
+    def whole(a):
+        a = a[table].reshape(B, count * page, rules.num_heads, -1)
+        return jnp.where(written, a, 0).astype(query.dtype)  # places never written may hold anything
+
+    key, value = whole(key), whole(value)
+    at = lengths[:, None] - T + jnp.arange(T, dtype=lengths.dtype)[None]
+    return flash_attention(
+        query, key, value, scale=rules.scale, is_causal=True, logits_soft_cap=rules.soft_cap,
+        local_window_size=None if rules.window is None else (rules.window, 0), q_positions=at,
+        kv_positions=jnp.arange(key.shape[1], dtype=at.dtype)[None], return_residual=True, implementation="blockwise",
+    )  # fmt: skip
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _by_kernel(rules, query, key, value, table, lengths):
+    return tpu_paged.attend(rules, query, key, value, table, lengths)
+
+
+@_by_kernel.defjvp
+def _(rules, primals, dots):
+    return _by_kernel(rules, *primals), jax.jvp(functools.partial(_gathered, rules), primals, dots)[1]
+
+
+def _check(query, pages, table, lengths, window, sinks) -> None:
+    if query.ndim != 4 or 0 in query.shape:
+        raise ValueError(f"paged_attention: query has 4 axes [B, T, N, H], none of them empty, got {query.shape}.")
+    B, _, N, H = query.shape
+    K = pages.num_heads
+    if N % K:
+        raise ValueError(f"paged_attention: query's heads are a multiple of the pages' {K}, got {N}.")
+    if pages.key.ndim != 3 or pages.key.shape[2] != K * H:
+        raise ValueError(
+            f"paged_attention: pages.key has the shape [P, page, K·H] with K·H = {K} · {H}, got {pages.key.shape}."
+        )
+    if pages.value.shape[:2] != pages.key.shape[:2] or pages.value.shape[2] % K:
+        raise ValueError(
+            f"paged_attention: pages.value has the shape [P, page, K·H2] = {(*pages.key.shape[:2], f'{K}·H2')}, "
+            f"got {pages.value.shape}."
+        )
+    _check_table(table, lengths, B)
+    if window is not None and window < 0:
+        raise ValueError(f"paged_attention: local_window_size is at least 0, got {window}.")
+    if sinks is not None and sinks.shape != (N,):
+        raise ValueError(f"paged_attention: sinks have the shape [N] = {(N,)}, got {sinks.shape}.")
+
+
+def _check_table(table, lengths, B: int) -> None:
+    if table.ndim != 2 or table.shape[0] != B or not jnp.issubdtype(table.dtype, jnp.integer):
+        raise ValueError(
+            f"paged attention: the table holds page numbers, [B, n] with B = {B}, got {table.dtype}{table.shape}."
+        )
+    if lengths.shape != (B,) or not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ValueError(f"paged attention: lengths are integers [B] = {(B,)}, got {lengths.dtype}{lengths.shape}.")
