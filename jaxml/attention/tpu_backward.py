@@ -224,11 +224,7 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
             logits(first, 0, False, 0)
             jax.lax.fori_loop(first, last, step, None)
 
-        def crossed(j, chunk):
-            logits(j, chunk, True, 0)
-            gradients(j, chunk, 0)
-
-        ranges.visit(numbers, batch, i, part, whole, crossed)
+        ranges.visit(numbers, batch, i, part, whole, logits, gradients)
         scale = 1.0 if bent else rules.scale
 
         if queries:

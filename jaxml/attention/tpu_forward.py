@@ -184,11 +184,7 @@ def _kernel(p: Layout, ranges: Ranges, operands):
                 elif left:
                     step(last - 1)
 
-            def crossed(j, chunk):
-                logits(j, chunk, True, 0)
-                softmax(j, chunk, 0)
-
-            ranges.visit(numbers, batch, i, part, whole, crossed)
+            ranges.visit(numbers, batch, i, part, whole, logits, softmax)
 
             @pl.when(last_part)
             def _():

@@ -17,8 +17,8 @@ class Ranges:
     """The numbers of a call, their arrays, and the loops that follow them.
 
     bounds: [b, rows, 4], flat: chunks of keys outside [first, last) are empty, those in [whole, again) whole.
-    holes: [b, rows · fine, words], flat: a bit for every chunk of keys, set where it is not empty; for every chunk of
-    queries, or for blocks of them where that were too many numbers.
+    bits: [2, b, rows · fine, words], flat: two for every chunk of keys, set where it is not empty and where it is not
+    whole; for every chunk of queries, or for blocks of them where that were too many numbers.
     """
 
     def __init__(self, p: Layout):
@@ -47,31 +47,34 @@ class Ranges:
             return jnp.pad(a, ((0, 0), (0, 0), (0, C - true_C)))
 
         some, every = (spread(a, beyond) for a, beyond in ((some, False), (every, True)))
-        each, self.fine = some, c.chunks
+        each, self.fine = (some, every), c.chunks
         some = jnp.any(some.reshape(b, c.rows, c.chunks, C), axis=2)
         every = jnp.all(every.reshape(b, c.rows, c.chunks, C), axis=2)
-        if b * chunks * self.words > MOST_WORDS:
-            each, self.fine = some, 1
+        if 2 * b * chunks * self.words > MOST_WORDS:
+            each, self.fine = (some, every), 1
         index = jnp.arange(C, dtype=jnp.int32)[None, None]
-        every &= some & ((index + 1) * c.keys <= p.true_S)
+        inside = (index + 1) * c.keys <= p.true_S
+        every &= some & inside
         lowest = lambda a: jnp.min(jnp.where(a, index, C), axis=2)
         first, last = lowest(some), jnp.max(jnp.where(some, index + 1, 0), axis=2)
         whole = jnp.minimum(lowest(every), last)
         again = jnp.minimum(lowest((index >= whole[..., None]) & ~every), jnp.maximum(last, whole))
         bounds = jnp.stack([jnp.minimum(first, last), whole, again, last], axis=2)
-        bits = jnp.pad(each, ((0, 0), (0, 0), (0, self.words * 32 - C))).reshape(b, c.rows * self.fine, self.words, 32)
-        bits = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None, None, None], axis=3)
-        holes = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.int32)
-        return bounds.astype(jnp.int32).reshape(-1), holes.reshape(-1)
+        bits = jnp.stack([each[0], ~(each[1] & inside)])
+        self.plane = b * c.rows * self.fine * self.words
+        bits = jnp.pad(bits, ((0, 0), (0, 0), (0, 0), (0, self.words * 32 - C))).reshape(self.plane * 2, 32)
+        bits = jnp.sum(bits.astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)[None], axis=1)
+        bits = jax.lax.bitcast_convert_type(bits.astype(jnp.uint32), jnp.int32)
+        return bounds.astype(jnp.int32).reshape(-1), bits
 
     def _bound(self, refs, batch, i, n: int):
         return refs[1][((0 if self.shared else batch) * self.rows + i) * 4 + n]
 
-    def _seen(self, refs, batch, i, chunk, j):
-        """Whether a chunk of queries of block i sees anything of the chunk of keys j of the call."""
+    def _bit(self, refs, batch, i, chunk, j, plane: int):
+        """Whether a chunk of queries of block i sees (plane 0), or does not see whole (1), the chunk of keys j."""
         row = (0 if self.shared else batch) * self.rows + i
         row = row * self.fine + chunk if self.fine > 1 else row
-        return (refs[2][row * self.words + (j >> 5)] >> (j & 31)) & 1 == 1
+        return (refs[2][plane * self.plane + row * self.words + (j >> 5)] >> (j & 31)) & 1 == 1
 
     def held(self, refs, batch, i, part):
         """The part of the keys to hold in its place: never one that this block of queries does not see."""
@@ -80,10 +83,12 @@ class Ranges:
         first, last = (self._bound(refs, batch, i, n) for n in (0, 3))
         return jnp.clip(part, divide(first, self.resident), divide(jnp.maximum(last - 1, 0), self.resident))
 
-    def visit(self, refs, batch, i, part, whole: Callable, crossed: Callable) -> None:
+    def visit(self, refs, batch, i, part, whole: Callable, ahead: Callable, finish: Callable):
         """What the block of queries i sees of the resident keys, chunks of keys counted within them.
 
-        ``whole(first, last)`` for those that all its queries see whole, ``crossed(j, chunk)`` for the other tiles.
+        ``whole(first, last)`` for those that all its queries see whole. The other tiles in turn, each in two halves:
+        ``ahead(j, chunk, masked, buffer)``, then, once the next tile's first half is in the other buffer of 0 and 1,
+        ``finish(j, chunk, buffer)``; so the matrix unit works on one tile while the vector unit does on another.
         """
         if self.mask is None:
             return whole(0, self.resident)
@@ -95,16 +100,51 @@ class Ranges:
         def _():
             whole(full, again)
 
-        def tiles_of(n, carry):
-            j = jnp.where(first + n < full, first + n, again + n - (full - first))
+        chunks = self.p.cut.chunks
+        total = (full - first + last - again) * chunks
 
-            def tile(chunk, carry):
-                @pl.when(self._seen(refs, batch, i, chunk, start + j))
-                def _():
-                    crossed(j, chunk)
+        def tile(n):
+            """(chunk of keys, chunk of queries) of the n-th tile."""
+            n = jnp.minimum(n, total - 1)
+            row = divide(n, chunks)
+            return jnp.where(first + row < full, first + row, again + row - (full - first)), n - row * chunks
 
-                return carry
+        def following(n):
+            """The first tile from the n-th on that is not empty."""
 
-            return jax.lax.fori_loop(0, self.p.cut.chunks, tile, carry)
+            def empty(n):
+                j, chunk = tile(n)
+                return (n < total) & ~self._bit(refs, batch, i, chunk, start + j, 0)
 
-        jax.lax.fori_loop(0, full - first + last - again, tiles_of, None)
+            return jax.lax.while_loop(empty, lambda n: n + 1, n)
+
+        def crossed(n):
+            j, chunk = tile(n)
+            return self._bit(refs, batch, i, chunk, start + j, 1)
+
+        def turn(one):
+            """Two tiles in one stretch of code, masked unless both that it begins are whole."""
+            other = following(one + 1)
+            after = following(other + 1)
+            masks = crossed(other) | crossed(after)
+            for masked in (False, True):
+
+                @pl.when((other < total) & (masks == masked))
+                def _(masked=masked):
+                    ahead(*tile(other), masked, 1)
+                    finish(*tile(one), 0)
+                    ahead(*tile(after), masked, 0)
+                    finish(*tile(other), 1)
+
+            @pl.when(other >= total)
+            def _():
+                finish(*tile(one), 0)
+
+            return after
+
+        begin = following(jnp.int32(0))
+
+        @pl.when(begin < total)
+        def _():
+            ahead(*tile(begin), True, 0)
+            jax.lax.while_loop(lambda n: n < total, turn, begin)
