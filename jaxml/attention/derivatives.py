@@ -39,28 +39,34 @@ def attend(rules: Rules, backend: Backend, x: Inputs) -> tuple[Array, Array]:
 def _jvp(rules: Rules, backend: Backend, primals, dots):
     (x,), (dx,) = primals, dots
     out, lse = attend(rules, backend, x)
-    moving = {name: _moving(getattr(x, name), getattr(dx, name)) for name in DIFFERENTIABLE}
-    moving = {name: dot for name, dot in moving.items() if dot is not None}
+    moving = tangents(x, dx)
 
     def tangent(residuals, dots):
         return blockwise.tangent(rules, *residuals, dots)
 
     def transpose(residuals, cts):
-        return _backward(rules, backend, tuple(moving), residuals, cts)
+        return backward(rules, backend, tuple(moving), residuals, cts)
 
     return (out, lse), linear(tangent, transpose, (x, out, lse), moving)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _backward(rules, backend, wanted, residuals, cts):
+def backward(rules: Rules, backend: Backend, wanted: tuple[str, ...], residuals: tuple, cts: tuple) -> dict[str, Array]:
+    """The backend's gradients, which may be differentiated again."""
     return backend.backward(rules, *residuals, *cts, wanted)
 
 
-@_backward.defjvp
+@backward.defjvp
 def _(rules, backend, wanted, primals, dots):
     plain = lambda residuals, cts: blockwise.backward(rules, *residuals, *cts, wanted)
-    grads = _backward(rules, backend, wanted, *primals)
+    grads = backward(rules, backend, wanted, *primals)
     return grads, jax.jvp(plain, primals, dots)[1]
+
+
+def tangents(x: Inputs, dx: Inputs) -> dict[str, Array]:
+    """The tangents of the inputs that move, by name."""
+    all_of_them = {name: _moving(getattr(x, name), getattr(dx, name)) for name in DIFFERENTIABLE}
+    return {name: dot for name, dot in all_of_them.items() if dot is not None}
 
 
 def _moving(x, dot):

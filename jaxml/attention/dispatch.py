@@ -14,6 +14,7 @@ from jaxml.axes import Array, Bool, Float, Int, wide
 
 BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwise.backward)
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
+REFERENCE = Backend("reference", blockwise.supports, reference.attend, blockwise.backward)
 BACKENDS = {b.name: b for b in (MOSAIC_TPU, BLOCKWISE)}
 ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
 
@@ -87,11 +88,11 @@ def flash_attention(
         Dao et al. 2022, "FlashAttention"; Rabe and Staats 2021, "Self-attention does not need O(n²) memory".
     """
     given = {k: v for k, v in locals().items() if k not in ("return_residual", "implementation")}
-    rules, x, batched = _normalise(**given)
+    rules, x, batched = normalise(**given)
     if implementation == "reference":
         out, lse = reference.attend(rules, x)
     else:
-        out, lse = attend(rules, _choose(rules, x, implementation), x)
+        out, lse = attend(rules, choose(rules, x, implementation), x)
     lse = lse.swapaxes(1, 2)
     out, lse = (out, lse) if batched else (out[0], lse[0])
     return (out, lse) if return_residual else out
@@ -122,8 +123,8 @@ def explain(*args, implementation: str | None = None, **kwargs) -> Explanation:
     chosen = {}
 
     def call(**arrays):
-        rules, x, _ = _normalise(**static, **arrays)
-        chosen["name"] = _choose(rules, x, implementation).name if implementation != "reference" else "reference"
+        rules, x, _ = normalise(**static, **arrays)
+        chosen["name"] = choose(rules, x, implementation).name
         chosen["refused"] = _refused(rules, x)
         return 0
 
@@ -147,9 +148,12 @@ def _first(rules: Rules, x: Inputs) -> Backend:
     return next(BACKENDS[name] for name in order if BACKENDS[name].supports(rules, x) is None)
 
 
-def _choose(rules: Rules, x: Inputs, implementation: str | None) -> Backend:
+def choose(rules: Rules, x: Inputs, implementation: str | None) -> Backend:
+    """The named backend, or the first that can; raises where the named one cannot."""
     if implementation is None:
         return _first(rules, x)
+    if implementation == "reference":
+        return REFERENCE
     if implementation not in BACKENDS:
         raise ValueError(
             f"flash_attention: implementation is one of reference, {', '.join(BACKENDS)}, got {implementation!r}."
@@ -166,7 +170,7 @@ def _choose(rules: Rules, x: Inputs, implementation: str | None) -> Backend:
 # ---- from arguments to arrays and rules -------------------------------------------------------------
 
 
-def _normalise(
+def normalise(
     query,
     key,
     value,

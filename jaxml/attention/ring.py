@@ -1,14 +1,21 @@
 """Attention over a sequence that is spread over devices: keys and values travel round a ring, queries stay.
 
 Each device attends to the keys that are with it, passes them on, and joins what it found so far with the new part by
-their log-sum-exps, which is exact. All of it is plain JAX inside `jax.shard_map`, so that every derivative works.
+their log-sum-exps, which is exact. Backwards the keys go round once more, and their gradients with them, so that a
+device never holds more keys than its own part and the one that is passing.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention.dispatch import flash_attention
-from jaxml.attention.tiles import add_sinks
+from jaxml.attention import blockwise, derivatives, dispatch
+from jaxml.attention.derivatives import Backend
+from jaxml.attention.linear import linear
+from jaxml.attention.tiles import Inputs, Rules, add_sinks
 from jaxml.axes import Array, Float, Int, wide
 
 
@@ -68,35 +75,107 @@ def ring_attention(
         raise ValueError(f"ring_attention: zigzag needs an even number of places on a device, got T = {T}, S = {S}.")
     if q_segment_ids is not None and kv_segment_ids is None:
         kv_segment_ids = q_segment_ids
-    compares = is_causal or local_window_size is not None
-    q_at = _positions(me, n, T, zigzag)
-    following = [(i, (i + 1) % n) for i in range(n)]
-
-    def part(state):
-        """Output and log-sum-exp over the keys that are here now."""
-        key, value, ids, at = state
-        positions = dict(q_positions=q_at, kv_positions=at) if compares else {}
-        return flash_attention(
-            query, key, value, scale=scale, is_causal=is_causal, local_window_size=local_window_size,
-            q_segment_ids=q_segment_ids, kv_segment_ids=ids, logits_soft_cap=logits_soft_cap,
-            return_residual=True, implementation=implementation, **positions,
-        )  # fmt: skip
-
-    def step(carry, _):
-        out, lse, state = carry
-        state = jax.lax.ppermute(state, axis_name, following)
-        more, more_lse = part(state)
-        return (*_join(out, lse, more.astype(out.dtype), more_lse), state), None
-
-    state = (key, value, kv_segment_ids, _positions(me, n, S, zigzag))
-    out, lse = part(state)
-    out = out.astype(wide(out.dtype))
-    if n > 1:
-        (out, lse, _), _ = jax.lax.scan(step, (out, lse, state), length=n - 1)
+    positions = {}
+    if is_causal or local_window_size is not None:
+        positions = dict(q_positions=_positions(me, n, T, zigzag), kv_positions=_positions(me, n, S, zigzag))
+    rules, x, _ = dispatch.normalise(
+        query, key, value, scale=scale, is_causal=is_causal, local_window_size=local_window_size,
+        q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, logits_soft_cap=logits_soft_cap, **positions,
+    )  # fmt: skip
+    out, lse = _attend(rules, dispatch.choose(rules, x, implementation), Ring(axis_name, n), x)
+    lse = lse.swapaxes(1, 2)
     if sinks is not None:
         out, lse = add_sinks(out, lse, sinks[None, None])
     out = out.astype(query.dtype)
     return (out, lse) if return_residual else out
+
+
+class Ring(NamedTuple):
+    """A mesh axis, its devices in a circle."""
+
+    axis_name: str
+    n: int
+
+    def pass_on(self, tree: Any) -> Any:
+        """What each device has, at the next one."""
+        return jax.lax.ppermute(tree, self.axis_name, [(i, (i + 1) % self.n) for i in range(self.n)])
+
+    def keys(self, x: Inputs) -> tuple:
+        """What travels: keys, values, and what the mask knows of them."""
+        of_mask = []
+        if x.mask is not None:
+            x.mask.map(lambda role, a: of_mask.append(a) if role == "column" else None)
+        return x.key, x.value, of_mask
+
+    def with_keys(self, x: Inputs, keys: tuple) -> Inputs:
+        """The same queries with other keys."""
+        key, value, of_mask = keys
+        following = iter(of_mask)
+        mask = None if x.mask is None else x.mask.map(lambda role, a: next(following) if role == "column" else a)
+        return x._replace(key=key, value=value, mask=mask)
+
+    def round(self, visit: Callable, join: Callable, x: Inputs, travelling: Any = None) -> tuple[Any, Any]:
+        """``visit(inputs, travelling) → (result, travelling)`` with every device's keys, the results joined.
+
+        `travelling` goes with the keys, and is home again at the end.
+        """
+        total, travelling = visit(x, travelling)
+
+        def step(carry, _):
+            total, moving = carry
+            keys, travelling = self.pass_on(moving)
+            more, travelling = visit(self.with_keys(x, keys), travelling)
+            return (join(total, more), (keys, travelling)), None
+
+        carry = total, (self.keys(x), travelling)
+        if self.n > 1:
+            carry, _ = jax.lax.scan(step, carry, length=self.n - 1)
+        total, (_, travelling) = carry
+        return total, self.pass_on(travelling)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _attend(rules: Rules, backend: Backend, ring: Ring, x: Inputs) -> tuple[Array, Array]:
+    """(output in float32 or wider, log-sum-exp [B, N, T]) over the keys of all devices."""
+
+    def visit(x, _):
+        out, lse = backend.forward(rules, x)
+        return (out.astype(wide(out.dtype)), lse), None
+
+    return ring.round(visit, _join, x)[0]
+
+
+@functools.partial(_attend.defjvp, symbolic_zeros=True)
+def _jvp(rules, backend, ring, primals, dots):
+    (x,), (dx,) = primals, dots
+    out, lse = _attend(rules, backend, ring, x)
+    moving = derivatives.tangents(x, dx)
+    wanted = tuple(moving)
+    add = lambda a, b: jax.tree.map(jnp.add, a, b)
+
+    def tangent(residuals, dots):
+        x, out, lse = residuals
+        of_queries = {name: dot for name, dot in dots.items() if name == "query"}
+
+        def visit(x, of_keys):
+            return blockwise.tangent(rules, x, out, lse, of_queries | of_keys), of_keys
+
+        return ring.round(visit, add, x, {name: dot for name, dot in dots.items() if name != "query"})[0]
+
+    def transpose(residuals, cts):
+        x, out, lse = residuals
+
+        def visit(x, sums):
+            grads = derivatives.backward(rules, backend, wanted, (x, out, lse), cts)
+            of_keys = {name: g.astype(wide(g.dtype)) for name, g in grads.items() if name != "query"}
+            of_queries = {name: g.astype(wide(g.dtype)) for name, g in grads.items() if name == "query"}
+            return of_queries, of_keys if sums is None else add(sums, of_keys)
+
+        of_queries, of_keys = ring.round(visit, add, x)
+        grads = of_queries | of_keys
+        return {name: grads[name].astype(moving[name].dtype) for name in wanted}
+
+    return (out, lse), linear(tangent, transpose, (x, out, lse), moving)
 
 
 def zigzag_order(length: int, devices: int) -> Int[Array, "length"]:
@@ -130,13 +209,14 @@ def _positions(device: Array, n: int, length: int, zigzag: bool) -> Int[Array, "
     return piece * half + place % half
 
 
-def _join(out: Array, lse: Array, more: Array, more_lse: Array) -> tuple[Array, Array]:
-    """Two attentions over different keys as one over all of them."""
+def _join(one: tuple[Array, Array], other: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Two attentions (output [B, T, N, H], log-sum-exp [B, N, T]) over different keys as one over all of them."""
+    (out, lse), (more, more_lse) = one, other
     top = jnp.maximum(lse, more_lse)
-    top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0.0))
+    top = jnp.where(top > -jnp.inf, top, 0.0)
     a, b = jnp.exp(lse - top), jnp.exp(more_lse - top)
     total = a + b
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    weight = lambda x: jnp.where(seen, x / safe, 0.0)[..., None].astype(out.dtype)
+    weight = lambda x: jnp.where(seen, x / safe, 0.0).swapaxes(1, 2)[..., None].astype(out.dtype)
     return out * weight(a) + more * weight(b), jnp.where(seen, top + jnp.log(safe), -jnp.inf)

@@ -71,16 +71,34 @@ def test_zigzag_gives_every_device_the_same_work_under_a_causal_mask():
     assert np.all(seen == seen[0])
 
 
-def test_memory_of_a_device_does_not_grow_with_the_number_of_devices():
+@pytest.mark.parametrize("what", ["forward", "gradient"])
+def test_memory_of_a_device_does_not_grow_with_the_number_of_devices(what):
     def extra(devices):
         ring = jax.make_mesh((devices,), ("context",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
         x = jax.ShapeDtypeStruct((1, 1024 * devices, 2, 32), jnp.float32)
         part = functools.partial(ring_attention, axis_name="context", is_causal=True)
         spec = P(None, "context")
         spread = jax.shard_map(part, mesh=ring, in_specs=(spec,) * 3, out_specs=spec)
-        return jax.jit(spread).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        f = spread if what == "forward" else jax.grad(lambda *a: jnp.sum(spread(*a) ** 2), (0, 1, 2))
+        return jax.jit(f).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
 
     assert extra(8) < 1.2 * extra(2)
+
+
+def test_second_order_and_forward_mode_round_a_ring():
+    with jax.enable_x64(True):
+        q, k, v = CASE.scaled(T=16).arrays(jnp.float64)
+        spec = P(None, "context")
+        part = functools.partial(ring_attention, axis_name="context", is_causal=True)
+        ring = jax.shard_map(part, mesh=mesh(), in_specs=(spec,) * 3, out_specs=spec)
+        one = functools.partial(flash_attention, is_causal=True)
+
+        def run(f):
+            gradient = jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))
+            return jax.jit(lambda *a: (jax.jvp(f, a, (v, a[1], a[1])), jax.jvp(gradient, a, a)))(*(q[:, :, :2], k, v))
+
+        for a, b in zip(jax.tree.leaves(run(ring)), jax.tree.leaves(run(one)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-10)
 
 
 @pytest.mark.parametrize(
