@@ -84,19 +84,30 @@ def compile_for_tpu(function, arguments, chip: str):
     Returns:
         What `jit(function).lower(...).compile()` returns: `memory_analysis()`, `cost_analysis()`, `as_text()`.
     """
-    import os
-
-    from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
     from jaxml.attention import blocks
 
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
-    device = topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip]).devices[0]
+    device = _tpus(chip)[0]
     sharding = SingleDeviceSharding(device)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
     with use_abstract_mesh(mesh), blocks.target(f"TPU {chip}"):
         return jax.jit(function).lower(*jax.tree.map(place, tuple(arguments))).compile()
+
+
+def tpu_mesh(chip: str, axis_name: str) -> jax.sharding.Mesh:
+    """A mesh of one axis over the chips of a small TPU that is not there: for shardings to compile with."""
+    return jax.sharding.Mesh(_tpus(chip), (axis_name,))
+
+
+def _tpus(chip: str) -> list:
+    """The chips of a topology, as libtpu describes it."""
+    import os
+
+    from jax.experimental import topologies
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip]).devices

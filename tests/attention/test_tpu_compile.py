@@ -1,5 +1,6 @@
 """The TPU kernels, compiled for real TPUs by libtpu, with no TPU."""
 
+import functools
 import importlib.metadata
 import json
 import subprocess
@@ -9,10 +10,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxml.attention import Pages, flash_attention, paged_attention
+from jaxml.attention import Pages, blocks, flash_attention, paged_attention, ring_attention
 from jaxml.attention.cases import CASES
-from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu
+from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu, tpu_mesh
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
 
@@ -66,6 +69,21 @@ def test_paged_decoding_compiles_for_every_generation(heads, chip):
     store, table, lengths = shape(64, page, K * H), shape(4, 16, dtype=jnp.int32), shape(4, dtype=jnp.int32)
     attend = lambda q, k, v, *rows: paged_attention(q, Pages(k, v, K), *rows, implementation="mosaic_tpu")
     compile_for_tpu(attend, [shape(4, T, N, H), store, store, table, lengths], chip)
+
+
+@pytest.mark.slow
+def test_a_ring_of_four_chips_compiles_with_its_gradients():
+    """Keys are passed on, never gathered; memory is that of a part, not of the sequence."""
+    mesh, spec = tpu_mesh("v5e", "context"), P(None, "context")
+    part = functools.partial(ring_attention, axis_name="context", is_causal=True, zigzag=True)
+    spread = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    total = lambda *a: jnp.sum(spread(*a).astype(jnp.float32) ** 2)
+    shape = lambda n: jax.ShapeDtypeStruct((1, 8192, n, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    with blocks.target("TPU v5e"):
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape(8), shape(2), shape(2)).compile()
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text and "collective-permute" in text and "all-gather" not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 2**20
 
 
 @pytest.mark.slow
