@@ -2,9 +2,11 @@
 
     python benchmarks/attention.py
     python benchmarks/attention.py --lengths 512 1024 --repeats 3
+    python benchmarks/attention.py --table                             # the table of the newest results
 
-One process; ours and the rivals' calls alternate. Each time is the fastest of `repeats` calls after one that
-compiles. Extra memory is what XLA plans beside arguments and results; torch plans none, so that it has no figure.
+One process; ours and the rivals' calls alternate. Each time is the fastest of `repeats` calls, four times as many up to
+length 1024, after one that compiles. Extra memory is what XLA plans beside arguments and results; torch plans none, so
+that it has no figure.
 """
 
 import argparse
@@ -14,7 +16,6 @@ import os
 import platform
 import re
 import time
-from importlib import metadata
 from pathlib import Path
 
 import jax
@@ -22,17 +23,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml.attention import flash_attention
+from jaxml.extras import version
 
 RESULTS = Path(__file__).parent / "results"
 HEADS, WIDTH = 4, 64
+AIMS = {(4096, "forward"): 3.0, (4096, "gradient"): 2.5, (512, "forward"): 1.0, (512, "gradient"): 1.0}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--table", action="store_true", help="print the table of the newest results and stop")
     options = parser.parse_args()
-    rows = [row for T in options.lengths for row in measure(T, options.repeats)]
+    if options.table:
+        print(table())
+        return
+    rows = [row for T in options.lengths for row in measure(T, options.repeats * (4 if T <= 1024 else 1))]
     device = jax.devices()[0].device_kind
     device = f"{device}, {os.cpu_count()} cores" if device == "cpu" else device
     report = {
@@ -49,13 +56,6 @@ def main() -> None:
     path = RESULTS / f"attention-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1))
     print(path.name)
-
-
-def version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def measure(T: int, repeats: int) -> list[dict]:
@@ -114,6 +114,21 @@ def torch_call(what: str, *arrays):
             (out**2).sum().backward()
 
     return call
+
+
+def table() -> str:
+    """Markdown of the newest results."""
+    report = json.loads(max(RESULTS.glob("attention-cpu-*.json")).read_text())
+    lines = ["| T | what | jaxml | jax.nn | torch | times jax.nn | aim | times torch | extra MiB | jax.nn | ratio |"]
+    lines.append("|---" * 11 + "|")
+    for r in report["rows"]:
+        seconds, times, extra = r["seconds"], r["times_as_fast_as"], r["extra_mib"]
+        cells = [f"{1e3 * seconds[n]:.{1 if r['T'] <= 1024 else 0}f} ms" for n in ("jaxml", "jax.nn", "torch")]
+        aim = AIMS.get((r["T"], r["what"]), "")
+        cells += [f"{times['jax.nn']:.2f}", f"{aim}", f"{times['torch']:.2f}"]
+        cells += [f"{extra['jaxml']:.1f}", f"{extra['jax.nn']:.1f}", f"1/{r['memory_ratio']:.0f}"]
+        lines.append(f"| {r['T']} | {r['what']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

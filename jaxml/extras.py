@@ -1,6 +1,7 @@
 """Optional packages: imported where they are used, with the name of the extra that brings them."""
 
 import importlib
+import importlib.metadata
 from types import ModuleType
 
 
@@ -19,3 +20,16 @@ def need(module: str, extra: str) -> ModuleType:
             f"this needs the package {module.split('.')[0]!r}, which is not installed. "
             f'Install it with: pip install "jaxml[{extra}]"'
         ) from error
+
+
+def version(package: str) -> str | None:
+    """The installed version, or None.
+
+    Example:
+        >>> version("jax") is None, version("no-such-package") is None
+        (False, True)
+    """
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

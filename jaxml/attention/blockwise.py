@@ -243,7 +243,7 @@ def backward(
     """Gradients of the arrays named in `wanted`, from those of output and log-sum-exp."""
     p = _Problem(rules, x, out, ct_out, ct_lse)
     dtype = wide(x.query.dtype)
-    moved = delta(out, ct_out, ct_lse)
+    moved = delta(out, lse, ct_out, ct_lse)
     ct_rows = p.rows(ct_out.astype(x.query.dtype))
     lse_rows, delta_rows = (_pad(a, 2, p.R * p.grid.rows) for a in (tiles.finite(lse), moved))
     moving = _floating(p.data)
@@ -297,10 +297,14 @@ def backward(
     return {name: grads[name]() for name in wanted}
 
 
-def delta(out: Array, ct_out: Array, ct_lse: Array) -> Float[Array, "B N T"]:
-    """How much each row's weights all pull together: sum(out · ct_out) − ct_lse."""
+def delta(out: Array, lse: Array, ct_out: Array, ct_lse: Array) -> Float[Array, "B N T"]:
+    """How much each row's weights all pull together: sum(out · ct_out) − ct_lse; 0 for rows that see nothing.
+
+    Whatever comes back for those: of a function of −inf it is easily NaN.
+    """
     dtype = wide(out.dtype)
-    return jnp.sum(out.astype(dtype) * ct_out.astype(dtype), axis=-1).swapaxes(1, 2) - ct_lse.astype(dtype)
+    moved = jnp.sum(out.astype(dtype) * ct_out.astype(dtype), axis=-1).swapaxes(1, 2) - ct_lse.astype(dtype)
+    return jnp.where(lse > -jnp.inf, moved, 0.0)
 
 
 def sinks_gradient(x: Inputs, lse: Array, delta: Float[Array, "B N T"]) -> Float[Array, "N"]:

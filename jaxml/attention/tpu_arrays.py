@@ -374,7 +374,7 @@ def divide(a, n: int):
 
 def _turned(row: Array, n: int) -> Array:
     """[1, n] along lanes → [n, 1] along sublanes."""
-    wide_enough = row.astype(jnp.int32 if jnp.issubdtype(row.dtype, jnp.integer) else jnp.float32)
+    wide_enough = row.astype(jnp.int32 if jnp.issubdtype(row.dtype, jnp.integer) else wide(row.dtype))
     return jnp.broadcast_to(wide_enough, (blocks.LANES, n)).T[:, :1].astype(row.dtype)
 
 

@@ -29,7 +29,7 @@ def backward(
     by_blocks = tuple(name for name in wanted if name in ("bias", "data"))
     if by_blocks:
         grads |= blockwise.backward(rules, x, out, lse, ct_out, ct_lse, by_blocks)
-    delta = blockwise.delta(out, ct_out, ct_lse)
+    delta = blockwise.delta(out, lse, ct_out, ct_lse)
     if "sinks" in wanted:
         grads["sinks"] = blockwise.sinks_gradient(x, lse, delta)
     asked = [name for name in ("query", "key", "value") if name in wanted]

@@ -5,9 +5,10 @@ examples:
   jaxml doctor --json
 """
 
-import importlib.metadata
 import json
 import platform
+
+from jaxml.extras import version
 
 EXTRAS = {
     "lm": ("tokenizers", "jinja2", "safetensors", "gguf"),
@@ -30,8 +31,8 @@ def run(args):
         return 0
     print(f"python {report['python']}, {report['platform']}")
     print("\npackages")
-    for name, version in report["packages"].items():
-        print(f"  {name:18} {version}")
+    for name, installed in report["packages"].items():
+        print(f"  {name:18} {installed}")
     print("\nextras")
     for extra, missing in report["extras_missing"].items():
         print(f"  {extra:18} {'installed' if not missing else 'missing: ' + ', '.join(missing)}")
@@ -53,7 +54,7 @@ def examine() -> dict:
 
     from jaxml.lm import zoo
 
-    extras = {extra: [p for p in packages if not _version(p)] for extra, packages in EXTRAS.items()}
+    extras = {extra: [p for p in packages if not version(p)] for extra, packages in EXTRAS.items()}
     models = {}
     for name in zoo.NAMES:
         try:
@@ -63,7 +64,7 @@ def examine() -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: _version(p) or "not installed" for p in BASE},
+        "packages": {p: version(p) or "not installed" for p in BASE},
         "extras_missing": extras,
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()],
         "default_backend": jax.default_backend(),
@@ -82,10 +83,3 @@ def _attention() -> dict[str, str]:
     explained = explain(q, q, q, is_causal=True)
     runs = {explained.chosen: f"runs on {jax.default_backend()}"}
     return runs | explained.refused | {"reference": "the definition; runs where it is asked for by name"}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxml.attention import flash_attention
+from jaxml.attention import Segments, flash_attention
 from jaxml.testing import tolerance
 
 
@@ -62,9 +62,26 @@ def test_soft_cap_and_bias_act_before_the_softmax():
         (dict(key=jnp.ones((2, 6, 2, 9))), "head dim"),
         (dict(query=jnp.ones((6, 4, 8))), "4 axes"),
         (dict(q_positions=jnp.zeros((2, 6), int)), "together"),
+        (dict(value=jnp.ones((2, 5, 2, 8))), r"agree in \[B, S, K\]"),
+        (dict(query=jnp.ones((2, 0, 4, 8))), "at least one place"),
+        (dict(key=jnp.ones((2, 6, 2, 8), jnp.bfloat16)), "one floating dtype, got float32, bfloat16, float32. Cast"),
+        (dict(mask=jnp.zeros((2, 1, 6, 6))), "mask is boolean, got float32. Add floating masks as bias"),
+        (dict(mask=jnp.ones((6, 7), bool)), "mask broadcasts to"),
+        (dict(mask=Segments(jnp.zeros((2, 5), int))), r"q_ids has the shape \[B, T\] = \(2, 6\)"),
+        (dict(bias=jnp.ones((3, 6, 6))), r"bias broadcasts to \[B, N, T, S\] = \(2, 4, 6, 6\)"),
+        (dict(sinks=jnp.ones(3)), r"sinks have the shape \[N\]"),
+        (dict(local_window_size=(-1, 0)), "at least 0 on both sides"),
+        (dict(kv_segment_ids=jnp.zeros((2, 6), int)), "together with q_segment_ids"),
+        (dict(q_positions=jnp.zeros((2, 6), int), kv_positions=jnp.zeros((2, 6), int)), "got neither"),
+        (dict(key_value_seq_lengths=jnp.ones(3, int)), r"kv_lengths has the shape \[B\]"),
+        (dict(dropout_rate=1.0), r"in \[0, 1\)"),
+        (dict(dropout_rate=0.1), "needs dropout_key"),
+        (dict(logits_soft_cap=-1.0), "above 0"),
+        (dict(score_mod=lambda s, b, h, q, k: (s, s)), "returns a scalar"),
+        (dict(implementation="cudnn"), "one of reference, mosaic_tpu, blockwise, got 'cudnn'"),
     ],
 )
-def test_bad_shapes_are_a_sentence(change, word):
+def test_bad_input_is_a_sentence(change, word):
     q, k, v = arrays()
     with pytest.raises(ValueError, match=word):
         flash_attention(**dict(query=q, key=k, value=v) | change)
