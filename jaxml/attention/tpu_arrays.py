@@ -78,10 +78,11 @@ def cut(
     parts = next((n for n in range(fewest, 2 * fewest) if keys_all % n == 0), fewest)  # evenly: no copy to lengthen
     resident = -(-keys_all // parts)
     heads = 1
-    if parts == 1 and rows == 1 and not backward:  # short sequences: several heads a grid step
+    if parts == 1 and rows == 1:  # short sequences: several heads a grid step
         group = N // K
-        work = 2**21 // (block * keys_all * keys)
-        options = [n for n in range(1, N + 1) if N % n == 0 and (n % group == 0 or group % n == 0)]
+        work = (2**20 if backward else 2**21) // (block * keys_all * keys)
+        whole_groups = lambda n: n % group == 0 or (group % n == 0 and not backward)
+        options = [n for n in range(1, N + 1) if N % n == 0 and whole_groups(n)]
         fits = lambda n: n * fixed + max(1, n // group) * a_key * keys * keys_all <= limits.vmem
         heads = max([n for n in options if n <= max(1, work) and fits(n)], default=1)
     return Cut(heads, columns, chunks, rows, keys, resident, parts)

@@ -16,7 +16,17 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.linear import vary
 from jaxml.attention.tiles import NOTHING, Inputs, Rules, keep
-from jaxml.attention.tpu_arrays import LOG2E, Layout, Place, dot, folded_queries, folded_rows, shape_logits, unfold
+from jaxml.attention.tpu_arrays import (
+    LOG2E,
+    Layout,
+    Place,
+    divide,
+    dot,
+    folded_queries,
+    folded_rows,
+    shape_logits,
+    unfold,
+)
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array
 
@@ -57,14 +67,16 @@ def gradients(p: Layout, lse: Array, delta: Array, ct: Array) -> tuple[Array, Ar
 
 def _call(p: Layout, rows: list[Array], ct: Array, *, queries: bool, keys: bool) -> list[Array]:
     """One kernel: the gradients of queries, of keys and values, or all."""
-    c, G, ranges = p.cut, p.group, Ranges(p)
+    c, ranges = p.cut, Ranges(p)
+    key_heads = max(1, c.heads // p.group)  # of a grid step
+    G = 1 if c.heads > 1 else p.group  # grid steps of a key head
     per = c.keys * c.resident
     if keys:  # keys stay, queries pass by
-        grid = (p.B, p.K, c.parts, G, c.rows)
+        grid = (p.B, p.K // key_heads, c.parts, G, c.rows)
         name = lambda batch, k, part, g, i: (batch, k, g, i, part)
         held = lambda refs, batch, i, part: part
     else:  # queries stay, keys pass by
-        grid = (p.B, p.K, G, c.rows, c.parts)
+        grid = (p.B, p.K // key_heads, G, c.rows, c.parts)
         name = lambda batch, k, g, i, part: (batch, k, g, i, part)
         held = ranges.held
 
@@ -86,23 +98,23 @@ def _call(p: Layout, rows: list[Array], ct: Array, *, queries: bool, keys: bool)
     operands = p.operands(at)
     inputs = [p.store(p.x.query, c.T), p.store(p.x.key, c.S), p.store(p.x.value, c.S), ct, *rows]
     in_specs = [
-        p.spec(1, c.block, p.H, of_queries),
-        p.spec(1, per, p.H, of_keys),
-        p.spec(1, per, p.H2, of_keys),
-        p.spec(1, c.block, p.H2, of_queries),
-        *[pl.BlockSpec((1, 1, 1, c.block), of_rows)] * 2,
+        p.spec(c.heads, c.block, p.H, of_queries),
+        p.spec(key_heads, per, p.H, of_keys),
+        p.spec(key_heads, per, p.H2, of_keys),
+        p.spec(c.heads, c.block, p.H2, of_queries),
+        *[pl.BlockSpec((1, c.heads, 1, c.block), of_rows)] * 2,
         *(o.spec for o in operands),
     ]
     n, tile = max(2, c.chunks), pltpu.VMEM((c.keys, c.columns), p.wide)
     scratch = [tile] * (3 * n if _bent(p) else 2 * n)
     out_specs, out_shape = [], []
-    for heads, length, block, width, where, asked in (
-        (p.N, c.T, c.block, p.H, of_queries, queries),
-        (p.K, c.S, per, p.H, of_keys, keys),
-        (p.K, c.S, per, p.H2, of_keys, keys),
+    for heads, several, length, block, width, where, asked in (
+        (p.N, c.heads, c.T, c.block, p.H, of_queries, queries),
+        (p.K, key_heads, c.S, per, p.H, of_keys, keys),
+        (p.K, key_heads, c.S, per, p.H2, of_keys, keys),
     ):
         if asked:
-            spec = p.spec(1, block, width, where)
+            spec = p.spec(several, block, width, where)
             out_specs.append(spec)
             out_shape.append(p.output(p.B, heads, length, spec.block_shape[-1]))
             scratch.append(pltpu.VMEM((spec.block_shape[-1], block), p.wide))
@@ -150,98 +162,113 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
         products, pulls, slopes = refs[:n], refs[n : 2 * n], refs[2 * n : 3 * n]
         sums = refs[-count:]
         read = p.rebuild(extra, operands)
-        batch, k_head, g, i, part = name(*(pl.program_id(axis) for axis in range(5)))
-        head = k_head * p.group + g
+        batch, head_block, g, i, part = name(*(pl.program_id(axis) for axis in range(5)))
         here, there = (pl.multiple_of(numbers[0][n], 8) for n in (0, 1))
         dq_ref = sums[0] if queries else None
         dk_ref, dv_ref = sums[-2:] if keys else (None, None)
 
-        if queries:
-
-            @pl.when((part == 0) | keys)
-            def _():
-                dq_ref[...] = jnp.zeros_like(dq_ref)
-
-        if keys:
-
-            @pl.when((g == 0) & (i == 0))
-            def _():
-                dk_ref[...] = jnp.zeros_like(dk_ref)
-                dv_ref[...] = jnp.zeros_like(dv_ref)
-
-        def place(j, chunk):
-            return Place(batch, head, 0, i * c.block, part * c.keys * c.resident, chunk, j)
-
-        def logits(j, chunk, masked: bool, buffer: int):
-            """Logits of a tile, and what pulls at its weights, into the tile's buffers (see `tpu_forward`)."""
-            q, k = query[0, 0, p.columns_of(chunk)], key[0, 0, p.keys_of(j)]
-            mask, bias, tables, _, tile = read(place(j, chunk))
-            shape = lambda s: shape_logits(rules, s, bias, tables, tile)
-            s = dot(k, q, (1, 1))
-            if bent:
-                s, slope = jax.jvp(shape, (s,), (jnp.ones_like(s),))
-                slopes[buffer][pl.ds(here, c.keys)] = slope * (1 / LOG2E)
+        def one_head(local, _):
+            if c.heads > 1:
+                head, key_local = head_block * c.heads + local, divide(local, p.group)
+                member = local - key_local * p.group  # of the query heads of a key head
             else:
-                s = shape(s)
-            if masked:
-                s = jnp.where(mask.visible(tile), s, -NOTHING)
-            products[buffer][pl.ds(here, c.keys)] = s
-            pulls[buffer][pl.ds(here, c.keys)] = dot(value[0, 0, p.keys_of(j)], ct[0, 0, p.columns_of(chunk)], (1, 1))
+                head, key_local, member = head_block * p.group + g, 0, g
 
-        def gradients(j, chunk, buffer: int):
-            """Adds what a tile gives to the sums."""
-            columns, those_keys = p.columns_of(chunk), p.keys_of(j)
-            e = jnp.exp2(products[buffer][pl.ds(there, c.keys)] - lse[0, 0, :, columns])
-            pull, kept = pulls[buffer][pl.ds(there, c.keys)], e
-            if rules.dropout_rate:
-                *_, dropout_key, tile = read(place(j, chunk))
-                factor = keep(rules, dropout_key, tile).astype(e.dtype)
-                pull, kept = pull * factor, e * factor
-            ds = e * (pull - delta[0, 0, :, columns])
-            if bent:
-                ds = ds * slopes[buffer][pl.ds(there, c.keys)]
-            ds = ds.astype(p.dtype)
-            if keys:
-                dv_ref[:, those_keys] += dot(ct[0, 0, columns], kept.astype(p.dtype), (0, 1))
-                dk_ref[:, those_keys] += dot(query[0, 0, columns], ds, (0, 1))
             if queries:
-                dq_ref[:, columns] += dot(key[0, 0, those_keys], ds, (0, 0))
 
-        def whole(first, last):
-            """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
+                @pl.when((part == 0) | keys)
+                def _():
+                    dq_ref[...] = jnp.zeros_like(dq_ref)
 
-            def step(j, carry):
-                for chunk in range(c.chunks):
-                    if chunk + 1 < c.chunks:
-                        logits(j, chunk + 1, False, chunk + 1)
-                    elif c.chunks > 1:
+            if keys:
+
+                @pl.when((member == 0) & (i == 0))
+                def _():
+                    dk_ref[...] = jnp.zeros_like(dk_ref)
+                    dv_ref[...] = jnp.zeros_like(dv_ref)
+
+            def place(j, chunk):
+                return Place(batch, head, local, i * c.block, part * c.keys * c.resident, chunk, j)
+
+            def logits(j, chunk, masked: bool, buffer: int):
+                """Logits of a tile, and what pulls at its weights, into the tile's buffers (see `tpu_forward`)."""
+                q, k = query[0, local, p.columns_of(chunk)], key[0, key_local, p.keys_of(j)]
+                mask, bias, tables, _, tile = read(place(j, chunk))
+                shape = lambda s: shape_logits(rules, s, bias, tables, tile)
+                s = dot(k, q, (1, 1))
+                if bent:
+                    s, slope = jax.jvp(shape, (s,), (jnp.ones_like(s),))
+                    slopes[buffer][pl.ds(here, c.keys)] = slope * (1 / LOG2E)
+                else:
+                    s = shape(s)
+                if masked:
+                    s = jnp.where(mask.visible(tile), s, -NOTHING)
+                products[buffer][pl.ds(here, c.keys)] = s
+                pulls[buffer][pl.ds(here, c.keys)] = dot(
+                    value[0, key_local, p.keys_of(j)], ct[0, local, p.columns_of(chunk)], (1, 1)
+                )
+
+            def gradients(j, chunk, buffer: int):
+                """Adds what a tile gives to the sums."""
+                columns, those_keys = p.columns_of(chunk), p.keys_of(j)
+                e = jnp.exp2(products[buffer][pl.ds(there, c.keys)] - lse[0, local, :, columns])
+                pull, kept = pulls[buffer][pl.ds(there, c.keys)], e
+                if rules.dropout_rate:
+                    *_, dropout_key, tile = read(place(j, chunk))
+                    factor = keep(rules, dropout_key, tile).astype(e.dtype)
+                    pull, kept = pull * factor, e * factor
+                ds = e * (pull - delta[0, local, :, columns])
+                if bent:
+                    ds = ds * slopes[buffer][pl.ds(there, c.keys)]
+                ds = ds.astype(p.dtype)
+                if keys:
+                    dv_ref[:, those_keys] += dot(ct[0, local, columns], kept.astype(p.dtype), (0, 1))
+                    dk_ref[:, those_keys] += dot(query[0, local, columns], ds, (0, 1))
+                if queries:
+                    dq_ref[:, columns] += dot(key[0, key_local, those_keys], ds, (0, 0))
+
+            def whole(first, last):
+                """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
+
+                def step(j, carry):
+                    for chunk in range(c.chunks):
+                        if chunk + 1 < c.chunks:
+                            logits(j, chunk + 1, False, chunk + 1)
+                        elif c.chunks > 1:
+                            logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
+                        gradients(j, chunk, chunk)
+                    if c.chunks == 1:
                         logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-                    gradients(j, chunk, chunk)
-                if c.chunks == 1:
-                    logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-                return carry
-
-            logits(first, 0, False, 0)
-            jax.lax.fori_loop(first, last, step, None)
-
-        ranges.visit(numbers, batch, i, part, whole, logits, gradients)
-        scale = 1.0 if bent else rules.scale
-
-        if queries:
-
-            @pl.when((part == c.parts - 1) | keys)
-            def _():
-                outs[0][0, 0] = (dq_ref[...] * scale).T.astype(p.dtype)
-
-        if keys:
-
-            @pl.when((g == p.group - 1) & (i == c.rows - 1))
-            def _():
-                def write(j, carry):
-                    outs[-2][0, 0, p.keys_of(j)] = (dk_ref[:, p.keys_of(j)] * scale).T.astype(p.dtype)
-                    outs[-1][0, 0, p.keys_of(j)] = dv_ref[:, p.keys_of(j)].T.astype(p.dtype)
                     return carry
 
-                jax.lax.fori_loop(0, c.resident, write, None)
+                logits(first, 0, False, 0)
+                jax.lax.fori_loop(first, last, step, None)
+
+            ranges.visit(numbers, batch, i, part, whole, logits, gradients)
+            scale = 1.0 if bent else rules.scale
+
+            if queries:
+
+                @pl.when((part == c.parts - 1) | keys)
+                def _():
+                    outs[0][0, local] = (dq_ref[...] * scale).T.astype(p.dtype)
+
+            if keys:
+
+                @pl.when((member == p.group - 1) & (i == c.rows - 1))
+                def _():
+                    def write(j, carry):
+                        outs[-2][0, key_local, p.keys_of(j)] = (dk_ref[:, p.keys_of(j)] * scale).T.astype(p.dtype)
+                        outs[-1][0, key_local, p.keys_of(j)] = dv_ref[:, p.keys_of(j)].T.astype(p.dtype)
+                        return carry
+
+                    jax.lax.fori_loop(0, c.resident, write, None)
+
+            return None
+
+        if c.heads == 1:
+            one_head(0, None)
+        else:
+            jax.lax.fori_loop(0, c.heads, one_head, None)
 
     return kernel
