@@ -59,7 +59,7 @@ class Limits:
     chunk: int  # keys and queries of a chunk
     rows: int  # queries of a block, forwards
     rows_backward: int
-    together: int = 1  # chunks of keys in one turn of the forward loop
+    together: int = 1  # chunks of keys in one turn of the forward loop: 1 or 2
 
 
 MiB = 2**20

@@ -117,20 +117,21 @@ class Ring(NamedTuple):
     def round(self, visit: Callable, join: Callable, x: Inputs, travelling: Any = None) -> tuple[Any, Any]:
         """``visit(inputs, travelling) → (result, travelling)`` with every device's keys, the results joined.
 
-        `travelling` goes with the keys, and is home again at the end.
+        `travelling` goes with the keys, and is home again at the end. The next keys are on their way while a device
+        computes with these: nothing of a visit waits for them (the last step passes them on for nothing).
         """
         total, travelling = visit(x, travelling)
+        if self.n == 1:
+            return total, travelling
 
         def step(carry, _):
-            total, moving = carry
-            keys, travelling = self.pass_on(moving)
+            total, keys, travelling = carry
+            following, travelling = self.pass_on(keys), self.pass_on(travelling)
             more, travelling = visit(self.with_keys(x, keys), travelling)
-            return (join(total, more), (keys, travelling)), None
+            return (join(total, more), following, travelling), None
 
-        carry = total, (self.keys(x), travelling)
-        if self.n > 1:
-            carry, _ = jax.lax.scan(step, carry, length=self.n - 1)
-        total, (_, travelling) = carry
+        carry = total, self.pass_on(self.keys(x)), travelling
+        (total, _, travelling), _ = jax.lax.scan(step, carry, length=self.n - 1)
         return total, self.pass_on(travelling)
 
 
