@@ -186,7 +186,7 @@ def of_ours(parts, length: int, width: int, chip: str, kind: str, mask: str) -> 
     around = min(around, max(depth for depth, bundles in parts if bundles > 200) - 1)  # two cores, a step each: no loop
     inner = [n for n, (depth, bundles) in enumerate(parts) if depth == around + 1 and bundles > 60]
     whole, unmasked, masked, single = (parts[n][1] for n in inner[:4])
-    after = next(n for n in range(inner[0] + 1, len(parts)) if parts[n][0] > around)
+    after = next(n for n in range(inner[0] + 1, len(parts)) if parts[n][0] > around and parts[n][1] > 8)
     odd = max(bundles for _, bundles in parts[inner[0] + 1 : after]) if kind == "forward" else 0  # what a turn leaves
     total = steps * (sum(bundles for depth, bundles in parts if depth <= around) - odd)
     for i in range(c.rows):

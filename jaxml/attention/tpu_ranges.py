@@ -104,10 +104,11 @@ class Ranges:
         total = (full - first + last - again) * chunks
 
         def tile(n):
-            """(chunk of keys, chunk of queries) of the n-th tile."""
-            n = jnp.minimum(n, total - 1)
+            """(chunk of keys, chunk of queries) of the n-th tile, of the last one beyond the end."""
+            n = jnp.maximum(jnp.minimum(n, total - 1), 0)
             row = divide(n, chunks)
-            return jnp.where(first + row < full, first + row, again + row - (full - first)), n - row * chunks
+            j = jnp.where(first + row < full, first + row, again + row - (full - first))
+            return jnp.minimum(j, self.resident - 1), n - row * chunks
 
         def following(n):
             """The first tile from the n-th on that is not empty."""
