@@ -127,7 +127,7 @@ def _scan(body, carry, n: int):
     if n == 1:
         carry, y = body(carry, 0)
         return carry, jax.tree.map(lambda a: a[None], y)
-    return jax.lax.scan(body, carry, jnp.arange(n))
+    return jax.lax.scan(body, carry, jnp.arange(n, dtype=jnp.int32))
 
 
 def _rows_first(blocks: Array, n: int) -> Array:

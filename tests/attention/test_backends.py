@@ -231,6 +231,15 @@ def test_hundreds_of_random_masks_and_lengths_equal_the_definition():
         close(ours(data), theirs(data), tolerance("float32", 45))
 
 
+def test_score_mod_sees_indices_of_one_dtype_whatever_the_tiles():
+    """With 64-bit types, a loop over rows of tiles and none over columns: positions stay int32, as it was traced."""
+    with jax.enable_x64(True):
+        q, k, v = by_name["causal"].scaled(T=70, S=10).arrays(jnp.float64)
+        mod = lambda s, b, h, i, j: s - 0.1 * abs(i - j)
+        ours, theirs = (flash_attention(q, k, v, score_mod=mod, implementation=i) for i in ("blockwise", "reference"))
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+
+
 def test_score_mod_may_close_over_integers_beside_what_is_learnt():
     q, k, v = by_name["causal"].arrays()
     buckets = jnp.arange(64) // 9
