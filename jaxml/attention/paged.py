@@ -68,7 +68,7 @@ def write(
                 f"{store.shape[2]}, got {new.shape}."
             )
     _check_table(table, lengths, B)
-    place = lengths[:, None] - T + jnp.arange(T, dtype=lengths.dtype)[None]
+    place = _last_places(lengths, T)
     column = place // pages.size
     page = jnp.take_along_axis(table, jnp.clip(column, 0, table.shape[1] - 1), axis=1)
     page = jnp.where((place >= 0) & (column < table.shape[1]), page, pages.key.shape[0])  # out of bounds: dropped
@@ -153,7 +153,7 @@ def _gathered(rules, query, key, value, table, lengths):
         return jnp.where(written, a, 0).astype(query.dtype)  # places never written may hold anything
 
     key, value = whole(key), whole(value)
-    at = lengths[:, None] - T + jnp.arange(T, dtype=lengths.dtype)[None]
+    at = _last_places(lengths, T)
     return flash_attention(
         query, key, value, scale=rules.scale, is_causal=True, logits_soft_cap=rules.soft_cap,
         local_window_size=None if rules.window is None else (rules.window, 0), q_positions=at,
@@ -169,6 +169,11 @@ def _by_kernel(rules, query, key, value, table, lengths):
 @_by_kernel.defjvp
 def _(rules, primals, dots):
     return _by_kernel(rules, *primals), jax.jvp(functools.partial(_gathered, rules), primals, dots)[1]
+
+
+def _last_places(lengths: Int[Array, "B"], T: int) -> Int[Array, "B T"]:
+    """Where the last T tokens of each row are; below 0 before its beginning."""
+    return lengths[:, None] - T + jnp.arange(T, dtype=lengths.dtype)[None]
 
 
 def _check(query, pages, table, lengths, window, sinks) -> None:

@@ -73,8 +73,6 @@ def ring_attention(
     T, S = query.shape[1], key.shape[1]
     if zigzag and (T % 2 or S % 2):
         raise ValueError(f"ring_attention: zigzag needs an even number of places on a device, got T = {T}, S = {S}.")
-    if q_segment_ids is not None and kv_segment_ids is None:
-        kv_segment_ids = q_segment_ids
     positions = {}
     if is_causal or local_window_size is not None:
         positions = dict(q_positions=_positions(me, n, T, zigzag), kv_positions=_positions(me, n, S, zigzag))
@@ -156,20 +154,19 @@ def _jvp(rules, backend, ring, primals, dots):
 
     def tangent(residuals, dots):
         x, out, lse = residuals
-        of_queries = {name: dot for name, dot in dots.items() if name == "query"}
+        of_queries, of_keys = _apart(dots)
 
         def visit(x, of_keys):
             return blockwise.tangent(rules, x, out, lse, of_queries | of_keys), of_keys
 
-        return ring.round(visit, add, x, {name: dot for name, dot in dots.items() if name != "query"})[0]
+        return ring.round(visit, add, x, of_keys)[0]
 
     def transpose(residuals, cts):
         x, out, lse = residuals
 
         def visit(x, sums):
             grads = derivatives.backward(rules, backend, wanted, (x, out, lse), cts)
-            of_keys = {name: g.astype(wide(g.dtype)) for name, g in grads.items() if name != "query"}
-            of_queries = {name: g.astype(wide(g.dtype)) for name, g in grads.items() if name == "query"}
+            of_queries, of_keys = _apart({name: g.astype(wide(g.dtype)) for name, g in grads.items()})
             return of_queries, of_keys if sums is None else add(sums, of_keys)
 
         of_queries, of_keys = ring.round(visit, add, x)
@@ -177,6 +174,12 @@ def _jvp(rules, backend, ring, primals, dots):
         return {name: grads[name].astype(moving[name].dtype) for name in wanted}
 
     return (out, lse), linear(tangent, transpose, (x, out, lse), moving)
+
+
+def _apart(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(what stays with the queries, what travels with the keys)."""
+    of_queries = {name: a for name, a in arrays.items() if name == "query"}
+    return of_queries, {name: a for name, a in arrays.items() if name != "query"}
 
 
 def zigzag_order(length: int, devices: int) -> Int[Array, "length"]:

@@ -17,6 +17,7 @@ from jaxml.attention import blocks, blockwise
 from jaxml.attention.linear import vary
 from jaxml.attention.tiles import NOTHING, Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import (
+    HIDDEN,
     LOG2E,
     Layout,
     Place,
@@ -202,7 +203,7 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
                 else:
                     s = shape(s)
                 if masked:
-                    s = jnp.where(mask.visible(tile), s, -NOTHING)
+                    s = jnp.where(mask.visible(tile), s, HIDDEN)
                 products[buffer][pl.ds(here, c.keys)] = s
                 pulls[buffer][pl.ds(here, c.keys)] = dot(
                     value[0, key_local, p.keys_of(j)], ct[0, local, p.columns_of(chunk)], (1, 1)
@@ -227,24 +228,7 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
                 if queries:
                     dq_ref[:, columns] += dot(key[0, key_local, those_keys], ds, (0, 0))
 
-            def whole(first, last):
-                """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
-
-                def step(j, carry):
-                    for chunk in range(c.chunks):
-                        if chunk + 1 < c.chunks:
-                            logits(j, chunk + 1, False, chunk + 1)
-                        elif c.chunks > 1:
-                            logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-                        gradients(j, chunk, chunk)
-                    if c.chunks == 1:
-                        logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-                    return carry
-
-                logits(first, 0, False, 0)
-                jax.lax.fori_loop(first, last, step, None)
-
-            ranges.visit(numbers, batch, i, part, whole, logits, gradients)
+            ranges.visit(numbers, batch, i, part, logits, gradients)
             scale = 1.0 if bent else rules.scale
 
             if queries:

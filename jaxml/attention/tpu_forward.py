@@ -156,35 +156,7 @@ def _kernel(p: Layout, ranges: Ranges, operands):
                 acc = acc_ref[:, columns].reshape(-1, 8, c.columns) * shrink[None]
                 acc_ref[:, columns] = acc.reshape(mixed.shape) + mixed
 
-            def whole(first, last):
-                """All chunks of queries against the chunks of keys first … last − 1, the next logits ahead."""
-
-                def step(j):
-                    for chunk in range(c.chunks):
-                        if chunk + 1 < c.chunks:
-                            logits(j, chunk + 1, False, chunk + 1)
-                        elif c.chunks > 1:
-                            logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-                        softmax(j, chunk, chunk)
-                    if c.chunks == 1:
-                        logits(jnp.minimum(j + 1, last - 1), 0, False, 0)
-
-                def turn(n, carry):
-                    for more in range(together):
-                        step(first + n * together + more)
-                    return carry
-
-                together = blocks.limits().together
-                logits(first, 0, False, 0)
-                turns = (last - first) // together if isinstance(last, int) else divide(last - first, together)
-                jax.lax.fori_loop(0, turns, turn, None)
-                left = last - first - turns * together  # 0 or 1
-                if not isinstance(left, int):
-                    pl.when(left == 1)(lambda: step(last - 1))
-                elif left:
-                    step(last - 1)
-
-            ranges.visit(numbers, batch, i, part, whole, logits, softmax)
+            ranges.visit(numbers, batch, i, part, logits, softmax, blocks.limits().together)
 
             @pl.when(last_part)
             def _():

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxml.attention import blocks
+from jaxml.attention import blocks, tiles
 from jaxml.attention.linear import vary, varying_axes
-from jaxml.attention.tiles import NOTHING
-from jaxml.attention.tpu_arrays import LOG2E, dot
+from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, dot, shape_logits
 from jaxml.axes import Array, Float, Int, wide
 
 KEYS = 512  # of a grid step, where VMEM has room for them
@@ -27,13 +26,11 @@ MOST_WORDS = 2**17  # of 32 bits, in scalar memory
 
 
 @dataclasses.dataclass(frozen=True)
-class Rules:
+class Rules(tiles.Rules):
     """What does not change from call to call."""
 
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    num_heads: int
+    window: int | None = None
+    num_heads: int = 1  # K
 
 
 def supports(query, key, value, table) -> str | None:
@@ -140,8 +137,8 @@ def _kernel(rules: Rules, T: int, N: int, K: int, H: int, H2: int, page: int, pe
 
         @pl.when(part == bounds[2 * batch])
         def _():
-            packed[...] = jnp.where(_own(packed.shape, T * group, H), _repeat(q_ref[0], K), 0)
-            m_ref[...] = jnp.full_like(m_ref, -NOTHING)
+            packed[...] = jnp.where(_own(packed.shape, T * group, H), jnp.concatenate([q_ref[0]] * K, axis=1), 0)
+            m_ref[...] = jnp.full_like(m_ref, HIDDEN)
             l_ref[...] = jnp.zeros_like(l_ref)
             acc_ref[...] = jnp.zeros_like(acc_ref)
 
@@ -149,24 +146,22 @@ def _kernel(rules: Rules, T: int, N: int, K: int, H: int, H2: int, page: int, pe
 
         def step(masked: bool):
             end_to_end = lambda refs: jnp.concatenate([ref[0] for ref in refs], axis=0)
-            s = dot(packed[...], end_to_end(keys), (1, 1)) * rules.scale  # [rows, keys]
-            if rules.soft_cap is not None:
-                s = rules.soft_cap * jnp.tanh(s / rules.soft_cap)
-            s, v = s * LOG2E, end_to_end(values)
+            s = shape_logits(rules, dot(packed[...], end_to_end(keys), (1, 1)), None, (), None)  # [rows, keys]
+            v = end_to_end(values)
             if masked:
                 at = first + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
                 query = oldest + jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) // group % T
                 visible = at <= query
                 if rules.window is not None:
                     visible &= at >= query - rules.window
-                s = jnp.where(visible, s, -NOTHING)
+                s = jnp.where(visible, s, HIDDEN)
                 place = first + jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)
                 v = jnp.where(place < length, v, 0)  # places never written may hold anything
             m = m_ref[...]
             new = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
             e, shrink = jnp.exp2(s - new), jnp.exp2(m - new)
             if masked:
-                e = jnp.where(new > -NOTHING / 2, e, 0.0)
+                e = jnp.where(new > HIDDEN / 2, e, 0.0)
             m_ref[...] = new
             l_ref[...] = shrink * l_ref[...] + jnp.sum(e, axis=1, keepdims=True)
             acc_ref[...] = shrink * acc_ref[...] + dot(e.astype(v.dtype), v, (1, 0))
@@ -194,7 +189,3 @@ def _own(shape: tuple[int, int], rows: int, width: int) -> Array:
     """Whether a place [rows of all heads, widths of all heads] belongs to one head in both."""
     row, column = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     return row // rows == column // width
-
-
-def _repeat(a: Array, n: int) -> Array:
-    return jnp.concatenate([a] * n, axis=1)

@@ -1,5 +1,6 @@
 """Which chunks of keys each block of queries sees: a few numbers that a TPU kernel reads before its arrays arrive."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -83,13 +84,15 @@ class Ranges:
         first, last = (self._bound(refs, batch, i, n) for n in (0, 3))
         return jnp.clip(part, divide(first, self.resident), divide(jnp.maximum(last - 1, 0), self.resident))
 
-    def visit(self, refs, batch, i, part, whole: Callable, ahead: Callable, finish: Callable):
-        """What the block of queries i sees of the resident keys, chunks of keys counted within them.
+    def visit(self, refs, batch, i, part, ahead: Callable, finish: Callable, together: int = 1):
+        """What the block of queries i sees of the resident keys, tile by tile, each in two halves.
 
-        ``whole(first, last)`` for those that all its queries see whole. The other tiles in turn, each in two halves:
-        ``ahead(j, chunk, masked, buffer)``, then, once the next tile's first half is in the other buffer of 0 and 1,
-        ``finish(j, chunk, buffer)``; so the matrix unit works on one tile while the vector unit does on another.
+        ``ahead(j, chunk, masked, buffer)``, then, once the next tile's first half is in another buffer,
+        ``finish(j, chunk, buffer)``; so the matrix unit works on one tile while the vector unit does on another. Chunks
+        of keys j are counted within the resident ones. Those that all queries see whole go through a loop of their own,
+        without the mask, `together` (1 or 2) of them in a turn.
         """
+        whole = functools.partial(self._whole, ahead, finish, together)
         if self.mask is None:
             return whole(0, self.resident)
         start = part * self.resident
@@ -149,3 +152,32 @@ class Ranges:
         def _():
             ahead(*tile(begin), True, 0)
             jax.lax.while_loop(lambda n: n < total, turn, begin)
+
+    def _whole(self, ahead: Callable, finish: Callable, together: int, first, last) -> None:
+        """All chunks of queries against the chunks of keys first … last − 1."""
+        chunks = self.p.cut.chunks
+
+        def step(j):
+            for chunk in range(chunks):
+                if chunk + 1 < chunks:
+                    ahead(j, chunk + 1, False, chunk + 1)
+                elif chunks > 1:
+                    ahead(jnp.minimum(j + 1, last - 1), 0, False, 0)
+                finish(j, chunk, chunk)
+            if chunks == 1:
+                ahead(jnp.minimum(j + 1, last - 1), 0, False, 0)
+
+        def turn(n, carry):
+            for more in range(together):
+                step(first + n * together + more)
+            return carry
+
+        ahead(first, 0, False, 0)
+        count = last - first
+        turns = count // together if isinstance(count, int) else divide(count, together)
+        jax.lax.fori_loop(0, turns, turn, None)
+        left = count - turns * together if together > 1 else 0  # 0 or 1
+        if not isinstance(left, int):
+            pl.when(left == 1)(lambda: step(last - 1))
+        elif left:
+            step(last - 1)

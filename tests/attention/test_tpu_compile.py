@@ -40,16 +40,14 @@ def gradients(case, dtype):
 @pytest.mark.parametrize("chip", TPU_TOPOLOGIES)
 @pytest.mark.parametrize(
     "name",
-    ["grouped heads", "packed", "sinks", *[pytest.param(n, marks=pytest.mark.slow) for n in ("bias", "dropout")]],
+    [*EVERYWHERE, *[pytest.param(n, marks=pytest.mark.slow) for n in ("bias", "dropout")]],
 )
 def test_compiles_for_every_generation(name, chip):
     compile_for_tpu(*gradients(by_name[name], jnp.bfloat16), chip)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [n for n in by_name if n not in ("grouped heads", "packed", "sinks", "bias", "dropout")]
-)
+@pytest.mark.parametrize("name", [n for n in by_name if n not in (*EVERYWHERE, "bias", "dropout")])
 def test_every_case_compiles(name):
     compile_for_tpu(*gradients(by_name[name], jnp.bfloat16), "v6e")
 
