@@ -163,7 +163,22 @@ def _gathered(rules, query, key, value, table, lengths):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _by_kernel(rules, query, key, value, table, lengths):
-    return tpu_paged.attend(rules, query, key, value, table, lengths)
+    attend = jax.custom_batching.custom_vmap(functools.partial(tpu_paged.attend, rules))
+    attend.def_vmap(functools.partial(_by_kernel_mapped, rules))
+    return attend(query, key, value, table, lengths)
+
+
+def _by_kernel_mapped(rules, size: int, batched, query, key, value, table, lengths):
+    """The kernel under `vmap`: more rows, and where the pages are mapped as well, more pages."""
+    spread = lambda a, has: a if has else jnp.broadcast_to(a, (size, *a.shape))
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    query, table, lengths = (spread(a, has) for a, has in zip((query, table, lengths), (batched[0], *batched[3:])))
+    if batched[1] or batched[2]:
+        key, value = spread(key, batched[1]), spread(value, batched[2])
+        table = table + key.shape[1] * jnp.arange(size, dtype=table.dtype)[:, None, None]
+        key, value = flat(key), flat(value)
+    out = _by_kernel(rules, flat(query), key, value, flat(table), flat(lengths))
+    return tuple(a.reshape(size, -1, *a.shape[1:]) for a in out), (True, True)
 
 
 @_by_kernel.defjvp

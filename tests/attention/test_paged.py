@@ -130,6 +130,20 @@ def test_gradients_pass_through_the_kernel():
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("axes", [(0, None, 0, 0), (None, 0, None, None), (0, 0, None, 0)])
+def test_mapped_over_queries_and_pages(axes):
+    with jax.enable_x64(True):
+        shapes = [Shape(lengths=lengths).arrays()[:4] for lengths in ((0, 80, 1), (40, 7, 16))]
+        shapes = [(q, jax.tree.map(jnp.nan_to_num, p), *rest) for q, p, *rest in shapes]
+        shapes[1] = (shapes[1][0] + 1.0, jax.tree.map(lambda a: a + 1.0, shapes[1][1]), *shapes[1][2:])
+        pick = lambda n: tuple(shapes[0 if axis is None else n][i] for i, axis in enumerate(axes))
+        mapped = jax.tree.map(lambda *a: jnp.stack(a), *shapes)
+        calls = tuple(shapes[0][i] if axis is None else mapped[i] for i, axis in enumerate(axes))
+        out = jax.vmap(lambda *a: paged_attention(*a, implementation="mosaic_tpu"), axes)(*calls)
+        for n in range(2):
+            np.testing.assert_allclose(out[n], paged_attention(*pick(n), implementation="blockwise"), atol=1e-12)
+
+
 def test_tokens_before_the_beginning_and_beyond_the_pages_are_left_out():
     pages = paged.init(3, 8, 1, 4, dtype=jnp.float32)
     new = jnp.ones((2, 3, 1, 4))
