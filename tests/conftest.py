@@ -19,6 +19,15 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:etils.*")
 
 
+@pytest.fixture(autouse=True)
+def quick_compiles(request):
+    """Where arrays are small and programs many, each run once or a few times, compiling quickly is what matters."""
+    quick = request.path.parent.name in ("attention", "optim")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct; the tests that need it skip where its package is not installed."""

@@ -54,6 +54,7 @@ def test_several_blocks_equal_the_definition(name, parts, monkeypatch):
             np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_hundred_random_masks_equal_the_definition():
     q, k, v = by_name["grouped heads"].scaled(T=300, S=400).arrays()
 

@@ -46,6 +46,7 @@ def test_the_loss_falls_and_what_is_frozen_stays(method):
     assert jax.tree.map(lambda a: a.dtype, tuned.params) == jax.tree.map(lambda a: a.dtype, start.params)
 
 
+@pytest.mark.slow
 def test_anchors_keep_the_adapted_model_nearer_to_the_one_below():
     model = lora(tiny_model())
     anchors = [{"text": "the quick brown fox jumps"}, {"text": "over the lazy dog again"}]
@@ -90,6 +91,7 @@ def test_accumulated_small_batches_step_like_one_large_one():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=bound), *out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_unrolled_layers_train_like_scanned_ones(method):
     model = lora(tiny_model()) if method == "lora" else tiny_model()

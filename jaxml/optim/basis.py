@@ -1,0 +1,91 @@
+"""Bases of the subspace that a gradient lies in, one matrix at a time.
+
+Each method takes the gradient G [m, n] and the present basis P [m, r] and returns the next one; a basis on the right is
+the same of Gᵀ. "power" is one step of subspace iteration from where the basis stands, which follows a gradient that
+changes slowly at a small part of the cost of a singular value decomposition; the QR decomposition is made of Cholesky
+factors of r × r matrices, so that it is products all the way and shards as they do.
+
+Reference:
+    Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.3 and 5.1.
+    Fukaya et al. 2020, "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices".
+    Zhao et al. 2024, "GaLore" (svd); Hao et al. 2024, "Flora" and Zhu et al. 2024, "APOLLO" (random).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float
+
+METHODS = ("power", "rsvd", "svd", "random")
+FIRST = 4  # power steps from a random start
+OVERSAMPLE = 10
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def power(g: Float[Array, "m n"], p: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """orth(G GᵀP + δP): the columns keep their order and their direction from step to step.
+
+    The shift δ, 1e-5 of the largest column, keeps directions in which the gradient is zero where they are.
+    """
+    y = _through(_scaled(g), p)
+    largest = jnp.sqrt(jnp.max(jnp.sum(y * y, axis=0)))
+    return orthonormal(y / jnp.where(largest > 0, largest, 1.0) + 1e-5 * p)
+
+
+def rsvd(g: Float[Array, "m n"], start: Float[Array, "m s"], rank: int) -> Float[Array, "m r"]:
+    """The leading left singular vectors found from s ≥ r random columns with two power steps."""
+    g = _scaled(g)
+    q = power(g, power(g, orthonormal(start)))
+    low = _product(q.T, g.astype(q.dtype))
+    _, turn = jnp.linalg.eigh(_product(low, low.T))
+    return canonical(_product(q, turn[:, ::-1][:, :rank]))
+
+
+def svd(g: Float[Array, "m n"], rank: int) -> Float[Array, "m r"]:
+    """The leading left singular vectors."""
+    u, _, _ = jnp.linalg.svd(g, full_matrices=False)
+    return canonical(u[:, :rank])
+
+
+def orthonormal(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """An orthonormal basis of the columns by Cholesky QR thrice, at first shifted so that it cannot break down."""
+    for shift in (1e-5, 1e-6, 0.0):
+        gram = _product(y.T, y)
+        largest = jnp.max(jnp.sum(jnp.abs(gram), axis=0))  # at least the largest eigenvalue
+        gram = gram + shift * largest * jnp.eye(gram.shape[0], dtype=gram.dtype)
+        factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
+        y = jax.lax.linalg.triangular_solve(factor, y, lower=True, transpose_a=True)
+    return y
+
+
+def canonical(p: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """Each column with its largest element positive; a decomposition leaves the sign to chance."""
+    largest = jnp.take_along_axis(p, jnp.argmax(jnp.abs(p), axis=0)[None], axis=0)
+    return p * jnp.where(largest < 0, -1, 1)
+
+
+def captured(g: Float[Array, "m n"], p: Float[Array, "m r"]) -> Float[Array, ""]:
+    """‖PᵀG‖² / ‖G‖²."""
+    return jnp.sum(_product(p.T, g) ** 2) / jnp.sum(g * g)
+
+
+def overlap(new: Float[Array, "m r"], old: Float[Array, "m r"]) -> Float[Array, ""]:
+    """‖P_newᵀ P_old‖² / r: 1 where both span the same subspace, 0 where they are orthogonal."""
+    return jnp.sum(_product(new.T, old) ** 2) / new.shape[1]
+
+
+def _scaled(g: Array) -> Array:
+    """G with a largest element of 1, so that no square of it is out of range."""
+    largest = jnp.max(jnp.abs(g))
+    return g / jnp.where(largest > 0, largest, 1).astype(g.dtype)
+
+
+def _through(g: Array, p: Array) -> Array:
+    """G GᵀP; the factors are G's dtype, the sums float32 or wider."""
+    wide = p.dtype
+    low = jnp.matmul(g.T, p.astype(g.dtype), preferred_element_type=wide)
+    return jnp.matmul(g, low.astype(g.dtype), preferred_element_type=wide)
+
+
+def _product(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=_HIGHEST)

@@ -1,0 +1,85 @@
+"""Optimizer states of eight bits: any Optax optimizer whose moments are kept packed between steps.
+
+A step unpacks the moments, lets the optimizer update them in float32, and packs them again; nothing else changes. Means
+of squares take the unsigned dynamic map, everything with a sign the signed one (`jaxml.optim.packed`).
+
+Reference:
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". Differences from bitsandbytes: blocks do not
+    run across rows longer than a block, so that a state shards as its parameter does; rounding may be stochastic.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxml.axes import Array, Int
+from jaxml.optim import moments, packed
+
+
+class EightBitState(NamedTuple):
+    """State of `eight_bit`."""
+
+    step: Int[Array, ""]
+    inner: Any  # the optimizer's, with `packed.Packed` in the place of large moments
+
+
+def eight_bit(
+    inner: optax.GradientTransformation, *, min_size: int = 4096, stochastic: bool = False, seed: int = 0
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer with its moments in eight bits.
+
+    Args:
+        inner: whose moments are state leaves of a parameter's shape under a known name (`moments.LINEAR`, `SQUARED`):
+            Adam, AdamW, Lion, SGD with momentum, RMSProp, Adan and most others.
+        min_size: smaller parameters keep float32 moments, as in bitsandbytes.
+        stochastic: round to one of the two neighbours, the nearer the likelier, instead of to the nearest. With
+            gradients of mini-batches both end alike; where a gradient hardly changes from step to step, the nearest
+            value holds a mean where it is.
+        seed: of the rounding.
+
+    Raises:
+        ValueError: at `init`, no moment that could be packed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> state = eight_bit(optax.adam(1e-3)).init({"w": jnp.zeros((64, 256))})
+        >>> sum(leaf.nbytes for leaf in jax.tree.leaves(state.inner[0].mu))
+        16640
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params) -> EightBitState:
+        state = inner.init(params)
+        leaves, tree = jax.tree.flatten(state)
+        found = _large(state, params)
+        if not found and any(jnp.size(p) >= min_size for p in jax.tree.leaves(params)):
+            raise ValueError(
+                "eight_bit: the optimizer keeps moments of the parameters' shape under a name in "
+                f"{', '.join(moments.LINEAR + moments.SQUARED)}, got {type(state).__name__} without any."
+            )
+        for n, squared in found.items():
+            leaves[n] = packed.pack(leaves[n].astype(jnp.float32), _kind(squared))
+        return EightBitState(jnp.zeros((), jnp.int32), tree.unflatten(leaves))
+
+    def update(updates, state: EightBitState, params=None, **extra):
+        kept, tree = jax.tree.flatten(state.inner, is_leaf=packed.is_packed)
+        new, inner_state = inner.update(updates, tree.unflatten([packed.unpack(x) for x in kept]), params, **extra)
+        leaves = tree.flatten_up_to(inner_state)
+        keys = [None] * len(leaves)
+        if stochastic:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(leaves))
+        leaves = [packed.pack_like(x, was, k) for x, was, k in zip(leaves, kept, keys)]
+        return new, EightBitState(optax.safe_increment(state.step), tree.unflatten(leaves))
+
+    def _large(state, params) -> dict[int, bool]:
+        """Number of each moment's leaf that is to be packed, and whether it is of squares."""
+        shapes = {path: jnp.shape(p) for path, p in jax.tree.leaves_with_path(params) if jnp.size(p) >= min_size}
+        return {m.leaf: m.squared for found in moments.find(state, shapes).values() for m in found}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kind(squared: bool) -> str:
+    return "dynamic_unsigned" if squared else "dynamic"

@@ -1,0 +1,232 @@
+"""When and how the bases of all targets are refreshed.
+
+All matrices of all targets are numbered; number k of K has its turn k · gap / K steps after the first step and every
+`gap` steps from then on, so that no step does the work of all. In the first step everyone has a turn. Matrices of equal
+shape share one loop over those whose turn it is: compiled once, one matrix in work at a time, and no linear algebra
+that is batched (which deadlocks XLA on CPU when there is much of it in one program).
+
+Reference:
+    Zhang et al. 2024, "Q-GaLore", section 3.2 (a gap that doubles while the subspace stays).
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Bool, Float, Int
+from jaxml.optim import basis, moments, packed
+from jaxml.optim.targets import Target
+
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+WINDOW = 5  # refreshes whose overlap is averaged before the gap doubles
+
+
+class Turns(NamedTuple):
+    """Of each matrix of a target, where the gap adapts; [*batch]."""
+
+    next: Int[Array, "..."]  # the step of the next refresh
+    gap: Int[Array, "..."]  # steps
+    overlaps: Float[Array, "... 5"]  # of the last refreshes, 0 where there were none yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Whose turn it is in which step."""
+
+    targets: tuple[Target | None, ...]
+    options: Any
+    offsets: tuple[int, ...]  # the number of each leaf's first matrix
+    total: int
+
+    @classmethod
+    def of(cls, targets: list[Target | None], options) -> "Schedule":
+        counts = [0 if t is None else t.count for t in targets]
+        return cls(tuple(targets), options, tuple(sum(counts[:i]) for i in range(len(counts))), max(1, sum(counts)))
+
+    def init(self, i: int) -> Turns | tuple:
+        if self.options.adaptive is None:
+            return ()
+        target, first = self.targets[i], jnp.asarray(self._offset(i))
+        gap = jnp.full(target.batch, self.options.gap, jnp.int32)
+        first = jnp.where(first == 0, self.options.gap, first).reshape(target.batch)
+        return Turns(first.astype(jnp.int32), gap, jnp.zeros((*target.batch, WINDOW), jnp.float32))
+
+    def due(self, i: int, step: Int[Array, ""], turns: Turns | tuple) -> Bool[Array, "B"]:
+        """Whether each matrix of leaf `i` is refreshed in this step."""
+        if isinstance(turns, Turns):
+            return (step == 0) | (turns.next.reshape(-1) <= step)
+        return (step == 0) | (jnp.mod(step - jnp.asarray(self._offset(i), jnp.int32), self.options.gap) == 0)
+
+    def epoch(self, i: int, step: Int[Array, ""]) -> Int[Array, "B"]:
+        """How many turns each matrix of leaf `i` has had, this step's included."""
+        offset = jnp.asarray(self._offset(i), jnp.int32)
+        return jnp.where((step == 0) | (offset == 0), step // self.options.gap, (step - offset) // self.options.gap + 1)
+
+    def _offset(self, i: int) -> list[int]:
+        count, gap = self.targets[i].count, self.options.gap
+        return [(self.offsets[i] + k) * gap // self.total if self.options.spread else 0 for k in range(count)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What a refresh changes of one leaf; all arrays have the number of the matrix as first axis."""
+
+    basis: tuple[Any, ...]
+    moments: list[Any]
+    turns: Turns | tuple
+
+
+def first(target: Target, options, i: int, dtype) -> tuple[Any, ...]:
+    """The basis before the first step: random directions, or nothing where it is drawn anew in every step."""
+    if options.method == "random":
+        return ()
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(options.seed), i), 2)
+    draw = lambda key, shape: jax.random.normal(key, shape, dtype) / shape[-2] ** 0.5
+    return tuple(_store(draw(key, shape), options) for key, shape in zip(keys, target.basis_shapes))
+
+
+def bases(schedule: Schedule, i: int, step: Int[Array, ""], kept: tuple[Any, ...], dtype) -> tuple[Array, ...]:
+    """The basis of leaf `i` as arrays [*batch, m or n, r]."""
+    target, options = schedule.targets[i], schedule.options
+    if options.method != "random":
+        return tuple(packed.unpack(b) for b in kept)
+    numbers = schedule.offsets[i] + jnp.arange(target.count)
+    draw = jax.vmap(lambda number, epoch: _drawn(target, options, number, epoch, dtype))(
+        numbers, schedule.epoch(i, step)
+    )
+    return tuple(b.reshape(shape) for b, shape in zip(draw, target.basis_shapes))
+
+
+def refresh(
+    schedule: Schedule, step: Int[Array, ""], matrices: list[Array | None], kept: list[Kept | None], kinds: list
+) -> list[Kept | None]:
+    """Everything kept, after those matrices whose turn it is have had it.
+
+    Args:
+        matrices: the gradients [*batch, m, n] of the targets.
+        kinds: of each leaf's moments, a list of `moments.Moment`.
+    """
+    if schedule.options.method == "random" and schedule.options.moments == "carry":
+        return kept
+    groups: dict[Any, list[int]] = {}
+    for i, target in enumerate(schedule.targets):
+        if target is not None:
+            like = jax.tree.map(lambda a: (a.shape[1:], a.dtype), kept[i])
+            key = (target.m, target.n, target.rank, target.side, matrices[i].dtype, str(like), str(kinds[i]))
+            groups.setdefault(key, []).append(i)
+    out = list(kept)
+    for members in groups.values():
+        for i, new in zip(members, _refresh_group(schedule, step, matrices, kept, kinds, members)):
+            out[i] = new
+    return out
+
+
+def _refresh_group(schedule, step, matrices, kept, kinds, members: list[int]) -> list[Kept]:
+    first = schedule.targets[members[0]]
+    flat = [matrices[i].reshape(-1, first.m, first.n) for i in members]
+    due = jnp.concatenate([schedule.due(i, step, kept[i].turns) for i in members])
+    epoch = jnp.concatenate([schedule.epoch(i, step) for i in members])
+    rows = [(k, n, schedule.offsets[i] + n) for k, i in enumerate(members) for n in range(schedule.targets[i].count)]
+    owner, local, number = (jnp.asarray(column, jnp.int32) for column in zip(*rows))
+    order = jnp.argsort(~due, stable=True)
+    pick = lambda k, row, trees: _select(k, [functools.partial(_row, tree, row) for tree in trees])
+
+    def turn(n, carry: list[Kept]) -> list[Kept]:
+        at = order[n]
+        k, row = owner[at], local[at]
+        g, old = pick(k, row, flat), pick(k, row, carry)
+        new = _turn(first, schedule.options, (number[at], epoch[at], step), g, old, kinds[members[0]])
+        return [_put(tree, row, new, k == j) for j, tree in enumerate(carry)]
+
+    return jax.lax.fori_loop(0, jnp.sum(due), turn, [kept[i] for i in members])
+
+
+def _turn(target: Target, options, when, g: Float[Array, "m n"], old: Kept, kinds) -> Kept:
+    """One matrix's."""
+    number, epoch, step = when
+    if options.method == "random":
+        before, after = (_drawn(target, options, number, e, _wide(g)) for e in (epoch - 1, epoch))
+        basis_after = ()
+    else:
+        sides = {"left": [g], "right": [g.T], "full": [g, g.T]}[target.side]
+        before = [packed.unpack(b).astype(_wide(g)) for b in old.basis]
+        after = [_next(options, _key(options, number, step), step, x, p) for x, p in zip(sides, before)]
+        basis_after = tuple(_store(p, options) for p in after)
+    rotations = [jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) for a, b in zip(after, before)]
+
+    def rotate(x: Array, q=rotations) -> Array:
+        left = q[0] @ x if target.side != "right" else x
+        return left @ q[-1].T if target.side != "left" else left
+
+    rotate_squared = functools.partial(rotate, q=[q * q for q in rotations])
+    values = [packed.unpack(x) for x in old.moments]
+    values = moments.turn(options.moments, kinds, values, rotate, rotate_squared)
+    values = [packed.pack_like(x, was) for x, was in zip(values, old.moments)]
+    turns = old.turns
+    if isinstance(turns, Turns):
+        turns = _adapt(turns, step, options, jnp.sum(rotations[0] ** 2) / target.rank)
+    return Kept(basis_after, values, turns)
+
+
+def _key(options, number: Array, step: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(options.seed), number), step)
+
+
+def _drawn(target: Target, options, number: Array, epoch: Array, dtype) -> tuple[Float[Array, "m r"], ...]:
+    """The random basis of one matrix, elements of variance 1 / r."""
+    keys = jax.random.split(_key(options, number, epoch), 2)
+    shapes = [shape[-2:] for shape in target.basis_shapes]
+    return tuple(jax.random.normal(k, s, dtype) / target.rank**0.5 for k, s in zip(keys, shapes))
+
+
+def _next(options, key: Array, step: Array, g: Array, p: Array) -> Array:
+    if options.method == "power":
+        times = jnp.where(step == 0, basis.FIRST, 1)
+        return jax.lax.fori_loop(0, times, lambda _, p: basis.power(g, p), p)
+    if options.method == "rsvd":
+        columns = min(p.shape[1] + basis.OVERSAMPLE, *g.shape)
+        return basis.rsvd(g, jax.random.normal(key, (g.shape[0], columns), p.dtype), p.shape[1])
+    return basis.svd(g.astype(p.dtype), p.shape[1])
+
+
+def _store(p: Array, options) -> Array | packed.Packed:
+    kind = options.basis_dtype
+    if kind in packed.KINDS:
+        return packed.pack(p, kind)
+    return p.astype(jnp.promote_types(kind, p.dtype) if kind == "float32" else kind)
+
+
+def _wide(g: Array):
+    return jnp.promote_types(g.dtype, jnp.float32)
+
+
+def _adapt(turns: Turns, step: Array, options, overlap: Array) -> Turns:
+    """The gap doubles when the mean of the last overlaps is at least the threshold; counting then begins anew."""
+    counted = jnp.where(step == 0, turns.overlaps, jnp.roll(turns.overlaps, 1).at[0].set(overlap))
+    stays = (counted[-1] > 0) & (jnp.mean(counted) >= options.adaptive)
+    gap = jnp.where(stays, 2 * turns.gap, turns.gap)
+    following = jnp.where(step == 0, turns.next, step + gap)
+    return Turns(following, gap, jnp.where(stays, 0.0, counted))
+
+
+def _select(k: Array, branches: list):
+    return branches[0]() if len(branches) == 1 else jax.lax.switch(k, branches)
+
+
+def _row(tree, row: Array):
+    """Row `row` of every array (another one where the leaf has fewer; its branch is not taken)."""
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), tree)
+
+
+def _put(tree, row: Array, new, mine: Bool[Array, ""]):
+    """`new` in row `row` where it is this leaf's."""
+
+    def put(array, value):
+        value = jnp.where(mine, value, jax.lax.dynamic_index_in_dim(array, row, keepdims=False))
+        return jax.lax.dynamic_update_index_in_dim(array, value, row, 0)
+
+    return jax.tree.map(put, tree, new)

@@ -1,0 +1,96 @@
+"""Where the optimizer's state lives: shardings of a state, derived from those of the parameters.
+
+`jit(tx.init)` gives zeros that live nowhere in particular, and XLA then keeps the bases of a projection whole on every
+device. A basis P [m, r] is spread as the parameter's m axes are, R and its moments [r, n] as its n axes are, a moment
+of full shape as its parameter; everything else is on every device.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxml.optim.galore import TargetState
+from jaxml.optim.lora import Factors
+from jaxml.optim.packed import Packed
+from jaxml.optim.targets import Target, path_of
+
+
+def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
+    """A tree like `tx.init(params)` with a `NamedSharding` for each array.
+
+    An axis whose length its mesh axes do not divide is not spread.
+
+    Args:
+        params: arrays, or `jax.ShapeDtypeStruct`s, with named shardings on one mesh.
+
+    Raises:
+        ValueError: no parameter has a named sharding.
+
+    Example:
+        >>> from jaxml.optim import galore
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> rows = NamedSharding(mesh, P("fsdp", None))
+        >>> params = {"w": jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)}
+        >>> tx = galore(optax.adam(1e-3), rank=4)
+        >>> shardings = state_sharding(tx, params)
+        >>> shardings.targets["w"].basis[0].spec, shardings.inner[0].mu["w"].spec
+        (P('fsdp', None), P(None, None))
+        >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((64, 32))})
+    """
+    whole = dict(jax.tree.leaves_with_path(params))
+    meshes = [leaf.sharding.mesh for leaf in whole.values() if _is_named(leaf)]
+    if not meshes:
+        raise ValueError("state_sharding: parameters have a NamedSharding, got none. Place them with jax.device_put.")
+    is_node = lambda x: isinstance(x, TargetState | Factors | Packed)
+    state = jax.eval_shape(tx.init, params)
+    targets = {n.target.path: n.target for n in jax.tree.leaves(state, is_leaf=is_node) if hasattr(n, "target")}
+
+    def of(path: tuple, node: Any) -> Any:
+        owner = next((path[i:] for i in range(len(path) + 1) if path[i:] in whole), None)
+        if owner is None:
+            return _spread(meshes[0], P(), node)
+        leaf, target = whole[owner], targets.get(path_of(owner))
+        spec = leaf.sharding.spec if _is_named(leaf) else P()
+        if target is not None:
+            batch, m, n = _axes(target, spec)
+            low = P(*batch, None if target.side != "right" else m, None if target.side != "left" else n)
+            if isinstance(node, Factors):
+                parts = _spread(meshes[0], P(*batch, m, None), node.a), _spread(meshes[0], P(*batch, None, n), node.b)
+                return Factors(*parts, target)
+            if isinstance(node, TargetState):
+                axes = {"left": (m,), "right": (n,), "full": (m, n)}[target.side]
+                basis = tuple(_spread(meshes[0], P(*batch, axis, None), b) for axis, b in zip(axes, node.basis))
+                turns, norm = _spread(meshes[0], P(*batch), (node.turns, node.norm))
+                return TargetState(basis, turns, norm, _spread(meshes[0], low, node.coordinates), target)
+            if jnp.shape(node) == target.low_shape:
+                return _spread(meshes[0], low, node)
+        return _spread(meshes[0], spec if jnp.shape(node) == jnp.shape(leaf) else P(), node)
+
+    return jax.tree.map_with_path(of, state, is_leaf=is_node)
+
+
+def _is_named(leaf: Any) -> bool:
+    return isinstance(getattr(leaf, "sharding", None), NamedSharding)
+
+
+def _axes(target: Target, spec: P) -> tuple[tuple, Any, Any]:
+    """(mesh axes of each batch axis, of m, of n); where m or n is made of several axes, those of the first."""
+    spec = (*spec, *[None] * (len(target.shape) - len(spec)))
+    batch = tuple(s for i, s in enumerate(spec) if i not in target.reduction + target.output)
+    return batch, spec[target.reduction[0]], spec[target.output[0]]
+
+
+def _spread(mesh: Mesh, spec: P, tree: Any) -> Any:
+    """The sharding of every array of the tree, without the axes that do not fit it."""
+
+    def fitting(array) -> NamedSharding:
+        length = lambda axes: math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ()))
+        fits = (axes if n % length(axes) == 0 else None for n, axes in zip(array.shape, spec))
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree.map(fitting, tree)
