@@ -73,13 +73,14 @@ TPU_TOPOLOGIES = {
 }  # fmt: skip
 
 
-def compile_for_tpu(function, arguments, chip: str):
+def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()):
     """`function` compiled for one chip of a TPU generation, on any machine that has libtpu (`jaxml[tpu]`).
 
     Args:
         function: a pure function of `arguments`; calls of `flash_attention` in it take the TPU's backends and blocks.
         arguments: a sequence of pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
         chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
+        donate: numbers of the arguments whose memory the results may take.
 
     Returns:
         What `jit(function).lower(...).compile()` returns: `memory_analysis()`, `cost_analysis()`, `as_text()`.
@@ -94,7 +95,7 @@ def compile_for_tpu(function, arguments, chip: str):
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
     with use_abstract_mesh(mesh), blocks.target(f"TPU {chip}"):
-        return jax.jit(function).lower(*jax.tree.map(place, tuple(arguments))).compile()
+        return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, tuple(arguments))).compile()
 
 
 def tpu_mesh(chip: str, axis_name: str) -> jax.sharding.Mesh:

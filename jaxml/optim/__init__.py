@@ -23,6 +23,7 @@ from jaxml.optim.eight_bit import eight_bit
 from jaxml.optim.galore import galore
 from jaxml.optim.lora import lora
 from jaxml.optim.sharding import state_sharding
+from jaxml.optim.subspace import subspace
 from jaxml.optim.targets import DimensionNumbers
 
 __all__ = [
@@ -48,5 +49,6 @@ __all__ = [
     "rmsprop",
     "sgd",
     "state_sharding",
+    "subspace",
     "yogi",
 ]

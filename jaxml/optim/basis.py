@@ -17,17 +17,23 @@ import jax.numpy as jnp
 from jaxml.axes import Array, Float
 
 METHODS = ("power", "rsvd", "svd", "random")
+SHIFTS = (1e-5, 1e-6, 0.0)  # of Cholesky QR, relative
 FIRST = 4  # power steps from a random start
 OVERSAMPLE = 10
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def power(g: Float[Array, "m n"], p: Float[Array, "m r"]) -> Float[Array, "m r"]:
-    """orth(G GᵀP + δP): the columns keep their order and their direction from step to step.
+    """One step of subspace iteration, from a gradient."""
+    return follow(_through(_scaled(g), p), p)
+
+
+def follow(y: Float[Array, "m r"], p: Float[Array, "m r"]) -> Float[Array, "m r"]:
+    """orth(Y + δP) of Y = G GᵀP of any size: the columns keep their order and their direction from step to step.
 
     The shift δ, 1e-5 of the largest column, keeps directions in which the gradient is zero where they are.
     """
-    y = _through(_scaled(g), p)
+    y = _scaled(y)
     largest = jnp.sqrt(jnp.max(jnp.sum(y * y, axis=0)))
     return orthonormal(y / jnp.where(largest > 0, largest, 1.0) + 1e-5 * p)
 
@@ -49,13 +55,15 @@ def svd(g: Float[Array, "m n"], rank: int) -> Float[Array, "m r"]:
 
 def orthonormal(y: Float[Array, "m r"]) -> Float[Array, "m r"]:
     """An orthonormal basis of the columns by Cholesky QR thrice, at first shifted so that it cannot break down."""
-    for shift in (1e-5, 1e-6, 0.0):
+
+    def once(n, y):
         gram = _product(y.T, y)
         largest = jnp.max(jnp.sum(jnp.abs(gram), axis=0))  # at least the largest eigenvalue
-        gram = gram + shift * largest * jnp.eye(gram.shape[0], dtype=gram.dtype)
+        gram = gram + jnp.asarray(SHIFTS, y.dtype)[n] * largest * jnp.eye(gram.shape[0], dtype=gram.dtype)
         factor = jnp.linalg.cholesky(gram, symmetrize_input=False)
-        y = jax.lax.linalg.triangular_solve(factor, y, lower=True, transpose_a=True)
-    return y
+        return jax.lax.linalg.triangular_solve(factor, y, lower=True, transpose_a=True)
+
+    return jax.lax.fori_loop(0, len(SHIFTS), once, y)  # a loop, for the sake of compile time
 
 
 def canonical(p: Float[Array, "m r"]) -> Float[Array, "m r"]:

@@ -16,6 +16,7 @@ import optax
 
 from jaxml.axes import Array, Int
 from jaxml.optim import moments, packed
+from jaxml.optim.plain import plainly
 
 
 class EightBitState(NamedTuple):
@@ -71,6 +72,7 @@ def eight_bit(
         if stochastic:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), len(leaves))
         leaves = [packed.pack_like(x, was, k) for x, was, k in zip(leaves, kept, keys)]
+        new = jax.tree.map(lambda u, g: u.astype(g.dtype), new, updates)
         return new, EightBitState(optax.safe_increment(state.step), tree.unflatten(leaves))
 
     def _large(state, params) -> dict[int, bool]:
@@ -78,7 +80,7 @@ def eight_bit(
         shapes = {path: jnp.shape(p) for path, p in jax.tree.leaves_with_path(params) if jnp.size(p) >= min_size}
         return {m.leaf: m.squared for found in moments.find(state, shapes).values() for m in found}
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return plainly(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _kind(squared: bool) -> str:

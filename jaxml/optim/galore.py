@@ -21,6 +21,7 @@ from jaxml.axes import Array, Float, Int
 from jaxml.optim import basis, modes, moments, packed, refresh
 from jaxml.optim import inner as inners
 from jaxml.optim.chain import Pending, pending
+from jaxml.optim.plain import plainly
 from jaxml.optim.targets import DimensionNumbers, Rank, Target, find
 
 
@@ -205,7 +206,7 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         targets = [getattr(s, "target", None) for s in tree.flatten_up_to(state.targets)]
         schedule = refresh.Schedule.of(targets, options)
         matrices = [None if t is None else t.matrices(g) for t, g in zip(targets, grads)]
-        states, inner_state = _refreshed(schedule, updates, state, matrices)
+        states, inner_state = refreshed(schedule, updates, state, matrices)
         bases = [None if t is None else refresh.bases(schedule, i, state.step, states[i].basis, _wide(grads[i]))
                  for i, t in enumerate(targets)]  # fmt: skip
         low = [g if t is None else t.project(b, x) for t, g, b, x in zip(targets, grads, bases, matrices)]
@@ -233,13 +234,13 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         step = optax.safe_increment(state.step)
         return tree.unflatten(out), GaLoreState(step, tree.unflatten(states), inner_state, probe)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return plainly(optax.GradientTransformationExtraArgs(init, update))
 
 
-def _refreshed(
-    schedule: refresh.Schedule, updates: Any, state: GaLoreState, matrices: list[Array | None]
+def refreshed(
+    schedule: refresh.Schedule, updates: Any, state: GaLoreState, matrices: list[Array | None], products: bool = False
 ) -> tuple[list[Any], Any]:
-    """(the targets' states, the inner state) after the refreshes that are due in this step."""
+    """(the targets' states, the inner state) after the refreshes that are due in this step; see `refresh.refresh`."""
     paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
     states = jax.tree.structure(updates).flatten_up_to(state.targets)
     inner, tree = jax.tree.flatten(state.inner, is_leaf=packed.is_packed)
@@ -255,7 +256,7 @@ def _refreshed(
         kept.append(jax.tree.map(flat, refresh.Kept(s.basis, values, s.turns)))
     moved = moments.Moment(-1, squared=False)  # the coordinates, after the moments
     kinds = [None if k is None else [*found[p], moved][: len(k.moments)] for p, k in zip(paths, kept)]
-    for i, new in enumerate(refresh.refresh(schedule, state.step, matrices, kept, kinds)):
+    for i, new in enumerate(refresh.refresh(schedule, state.step, matrices, kept, kinds, products)):
         if new is None:
             continue
         target = schedule.targets[i]

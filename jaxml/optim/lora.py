@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxml.axes import Array, Float, Int
+from jaxml.optim import rounding as rounds
 from jaxml.optim.chain import Pending, pending
+from jaxml.optim.plain import plainly
 from jaxml.optim.targets import Rank, Target, find
 
-ROUNDING = ("auto", "nearest", "stochastic", "base")
+ROUNDING = (*rounds.ROUNDING, "base")
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +103,6 @@ def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.Gradien
     inner = optax.with_extra_args_support(inner)
     seek = lambda tree: find(tree, rank=rank, targets=targets, dims=dims, name="lora")
     factor = lambda t: 2.0 if alpha is None else alpha / t.rank
-    how = lambda leaf: rounding if rounding != "auto" else "nearest" if _wide(leaf) == leaf.dtype else "stochastic"
 
     def init(params) -> LoRAState:
         leaves, tree = jax.tree.flatten(params)
@@ -130,7 +131,7 @@ def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.Gradien
             if t is None:
                 out.append(jnp.zeros_like(g))
                 continue
-            rule = how(g)
+            rule = rounds.rule(rounding, g.dtype)
             if w is None and rule != "nearest":
                 raise ValueError(f"lora: rounding {rule!r} needs the parameters: tx.update(grads, state, params).")
             after = factor(t) * jnp.matmul(f_new.a, f_new.b, precision=jax.lax.Precision.HIGHEST)
@@ -140,11 +141,11 @@ def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.Gradien
             before = factor(t) * jnp.matmul(f.a, f.b, precision=jax.lax.Precision.HIGHEST)
             move = t.restore(after - before)
             if rule == "stochastic":
-                move = _difference(_round(w + move, w.dtype, key), w)
+                move = _difference(rounds.stochastic(w + move, w.dtype, key), w)
             out.append(move.astype(g.dtype))
         return tree.unflatten(out), LoRAState(optax.safe_increment(state.step), factors, inner_state, state.base)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return plainly(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _first(target: Target, key: Array, dtype) -> Factors:
@@ -170,17 +171,3 @@ def _wide(x: Array):
 def _difference(new: Array, old: Array) -> Array:
     """What added to `old` gives `new` in their dtype."""
     return (new.astype(_wide(new)) - old.astype(_wide(old))).astype(new.dtype)
-
-
-def _round(x: Float[Array, "..."], dtype, key: Array) -> Array:
-    """One of the two neighbours in `dtype` (two bytes wide), the nearer the likelier."""
-    if dtype == jnp.bfloat16:  # the upper half of a float32
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
-    near = x.astype(dtype)
-    away = jnp.where(x > near.astype(x.dtype), jnp.inf, -jnp.inf).astype(dtype)
-    other = jnp.nextafter(near, away)
-    gap = jnp.abs(other.astype(x.dtype) - near.astype(x.dtype))
-    share = jnp.abs(x - near.astype(x.dtype)) / jnp.where(gap > 0, gap, 1)
-    return jnp.where(jax.random.uniform(key, x.shape, x.dtype) < share, other, near)

@@ -12,6 +12,7 @@ Reference:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,7 @@ def _magnitude(number: Array, kind: str, dtype) -> Array:
     return jnp.where(number == 0, 0.0, jnp.where(number == top, 1.0, value)).astype(dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("kind", "dtype"))
 def _decode(codes: Array, kind: str, dtype) -> Array:
     if kind in ("int8", "int4"):
         return codes.astype(dtype) / (127 if kind == "int8" else 7)
@@ -143,6 +145,7 @@ def _decode(codes: Array, kind: str, dtype) -> Array:
     return jnp.sign(number).astype(dtype) * _magnitude(jnp.abs(number), kind, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="kind")
 def _encode(unit: Array, kind: str) -> Array:
     """The nearest value's code."""
     top, more = _map(kind)

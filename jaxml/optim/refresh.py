@@ -95,72 +95,120 @@ def bases(schedule: Schedule, i: int, step: Int[Array, ""], kept: tuple[Any, ...
     if options.method != "random":
         return tuple(packed.unpack(b) for b in kept)
     numbers = schedule.offsets[i] + jnp.arange(target.count)
-    draw = jax.vmap(lambda number, epoch: _drawn(target, options, number, epoch, dtype))(
-        numbers, schedule.epoch(i, step)
-    )
-    return tuple(b.reshape(shape) for b, shape in zip(draw, target.basis_shapes))
+    shapes = [shape[-2:] for shape in target.basis_shapes]
+    draw = jax.vmap(lambda number, epoch: _drawn(options, number, epoch, shapes, target.rank, dtype))
+    drawn = draw(numbers, schedule.epoch(i, step))
+    return tuple(b.reshape(shape) for b, shape in zip(drawn, target.basis_shapes))
 
 
 def refresh(
-    schedule: Schedule, step: Int[Array, ""], matrices: list[Array | None], kept: list[Kept | None], kinds: list
+    schedule: Schedule,
+    step: Int[Array, ""],
+    matrices: list[Array | None],
+    kept: list[Kept | None],
+    kinds: list,
+    products: bool = False,
 ) -> list[Kept | None]:
     """Everything kept, after those matrices whose turn it is have had it.
 
     Args:
-        matrices: the gradients [*batch, m, n] of the targets.
+        matrices: the gradients G [*batch, m, n] of the targets.
         kinds: of each leaf's moments, a list of `moments.Moment`.
+        products: `matrices` are G GᵀP (or GᵀG Q) [*batch, m or n, r] already.
     """
     if schedule.options.method == "random" and schedule.options.moments == "carry":
         return kept
     groups: dict[Any, list[int]] = {}
     for i, target in enumerate(schedule.targets):
         if target is not None:
-            like = jax.tree.map(lambda a: (a.shape[1:], a.dtype), kept[i])
-            key = (target.m, target.n, target.rank, target.side, matrices[i].dtype, str(like), str(kinds[i]))
-            groups.setdefault(key, []).append(i)
+            leaf = _Leaf.of(target, kept[i], products)
+            like = jax.tree.map(lambda a: (a.shape, a.dtype), jax.eval_shape(leaf.row, matrices[i], kept[i], 0))
+            squared = tuple(moment.squared for moment in kinds[i])
+            groups.setdefault((leaf.side, target.rank, str(like), squared), []).append(i)
     out = list(kept)
     for members in groups.values():
-        for i, new in zip(members, _refresh_group(schedule, step, matrices, kept, kinds, members)):
+        for i, new in zip(members, _refresh_group(schedule, step, matrices, kept, kinds, members, products)):
             out[i] = new
     return out
 
 
-def _refresh_group(schedule, step, matrices, kept, kinds, members: list[int]) -> list[Kept]:
-    first = schedule.targets[members[0]]
-    flat = [matrices[i].reshape(-1, first.m, first.n) for i in members]
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """How one leaf's matrices take part: those with a basis on the right are turned over, to share a program with
+    others, unless their moments are packed in blocks."""
+
+    side: str  # as the program sees it
+    flipped: bool
+    products: bool
+
+    @classmethod
+    def of(cls, target: Target, kept: Kept, products: bool) -> "_Leaf":
+        flipped = target.side == "right" and not any(map(packed.is_packed, kept.moments))
+        return cls("left" if flipped else target.side, flipped, products)
+
+    def row(self, matrices: Array, kept: Kept, row: Array) -> tuple[Array, Kept]:
+        """(G, what is kept) of matrix number `row`."""
+        g = _AT(matrices.reshape(-1, *matrices.shape[-2:]), row)
+        g = g.T if self.flipped and not self.products else g
+        return g, self._turned(jax.tree.map(lambda a: _AT(a, row), kept))
+
+    def put(self, kept: Kept, row: Array, new: Kept, mine: Bool[Array, ""]) -> Kept:
+        """`new` as matrix number `row`, where it is this leaf's."""
+
+        def put(array, value):
+            value = jnp.where(mine, value, _AT(array, row))
+            return jax.lax.dynamic_update_index_in_dim(array, value, row, 0, allow_negative_indices=False)
+
+        return jax.tree.map(put, kept, self._turned(new))
+
+    def _turned(self, kept: Kept) -> Kept:
+        return dataclasses.replace(kept, moments=[x.T for x in kept.moments]) if self.flipped else kept
+
+
+_AT = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+
+
+def _refresh_group(schedule, step, matrices, kept, kinds, members: list[int], products: bool) -> list[Kept]:
+    targets = [schedule.targets[i] for i in members]
+    leaves = [_Leaf.of(t, kept[i], products) for t, i in zip(targets, members)]
     due = jnp.concatenate([schedule.due(i, step, kept[i].turns) for i in members])
     epoch = jnp.concatenate([schedule.epoch(i, step) for i in members])
-    rows = [(k, n, schedule.offsets[i] + n) for k, i in enumerate(members) for n in range(schedule.targets[i].count)]
+    rows = [(k, n, schedule.offsets[i] + n) for k, i in enumerate(members) for n in range(targets[k].count)]
     owner, local, number = (jnp.asarray(column, jnp.int32) for column in zip(*rows))
     order = jnp.argsort(~due, stable=True)
-    pick = lambda k, row, trees: _select(k, [functools.partial(_row, tree, row) for tree in trees])
+    kind = kinds[members[0]]
+    shapes = [shape[-2:] for shape in targets[0].basis_shapes]
+    one = functools.partial(_turn, leaves[0].side, targets[0].rank, shapes, schedule.options, kind, products)
 
     def turn(n, carry: list[Kept]) -> list[Kept]:
         at = order[n]
         k, row = owner[at], local[at]
-        g, old = pick(k, row, flat), pick(k, row, carry)
-        new = _turn(first, schedule.options, (number[at], epoch[at], step), g, old, kinds[members[0]])
-        return [_put(tree, row, new, k == j) for j, tree in enumerate(carry)]
+        pick = [functools.partial(leaf.row, matrices[i], c, row) for leaf, i, c in zip(leaves, members, carry)]
+        new = one((number[at], epoch[at], step), *_select(k, pick))
+        return [leaf.put(c, row, new, k == j) for j, (leaf, c) in enumerate(zip(leaves, carry))]
 
     return jax.lax.fori_loop(0, jnp.sum(due), turn, [kept[i] for i in members])
 
 
-def _turn(target: Target, options, when, g: Float[Array, "m n"], old: Kept, kinds) -> Kept:
+def _turn(side: str, rank: int, shapes, options, kinds, products: bool, when, g: Array, old: Kept) -> Kept:
     """One matrix's."""
     number, epoch, step = when
     if options.method == "random":
-        before, after = (_drawn(target, options, number, e, _wide(g)) for e in (epoch - 1, epoch))
+        before, after = (_drawn(options, number, e, shapes, rank, _wide(g)) for e in (epoch - 1, epoch))
         basis_after = ()
     else:
-        sides = {"left": [g], "right": [g.T], "full": [g, g.T]}[target.side]
         before = [packed.unpack(b).astype(_wide(g)) for b in old.basis]
-        after = [_next(options, _key(options, number, step), step, x, p) for x, p in zip(sides, before)]
+        if products:
+            after = [basis.follow(g.astype(_wide(g)), before[0])]
+        else:
+            sides = {"left": [g], "right": [g.T], "full": [g, g.T]}[side]
+            after = [_next(options, _key(options, number, step), step, x, p) for x, p in zip(sides, before)]
         basis_after = tuple(_store(p, options) for p in after)
     rotations = [jnp.matmul(a.T, b, precision=jax.lax.Precision.HIGHEST) for a, b in zip(after, before)]
 
     def rotate(x: Array, q=rotations) -> Array:
-        left = q[0] @ x if target.side != "right" else x
-        return left @ q[-1].T if target.side != "left" else left
+        left = q[0] @ x if side != "right" else x
+        return left @ q[-1].T if side != "left" else left
 
     rotate_squared = functools.partial(rotate, q=[q * q for q in rotations])
     values = [packed.unpack(x) for x in old.moments]
@@ -168,7 +216,7 @@ def _turn(target: Target, options, when, g: Float[Array, "m n"], old: Kept, kind
     values = [packed.pack_like(x, was) for x, was in zip(values, old.moments)]
     turns = old.turns
     if isinstance(turns, Turns):
-        turns = _adapt(turns, step, options, jnp.sum(rotations[0] ** 2) / target.rank)
+        turns = _adapt(turns, step, options, jnp.sum(rotations[0] ** 2) / rank)
     return Kept(basis_after, values, turns)
 
 
@@ -176,11 +224,10 @@ def _key(options, number: Array, step: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(options.seed), number), step)
 
 
-def _drawn(target: Target, options, number: Array, epoch: Array, dtype) -> tuple[Float[Array, "m r"], ...]:
+def _drawn(options, number: Array, epoch: Array, shapes, rank: int, dtype) -> tuple[Float[Array, "m r"], ...]:
     """The random basis of one matrix, elements of variance 1 / r."""
     keys = jax.random.split(_key(options, number, epoch), 2)
-    shapes = [shape[-2:] for shape in target.basis_shapes]
-    return tuple(jax.random.normal(k, s, dtype) / target.rank**0.5 for k, s in zip(keys, shapes))
+    return tuple(jax.random.normal(k, s, dtype) / rank**0.5 for k, s in zip(keys, shapes))
 
 
 def _next(options, key: Array, step: Array, g: Array, p: Array) -> Array:
@@ -214,19 +261,8 @@ def _adapt(turns: Turns, step: Array, options, overlap: Array) -> Turns:
 
 
 def _select(k: Array, branches: list):
-    return branches[0]() if len(branches) == 1 else jax.lax.switch(k, branches)
-
-
-def _row(tree, row: Array):
-    """Row `row` of every array (another one where the leaf has fewer; its branch is not taken)."""
-    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, row, keepdims=False), tree)
-
-
-def _put(tree, row: Array, new, mine: Bool[Array, ""]):
-    """`new` in row `row` where it is this leaf's."""
-
-    def put(array, value):
-        value = jnp.where(mine, value, jax.lax.dynamic_index_in_dim(array, row, keepdims=False))
-        return jax.lax.dynamic_update_index_in_dim(array, value, row, 0)
-
-    return jax.tree.map(put, tree, new)
+    """branches[k](), by halves: a switch hands the arrays of all branches to each of them."""
+    if len(branches) == 1:
+        return branches[0]()
+    half = len(branches) // 2
+    return jax.lax.cond(k < half, lambda: _select(k, branches[:half]), lambda: _select(k - half, branches[half:]))

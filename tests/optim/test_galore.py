@@ -175,8 +175,12 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("moments", ["rotate", "carry", "reset"])
-@pytest.mark.parametrize("name", INNERS)
+OTHER = ("carry", "reset")
+
+
+@pytest.mark.parametrize(
+    "name, moments", [*((name, "rotate") for name in INNERS), *((n, m) for n in ("lion", "eight bits") for m in OTHER)]
+)
 def test_any_optimizer_finds_the_minimum_through_a_few_directions_at_a_time(name, moments):
     target = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, 12)))
     tx = galore(INNERS[name](), rank=4, gap=3, scale=1.0, moments=moments)
