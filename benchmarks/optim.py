@@ -49,6 +49,7 @@ AIMS = {
     ("bytes", "galore, rank 256"): 0.11,
     ("bytes", "galore of int8, rank 1024"): 0.08,
     ("step", "subspace"): 0.47,
+    ("step", "subspace, basis of int8"): 0.47,
     ("compile", "chain(galore, adam)"): 1.3,
     ("time", "chain(galore, adam)"): 1.10,
 }
@@ -156,17 +157,22 @@ def step_memory(_):
 
         return tx.init, step
 
-    method = subspace(optax.adam(1e-3), rank=rank, targets=TARGETS)
+    def low(method):
+        def step(params, state, tokens):
+            value, grads = method.value_and_grad(loss)(params, state, tokens)
+            return *method.update(grads, state, params), value
 
-    def low(params, state, tokens):
-        value, grads = method.value_and_grad(loss)(params, state, tokens)
-        return *method.update(grads, state, params), value
+        return method.init, step
 
+    method, small = (
+        subspace(optax.adam(1e-3), rank=rank, targets=TARGETS, basis_dtype=dtype) for dtype in ("float32", "int8")
+    )
     steps = {
         "optax.adam": plain(optax.adam(1e-3)),
         "optax.contrib.galore": plain(contrib(rank)),
         "chain(galore, adam)": plain(chained(rank)),
-        "subspace": (method.init, low),
+        "subspace": low(method),
+        "subspace, basis of int8": low(small),
         "subspace, the refresh": (method.init, lambda p, s, t: (p, method.refresh(loss)(p, s, t))),
     }
     adam = None
