@@ -22,6 +22,7 @@ from jaxml.optim.chain import aware, chain
 from jaxml.optim.eight_bit import eight_bit
 from jaxml.optim.galore import galore
 from jaxml.optim.lora import lora
+from jaxml.optim.offload import offload
 from jaxml.optim.sharding import state_sharding
 from jaxml.optim.subspace import subspace
 from jaxml.optim.targets import DimensionNumbers
@@ -45,6 +46,7 @@ __all__ = [
     "lora",
     "nadam",
     "nadamw",
+    "offload",
     "radam",
     "rmsprop",
     "sgd",

@@ -40,6 +40,7 @@ def galore(
     adaptive: float | None = None,
     basis_dtype: str = "float32",
     dims: DimensionNumbers | dict | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore around an Optax optimizer, or in front of one in a chain.
@@ -76,6 +77,10 @@ def galore(
         basis_dtype: "float32", "bfloat16", "int8" or "int4" (in blocks of 256).
         dims: `DimensionNumbers` (or those of `optax.contrib.muon`) for all targets, a mapping from patterns to them, or
             a function of (path, shape): which axes make the matrix; all others are batch axes. The last two where None.
+        axis_name: inside `jax.shard_map` or `jax.pmap`, the axes that the batch is spread over. Gradients are then
+            those of each device, and it is the projected ones that are averaged: r/m of the bytes; a whole matrix is
+            averaged only when its basis is refreshed. Mode "galore" only. (Under `check_vma=True` JAX sums gradients of
+            replicated parameters by itself: take them at `jax.lax.pcast(params, axis_name, to="varying")`.)
         seed: of random directions.
 
     Raises:
@@ -95,7 +100,7 @@ def galore(
     """
     options = Options(
         rank=rank, gap=gap, scale=scale, targets=targets, side=side, method=method, moments=moments, mode=mode,
-        spread=spread, adaptive=adaptive, basis_dtype=basis_dtype, dims=dims, seed=seed,
+        spread=spread, adaptive=adaptive, basis_dtype=basis_dtype, dims=dims, axis_name=axis_name, seed=seed,
     )  # fmt: skip
     if isinstance(inner, Pending):
         raise ValueError("galore: the inner optimizer is not a projection without one itself, got a galore.")
@@ -152,6 +157,7 @@ class Options:
     adaptive: float | None = None
     basis_dtype: str = "float32"
     dims: Any = None
+    axis_name: str | tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self):
@@ -166,6 +172,11 @@ class Options:
             raise ValueError(f"galore: gap is a number of steps, at least 1, got {self.gap!r}.")
         if self.mode != "galore" and self.side == "full":
             raise ValueError(f"galore: side 'full' goes with mode 'galore' only, got {self.mode!r}.")
+        if self.mode != "galore" and self.axis_name is not None:
+            raise ValueError(
+                f"galore: axis_name goes with mode 'galore' only, got {self.mode!r}, which needs whole gradients. "
+                "Average them before with jax.lax.pmean."
+            )
         if self.method == "random" and self.adaptive is not None:
             raise ValueError("galore: a random basis has no overlap for the gap to follow. Leave adaptive out.")
 
@@ -210,6 +221,8 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         bases = [None if t is None else refresh.bases(schedule, i, state.step, states[i].basis, _wide(grads[i]))
                  for i, t in enumerate(targets)]  # fmt: skip
         low = [g if t is None else t.project(b, x) for t, g, b, x in zip(targets, grads, bases, matrices)]
+        if options.axis_name is not None:
+            low = jax.lax.pmean(low, options.axis_name)
         weights = None if params is None else tree.flatten_up_to(params)
         coordinates = [() if t is None else s.coordinates for t, s in zip(targets, states)]
         new, decay, inner_state = inners.update(

@@ -201,6 +201,7 @@ def _turn(side: str, rank: int, shapes, options, kinds, products: bool, when, g:
         if products:
             after = [basis.follow(g.astype(_wide(g)), before[0])]
         else:
+            g = g if options.axis_name is None else jax.lax.pmean(g, options.axis_name)
             sides = {"left": [g], "right": [g.T], "full": [g, g.T]}[side]
             after = [_next(options, _key(options, number, step), step, x, p) for x, p in zip(sides, before)]
         basis_after = tuple(_store(p, options) for p in after)

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxml.optim.galore import TargetState
 from jaxml.optim.lora import Factors
+from jaxml.optim.offload import HOST, Offloaded, is_large
 from jaxml.optim.packed import Packed
 from jaxml.optim.targets import Target, path_of
 
@@ -71,7 +72,20 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
                 return _spread(meshes[0], low, node)
         return _spread(meshes[0], spec if jnp.shape(node) == jnp.shape(leaf) else P(), node)
 
-    return jax.tree.map_with_path(of, state, is_leaf=is_node)
+    return _away(jax.tree.map_with_path(of, state, is_leaf=is_node), state)
+
+
+def _away(shardings: Any, state: Any) -> Any:
+    """What `offload` keeps lies in the host's memory."""
+    is_offloaded = lambda x: isinstance(x, Offloaded)
+
+    def away(node: Any, like: Any) -> Any:
+        if not is_offloaded(node):
+            return node
+        move = lambda s, a: s.with_memory_kind(HOST) if is_large(a, like.min_size) else s
+        return jax.tree.map(move, node, like)
+
+    return jax.tree.map(away, shardings, state, is_leaf=is_offloaded)
 
 
 def _is_named(leaf: Any) -> bool:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from jaxml import optim
 from jaxml.optim import galore, refresh
@@ -311,6 +312,7 @@ BAD = {
     "gap": (dict(gap=0), "gap is a number of steps, at least 1, got 0"),
     "full": (dict(mode="fira", side="full"), "goes with mode 'galore' only"),
     "adaptive": (dict(method="random", adaptive=0.4), "no overlap"),
+    "axis_name": (dict(mode="fira", axis_name="data"), "needs whole gradients. Average them before"),
 }
 
 
@@ -328,3 +330,42 @@ def test_misplaced_members_are_said():
         galore(galore(rank=2), rank=2)
     with pytest.raises(ValueError, match="mode 'fira' has an optimizer inside"):
         optax.chain(galore(rank=2, mode="fira"), optax.adam(1e-3)).init({"w": jnp.zeros((8, 4))})
+
+
+@pytest.mark.parametrize("how", ["shard_map", "pmap"])
+def test_projected_gradients_are_averaged_over_devices_instead_of_whole_ones(how):
+    devices = jax.devices()[:4]
+    params = {"w": jnp.ones((2, 32, 24)), "b": jnp.zeros(24)}
+    rng = np.random.default_rng(0)
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.standard_normal((4, *p.shape))), params) for _ in range(7)]
+    tx = lambda **options: galore(optax.adam(1e-2), rank=4, gap=3, **options)
+    alone, local = tx(), tx(axis_name="data")
+
+    def step(params, state, grads):
+        grads = jax.tree.map(lambda g, p: g.reshape(p.shape), grads, params)
+        updates, state = local.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    many = jax.pmap(step, "data", in_axes=(None, None, 0), out_axes=None, devices=devices)
+    if how == "shard_map":
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+        P = jax.sharding.PartitionSpec
+        many = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()))
+    want, got = (params, alone.init(params)), (params, local.init(params))
+    for g in grads:
+        updates, state = jax.jit(alone.update)(jax.tree.map(lambda a: a.mean(0), g), want[1], want[0])
+        want, got = (optax.apply_updates(want[0], updates), state), many(*got, g)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    averaged = [v.aval.shape for v in _averaged(jax.make_jaxpr(many)(*got, grads[0]).jaxpr)]
+    assert (2, 4, 24) in averaged and (2, 32, 24) not in averaged
+
+
+def _averaged(jaxpr):
+    """What is summed over devices in every step: loops, which are for refreshes, are left out."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name.startswith("psum"):
+            yield from equation.invars
+        elif equation.primitive.name != "while":
+            for inner in jaxprs_in_params(equation.params):
+                yield from _averaged(inner)
