@@ -61,7 +61,8 @@ def eight_bit(
                 f"{', '.join(moments.LINEAR + moments.SQUARED)}, got {type(state).__name__} without any."
             )
         for n, squared in found.items():
-            leaves[n] = packed.pack(leaves[n].astype(jnp.float32), _kind(squared))
+            moment = jax.lax.optimization_barrier(leaves[n].astype(jnp.float32))  # else XLA packs zeros as it compiles
+            leaves[n] = packed.pack(moment, _kind(squared))
         return EightBitState(jnp.zeros((), jnp.int32), tree.unflatten(leaves))
 
     def update(updates, state: EightBitState, params=None, **extra):

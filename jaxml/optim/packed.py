@@ -129,10 +129,19 @@ def _map(kind: str) -> tuple[int, int]:
 def _magnitude(number: Array, kind: str, dtype) -> Array:
     top, more = _map(kind)
     k = (number + more).astype(dtype)
-    decade = sum((k >= 2.0**e).astype(dtype) for e in range(1, 7 + more))
-    count = jnp.exp2(decade)
-    value = 10.0 ** (decade - (6 + more)) * (0.1 + 0.9 * (k - count + 0.5) / count)
+    width = lambda e: 10.0 ** (e - 6 - more) * 0.9 / 2**e  # between two values of decade e
+    rungs = [(2.0**e, 2.0**e, width(e), 10.0 ** (e - 6 - more) * 0.1) for e in range(7 + more)]
+    count, step, first = _ladder(k, rungs)
+    value = first + (k - count + 0.5) * step
     return jnp.where(number == 0, 0.0, jnp.where(number == top, 1.0, value)).astype(dtype)
+
+
+def _ladder(x: Array, rungs: list[tuple[float, ...]]) -> list[Array]:
+    """The numbers of the last rung (where it begins, *numbers) that x has reached: selections, no powers."""
+    out = [jnp.full_like(x, value) for value in rungs[0][1:]]
+    for begins, *values in rungs[1:]:
+        out = [jnp.where(x >= begins, value, now) for value, now in zip(values, out)]
+    return out
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "dtype"))
@@ -153,10 +162,10 @@ def _encode(unit: Array, kind: str) -> Array:
     # Decade e begins half-way between the last value of the one before and its own first one.
     first = lambda e: 10.0 ** (e - 6 - more) * (0.1 + 0.45 / 2**e)
     last = lambda e: 10.0 ** (e - 6 - more) * (1.0 - 0.45 / 2**e)
+    begins = lambda e: (last(e - 1) + first(e)) / 2
     decades = range(more, 7 + more)
-    decade = more + sum((a >= (last(e - 1) + first(e)) / 2).astype(a.dtype) for e in decades[1:])
-    count = jnp.exp2(decade)
-    place = jnp.clip(jnp.floor((a * 10.0 ** (6 + more - decade) - 0.1) / 0.9 * count), 0, count - 1)
+    per_unit, count = _ladder(a, [(begins(e), 10.0 ** (6 + more - e) / 0.9 * 2**e, 2.0**e) for e in decades])
+    place = jnp.clip(jnp.floor(a * per_unit - count / 9), 0, count - 1)
     number = (count + place).astype(jnp.int32) - more
     number = jnp.where(a < first(more) / 2, 0, number)
     number = jnp.where(a >= (1.0 + last(6 + more)) / 2, top, number)

@@ -54,18 +54,22 @@ class Schedule:
         first = jnp.where(first == 0, self.options.gap, first).reshape(target.batch)
         return Turns(first.astype(jnp.int32), gap, jnp.zeros((*target.batch, WINDOW), jnp.float32))
 
-    def due(self, i: int, step: Int[Array, ""], turns: Turns | tuple) -> Bool[Array, "B"]:
-        """Whether each matrix of leaf `i` is refreshed in this step."""
-        if isinstance(turns, Turns):
-            return (step == 0) | (turns.next.reshape(-1) <= step)
-        return (step == 0) | (jnp.mod(step - jnp.asarray(self._offset(i), jnp.int32), self.options.gap) == 0)
+    def due(self, members: list[int], step: Int[Array, ""], turns: list[Turns | tuple]) -> Bool[Array, "B"]:
+        """Whether each matrix of some leaves is refreshed in this step."""
+        if isinstance(turns[0], Turns):
+            return (step == 0) | (jnp.concatenate([t.next.reshape(-1) for t in turns]) <= step)
+        return (step == 0) | (jnp.mod(step - self._offsets(members), self.options.gap) == 0)
 
-    def epoch(self, i: int, step: Int[Array, ""]) -> Int[Array, "B"]:
-        """How many turns each matrix of leaf `i` has had, this step's included."""
-        offset = jnp.asarray(self._offset(i), jnp.int32)
+    def epoch(self, members: list[int], step: Int[Array, ""]) -> Int[Array, "B"]:
+        """How many turns each matrix of some leaves has had, this step's included."""
+        offset = self._offsets(members)
         return jnp.where((step == 0) | (offset == 0), step // self.options.gap, (step - offset) // self.options.gap + 1)
 
+    def _offsets(self, members: list[int]) -> Int[Array, "B"]:
+        return jnp.asarray([n for i in members for n in self._offset(i)], jnp.int32)
+
     def _offset(self, i: int) -> list[int]:
+        """Of each matrix's turns, in steps."""
         count, gap = self.targets[i].count, self.options.gap
         return [(self.offsets[i] + k) * gap // self.total if self.options.spread else 0 for k in range(count)]
 
@@ -97,7 +101,7 @@ def bases(schedule: Schedule, i: int, step: Int[Array, ""], kept: tuple[Any, ...
     numbers = schedule.offsets[i] + jnp.arange(target.count)
     shapes = [shape[-2:] for shape in target.basis_shapes]
     draw = jax.vmap(lambda number, epoch: _drawn(options, number, epoch, shapes, target.rank, dtype))
-    drawn = draw(numbers, schedule.epoch(i, step))
+    drawn = draw(numbers, schedule.epoch([i], step))
     return tuple(b.reshape(shape) for b, shape in zip(drawn, target.basis_shapes))
 
 
@@ -148,31 +152,37 @@ class _Leaf:
 
     def row(self, matrices: Array, kept: Kept, row: Array) -> tuple[Array, Kept]:
         """(G, what is kept) of matrix number `row`."""
-        g = _AT(matrices.reshape(-1, *matrices.shape[-2:]), row)
+        g = _at(matrices.reshape(-1, *matrices.shape[-2:]), row)
         g = g.T if self.flipped and not self.products else g
-        return g, self._turned(jax.tree.map(lambda a: _AT(a, row), kept))
+        return g, self._turned(jax.tree.map(lambda a: _at(a, row), kept))
 
     def put(self, kept: Kept, row: Array, new: Kept, mine: Bool[Array, ""]) -> Kept:
         """`new` as matrix number `row`, where it is this leaf's."""
 
-        def put(array, value):
-            value = jnp.where(mine, value, _AT(array, row))
-            return jax.lax.dynamic_update_index_in_dim(array, value, row, 0, allow_negative_indices=False)
+        def put(arrays, values):
+            write = lambda array, value: jax.lax.dynamic_update_index_in_dim(
+                array, value, 0 if array.shape[0] == 1 else row, 0, allow_negative_indices=False
+            )
+            return jax.tree.map(write, arrays, values)
 
-        return jax.tree.map(put, kept, self._turned(new))
+        return jax.lax.cond(mine, put, lambda arrays, values: arrays, kept, self._turned(new))
 
     def _turned(self, kept: Kept) -> Kept:
         return dataclasses.replace(kept, moments=[x.T for x in kept.moments]) if self.flipped else kept
 
 
-_AT = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False, allow_negative_indices=False)
+def _at(array: Array, row: Array) -> Array:
+    if array.shape[0] == 1:
+        return array[0]
+    return jax.lax.dynamic_index_in_dim(array, row, keepdims=False, allow_negative_indices=False)
 
 
 def _refresh_group(schedule, step, matrices, kept, kinds, members: list[int], products: bool) -> list[Kept]:
     targets = [schedule.targets[i] for i in members]
     leaves = [_Leaf.of(t, kept[i], products) for t, i in zip(targets, members)]
-    due = jnp.concatenate([schedule.due(i, step, kept[i].turns) for i in members])
-    epoch = jnp.concatenate([schedule.epoch(i, step) for i in members])
+    if all(leaf.flipped for leaf in leaves):
+        leaves = [_Leaf("right", False, products)] * len(members)
+    due, epoch = schedule.due(members, step, [kept[i].turns for i in members]), schedule.epoch(members, step)
     rows = [(k, n, schedule.offsets[i] + n) for k, i in enumerate(members) for n in range(targets[k].count)]
     owner, local, number = (jnp.asarray(column, jnp.int32) for column in zip(*rows))
     order = jnp.argsort(~due, stable=True)
@@ -262,8 +272,11 @@ def _adapt(turns: Turns, step: Array, options, overlap: Array) -> Turns:
 
 
 def _select(k: Array, branches: list):
-    """branches[k](), by halves: a switch hands the arrays of all branches to each of them."""
-    if len(branches) == 1:
-        return branches[0]()
-    half = len(branches) // 2
-    return jax.lax.cond(k < half, lambda: _select(k, branches[:half]), lambda: _select(k - half, branches[half:]))
+    """branches[k](), by eights: a switch hands the arrays of all branches to each of them."""
+    if len(branches) <= 8:
+        return jax.lax.switch(k, branches) if len(branches) > 1 else branches[0]()
+    size = 8
+    while 8 * size < len(branches):
+        size *= 8
+    parts = [branches[i : i + size] for i in range(0, len(branches), size)]
+    return jax.lax.switch(k // size, [functools.partial(_select, k % size, part) for part in parts])

@@ -221,8 +221,10 @@ def orbax(make, folder):
 
 def dtypes_and_programs(make):
     """A narrow parameter stays narrow, a state has the same types after a step as before, and one program does all."""
-    tx, params = make(RATE), jax.device_put(parameters(jnp.bfloat16), jax.devices()[0])
+    tx, params = make(RATE), parameters(jnp.bfloat16)
     state, programs = tx.init(params), jax.jit(tx.update)
+    if isinstance(state, Offloaded):  # whose state has a place
+        params = jax.device_put(params, jax.devices()[0])
     types = lambda tree: jax.tree.map(lambda a: (a.shape, a.dtype, a.weak_type), tree)
     before = types(state)
     for n in range(3):
