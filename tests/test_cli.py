@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -118,6 +120,18 @@ def test_full_fine_tuning_writes_a_model(folder, capsys):
     argv += ["--batch-size", 2, "--length", 32, "--accumulate", 2, "--remat", "--compute", "bfloat16", "--no-progress"]
     assert main([str(a) for a in argv]) == 0
     assert lm.load(folder / "full" / "model").config == tiny_model().config
+
+
+def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
+    argv = ["finetune", folder / "model", folder / "train.jsonl", "--method", "galore", "--rank", 8, "--eight-bit"]
+    argv += ["--gap", 2, "--batch-size", 2, "--length", 32, "--no-progress", "--steps", 4, "--save-every", 2]
+    runs = folder / "galore", folder / "galore again"
+    assert main([str(a) for a in [*argv, "--out", runs[0]]]) == 0
+    shutil.copytree(runs[0], runs[1], ignore=shutil.ignore_patterns("model", "4"))  # as if it had stopped at step 2
+    assert main([str(a) for a in [*argv, "--out", runs[1]]]) == 0
+    a, b = (lm.load(run / "model").params for run in runs)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    assert "at least one leaf is a target" in refused(capsys, *argv, "--rank", 999, "--out", folder / "never")
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(folder, tmp_path, capsys):

@@ -4,6 +4,7 @@ examples:
   jaxml finetune smollm2-135m train.jsonl --out runs/mine
   jaxml finetune smollm2-135m train.jsonl --out runs/mine --eval held.jsonl --rank 16 --targets q,v --epochs 3
   jaxml finetune path/to/model train.jsonl --out runs/full --method full --dtype bfloat16 --remat
+  jaxml finetune smollm2-135m train.jsonl --out runs/low --method galore --rank 128 --eight-bit
 
 Each line of the file is an object with the key text, the keys prompt and response, or the key messages.
 The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/, log.jsonl and loss.png.
@@ -19,9 +20,11 @@ def add(sub):
     sub.add_argument("data", metavar="DATA", help="JSONL to learn from")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
-    sub.add_argument("--method", choices=("lora", "full"), default="lora")
-    sub.add_argument("--rank", type=int, default=8)
-    sub.add_argument("--alpha", type=float, help="default: twice the rank")
+    sub.add_argument("--method", choices=("lora", "full", "galore"), default="lora")
+    sub.add_argument("--rank", type=int, help="default: 8 of lora, 128 of galore")
+    sub.add_argument("--alpha", type=float, help="of lora (default: twice the rank)")
+    sub.add_argument("--gap", type=int, default=200, help="of galore: steps between refreshes of a basis")
+    sub.add_argument("--eight-bit", action="store_true", help="the optimizer's state in eight bits")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
     sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
     sub.add_argument("--epochs", type=float, default=1.0)
@@ -79,11 +82,14 @@ def run(args):
         targets = args.targets.split(",")
         key = jax.random.key(args.seed)
         model = model.replace(
-            params=adapters.attach(model.params, key, rank=args.rank, alpha=args.alpha, targets=targets)
+            params=adapters.attach(model.params, key, rank=args.rank or 8, alpha=args.alpha, targets=targets)
         )
-    elif args.method == "full":
+    elif args.method != "lora":
         model = model.replace(params=adapters.merge(model.params))
-    model, info = tune.fit(model, examples, options, eval_examples=held, folder=out, progress=not args.no_progress)
+    tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw))
+    model, info = tune.fit(
+        model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress
+    )
     if args.method == "lora":
         adapters.save_peft(result, model.params, model.config, base_model=args.model)
     else:
@@ -92,3 +98,14 @@ def run(args):
     shown = "" if info["eval_loss"] is None else f", held-out loss {info['eval_loss']:.4f}"
     print(f"{info['steps']} steps, loss {info['loss']:.4f}{shown}: {result}" if info["loss"] is not None else result)
     return 0
+
+
+def _around(args, adamw):
+    from jaxml import optim
+
+    adamw = optim.eight_bit(adamw) if args.eight_bit else adamw
+    if args.method != "galore":
+        return adamw
+    targets = None if args.targets == "*" else f"/({args.targets.replace(',', '|')})$"
+    kind = "int8" if args.eight_bit else "float32"
+    return optim.galore(adamw, rank=args.rank or 128, gap=args.gap, targets=targets, basis_dtype=kind)

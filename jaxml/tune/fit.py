@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def fit(
     *,
     eval_examples: Sequence[dict[str, Any]] = (),
     anchors: Sequence[dict[str, Any]] = (),
-    tx: optax.GradientTransformation | None = None,
+    tx: optax.GradientTransformation | Callable[[int], optax.GradientTransformation] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> tuple[Model, dict[str, Any]]:
@@ -110,7 +110,8 @@ def fit(
             that learning the examples forgets less: each batch has rows of them, and the loss adds the mean
             Kullback–Leibler divergence of the next token from base to adapted model. Texts sampled from the
             model itself will do.
-        tx: any Optax transformation; AdamW with clipping and the schedule of `options` where None.
+        tx: any Optax transformation, or a function that makes one of the number of steps; `optimizer(options, steps)`
+            where None.
         folder: for checkpoints/, log.jsonl and run.json. A run that stopped there goes on, to the same bits
             that it would have reached undisturbed. Nothing is written where None.
         progress: show the progress bar.
@@ -141,7 +142,7 @@ def fit(
     held = prepare(eval_examples, seed=0) if eval_examples else None
     kept = prepare(anchors, seed=o.seed, batch_size=o.anchor_rows, learn_all=True) if anchors else None
     steps = o.steps or max(1, round(o.epochs * batches.per_epoch / o.accumulate))
-    tx = optimizer(o, steps) if tx is None else tx
+    tx = optimizer(o, steps) if tx is None else tx(steps) if callable(tx) else tx
 
     given, untouched = adapters.split(model.params)
     if kept and not untouched:
@@ -185,8 +186,12 @@ def fit(
     return model.replace(params=adapters.combine(trained, untouched)), info
 
 
-def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
-    """AdamW after clipping, with the schedule of the options."""
+def optimizer(options: Options, steps: int, around=lambda adamw: adamw) -> optax.GradientTransformation:
+    """AdamW after clipping, with the schedule of the options.
+
+    Args:
+        around: what to make of AdamW, as `lambda adamw: galore(adamw, rank=128)`.
+    """
     o, warm = options, round(options.warmup * steps)
     top = o.learning_rate
     rest = max(steps - warm, 1)
@@ -197,7 +202,7 @@ def optimizer(options: Options, steps: int) -> optax.GradientTransformation:
     }[o.schedule]
     rate = optax.join_schedules([optax.linear_schedule(0.0, top, warm), after], [warm]) if warm else after
     clip = [optax.clip_by_global_norm(o.clip)] if o.clip else []
-    return optax.chain(*clip, optax.adamw(rate, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay))
+    return optax.chain(*clip, around(optax.adamw(rate, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)))
 
 
 def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: Options):
