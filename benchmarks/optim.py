@@ -51,7 +51,9 @@ AIMS = {
     ("step", "subspace"): 0.47,
     ("step", "subspace, basis of int8"): 0.47,
     ("compile", "chain(galore, adam)"): 1.3,
-    ("time", "chain(galore, adam)"): 1.10,
+    ("refresh", "times"): 20.0,
+    ("time", "chain(galore, adam)", "optimizer step"): 1.10,  # on a GPU
+    ("time", "subspace", "train step"): 1.15,  # on a GPU
 }
 
 
@@ -459,16 +461,21 @@ def table() -> str:
         date = max(reports)
         rows = [r for r in reports[date]["rows"] if r["subject"] == subject]
         columns = list(dict.fromkeys(k for r in rows for k in r if k not in ("subject", "error")))
-        aims = {r["what"]: AIMS.get((subject, r["what"])) for r in rows}
-        columns += ["aim"] if any(aims.values()) else []
+        columns += ["aim"] if any(map(_aim, rows)) else []
         where = "" if subject in ("bytes", "tpu") else f"{device}, "
         lines = [f"`{subject}` ({where}{date}):", "", "| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
         lines.append("|" + "---|" * len(columns))
         for row in rows:
-            cells = [aims[row["what"]] if c == "aim" else row.get(c, "") for c in columns]
+            cells = [_aim(row) if c == "aim" else row.get(c, "") for c in columns]
             lines.append("| " + " | ".join(map(_cell, cells)) + " |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _aim(row: dict) -> float | None:
+    keys = [(row["subject"], row["what"]), (row["subject"], row["what"], row.get("kind"))]
+    keys += [(row["subject"], "times")] if "times" in row else []
+    return next((AIMS[key] for key in keys if key in AIMS), None)
 
 
 def _cell(value) -> str:
