@@ -1,0 +1,197 @@
+"""B-splines of orders 0 to 5 on uniform and other grids.
+
+A grid of G cells has G + 1 points a = p_0 < … < p_G = b for each input; its K = G + order basis functions reach `order`
+cells beyond both ends, as in pykan. On a uniform grid they are one function, shifted:
+
+    B_j(x) = N(u − j),    u = order + G (x − a) / (b − a),
+    N(t) = 1/k! Σ_i (−1)^i C(k+1, i) max(s − i, 0)^k,    s = min(t, k + 1 − t)
+
+for order k: closed, without divisions by differences of knots, and exact to rounding since s ≤ (k + 1) / 2. Other grids
+take the recursion of Cox and de Boor.
+
+Reference:
+    de Boor 1978, "A Practical Guide to Splines", chapters IX and X.
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.2.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.axes import Array, Float, wide
+
+OUTSIDE = ("linear", "zero", "clamp", "periodic")
+ORDERS = range(6)
+
+
+def size(grid: int, order: int, outside: str = "linear") -> int:
+    """How many basis functions a grid of so many cells has."""
+    return grid if outside == "periodic" else grid + order
+
+
+def values(
+    x: Float[Array, "... I"], points: Float[Array, "I G1"], *, order: int, outside: str = "linear", uniform: bool = True
+) -> Float[Array, "... K I"]:
+    """The K basis functions at x.
+
+    Args:
+        points: the ends of the cells, [I, G + 1], increasing; of a uniform grid only the first and the last count.
+        outside: beyond the grid, "linear" (value and slope of the end go on), "zero" (as pykan: the functions end
+            `order` cells further out), "clamp" (the value of the end) or "periodic" (uniform grids with G > order).
+
+    Example:
+        >>> points = jnp.linspace(-1.0, 1.0, 6)[None]
+        >>> b = values(jnp.array([[0.3]]), points, order=3)
+        >>> b.shape, round(float(b.sum()), 5)
+        ((1, 8, 1), 1.0)
+    """
+    points = points.astype(wide(x.dtype))
+    x = x.astype(points.dtype)
+    if not uniform:
+        if outside == "periodic":
+            raise ValueError("bspline: outside is 'periodic' on uniform grids only. Take another here.")
+        return _general(x, points, order, outside)
+    cells = points.shape[-1] - 1
+    place = _place(x, points, order, outside)
+    j = np.arange(size(cells, order, outside)).reshape(-1, 1)
+    return _one(tuple(a[..., None, :] for a in place), j, cells, order, outside)
+
+
+def each(
+    x: Float[Array, "... I"], points: Float[Array, "I G1"], *, order: int, outside: str = "linear", uniform: bool = True
+) -> list[Float[Array, "... I"]]:
+    """The same, one array a function: on a uniform grid no array of all of them is made."""
+    if not uniform:
+        b = values(x, points, order=order, outside=outside, uniform=False)
+        return [b[..., j, :] for j in range(b.shape[-2])]
+    points = points.astype(wide(x.dtype))
+    cells = points.shape[-1] - 1
+    place = _place(x.astype(points.dtype), points, order, outside)
+    return [_one(place, np.asarray(j), cells, order, outside) for j in range(size(cells, order, outside))]
+
+
+def cardinal(t: Array, order: int) -> Array:
+    """N(t): the B-spline on the knots 0, 1, …, order + 1."""
+    if order == 0:
+        return jnp.where((t >= 0) & (t < 1), jnp.ones_like(t), 0)
+    # Selections rather than minima and maxima, whose derivatives are halved where both sides are equal.
+    s = jnp.where(t < (order + 1) / 2, t, order + 1 - t)
+    total = 0.0
+    for i in range((order + 2) // 2):
+        part = jnp.where(s > i, s - i, 0)
+        total = total + (-1) ** i * math.comb(order + 1, i) * _power(part, order)
+    return total / math.factorial(order)
+
+
+def _power(x: Array, n: int) -> Array:
+    out = x
+    for _ in range(n - 1):
+        out = out * x
+    return out
+
+
+# ---- uniform grids ----------------------------------------------------------------------------------
+
+
+def _place(x: Array, points: Array, order: int, outside: str) -> tuple[Array, Array, Array]:
+    """(u within the grid, how far before and after it x lies in cells)."""
+    cells = points.shape[-1] - 1
+    low, high = points[:, 0], points[:, -1]
+    shape = (1,) * (x.ndim - 1) + low.shape
+    u = order + (x - low.reshape(shape)) * (cells / (high - low)).reshape(shape)
+    zero = jnp.zeros_like(u)
+    if outside == "periodic":
+        if cells <= order:
+            raise ValueError(f"bspline: a periodic grid has more cells than its order {order}, got {cells}.")
+        return order + jnp.mod(u - order, cells), zero, zero
+    if outside == "zero":
+        return u, zero, zero
+    end = order + cells
+    inside = jnp.clip(u, order, _below(end, u.dtype) if order == 0 else end)
+    if outside == "clamp":
+        return inside, zero, zero
+    return inside, jnp.where(u < order, u - order, 0), jnp.where(u > end, u - end, 0)
+
+
+def _one(place: tuple[Array, Array, Array], j: np.ndarray, cells: int, order: int, outside: str) -> Array:
+    """Basis function j, or all of them where j is a column."""
+    u, before, after = place
+    shift = lambda j: u - (j if j.ndim == 0 else jnp.asarray(j, u.dtype).reshape((1,) * (u.ndim - 2) + j.shape))
+    out = cardinal(shift(j), order)
+    if outside == "periodic":
+        wraps = j < order
+        return out + jnp.where(wraps, cardinal(shift(j + cells), order), 0) if wraps.any() else out
+    if outside != "linear" or order == 0:
+        return out
+    end = cells + order if order > 1 else cells + order - 1e-9  # a slope that jumps is taken from within
+    for beyond, at in ((before, order), (after, end)):
+        slope = _np_cardinal(at - j, order - 1) - _np_cardinal(at - j - 1, order - 1)
+        if slope.ndim:
+            out = out + beyond * jnp.asarray(slope, u.dtype).reshape((1,) * (u.ndim - 2) + slope.shape)
+        elif slope:
+            out = out + beyond * float(slope)
+    return out
+
+
+def _below(value: float, dtype) -> float:
+    return float(np.nextafter(np.asarray(value, jnp.finfo(dtype).dtype), np.asarray(0, jnp.finfo(dtype).dtype)))
+
+
+def _np_cardinal(t, order: int) -> np.ndarray:
+    """The same in numpy and float64, for numbers that are known when a program is built."""
+    t = np.asarray(t, np.float64)
+    if order == 0:
+        return ((t >= 0) & (t < 1)).astype(np.float64)
+    s = np.minimum(t, order + 1 - t)
+    terms = [(-1) ** i * math.comb(order + 1, i) * np.maximum(s - i, 0) ** order for i in range((order + 2) // 2)]
+    return sum(terms) / math.factorial(order)
+
+
+def matrix(t: np.ndarray, grid: int, order: int, outside: str = "linear") -> np.ndarray:
+    """Basis functions [len(t), K] of a uniform grid over [0, 1] at points t within it, float64."""
+    u = order + np.asarray(t, np.float64) * grid
+    if order == 0:
+        u = np.minimum(u, np.nextafter(order + grid, 0))
+    columns = [_np_cardinal(u - j, order) for j in range(grid + order)]
+    if outside == "periodic":
+        columns = [columns[j] + (columns[j + grid] if j < order else 0) for j in range(grid)]
+    return np.stack(columns, axis=1)
+
+
+# ---- any grid ---------------------------------------------------------------------------------------
+
+
+def knots(points: Float[Array, "I G1"], order: int) -> Float[Array, "I KNOTS"]:
+    """The points with `order` more on both sides, a mean cell apart."""
+    step = (points[:, -1:] - points[:, :1]) / (points.shape[-1] - 1)
+    more = jnp.arange(1, order + 1, dtype=points.dtype)[None]
+    return jnp.concatenate([points[:, :1] - step * more[:, ::-1], points, points[:, -1:] + step * more], axis=1)
+
+
+def _general(x: Array, points: Array, order: int, outside: str) -> Array:
+    """Cox and de Boor's recursion, over all knots at once."""
+    t = knots(points, order).T  # [KNOTS, I]
+    t = t.reshape((1,) * (x.ndim - 1) + t.shape)
+    at = x
+    if outside != "zero":
+        low, high = t[..., order, :], t[..., -1 - order, :]
+        at = jnp.clip(x, low, jnp.nextafter(high, low) if order == 0 else high)
+    beyond, at = (x - at)[..., None, :], at[..., None, :]
+    b = jnp.where((at >= t[..., :-1, :]) & (at < t[..., 1:, :]), 1.0, 0.0).astype(x.dtype)
+    narrower = b
+    for k in range(1, order + 1):
+        narrower = b
+        left, right = t[..., : -k - 1, :], t[..., k + 1 :, :]
+        rising = _ratio(at - left, t[..., k:-1, :] - left)
+        falling = _ratio(right - at, right - t[..., 1:-k, :])
+        b = rising * b[..., :-1, :] + falling * b[..., 1:, :]
+    if outside != "linear" or order == 0:
+        return b
+    slope = _ratio(narrower, t[..., order:, :] - t[..., :-order, :]) * order
+    return b + (slope[..., :-1, :] - slope[..., 1:, :]) * beyond
+
+
+def _ratio(a: Array, b: Array) -> Array:
+    """a / b, and 0 where knots coincide."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)

@@ -1,0 +1,176 @@
+"""One layer of a Kolmogorov–Arnold network: a learnt function on every edge, summed at every node.
+
+    y_o = Σ_i mask_io (w_io b(x_i) + Σ_j c_jio B_j(x_i)) + fixed functions of the x_i
+
+Coefficients lie as [K, in, out], so that each basis function is one product of matrices: on CPU these are added up one
+after the other (no array [..., K, in] is made), elsewhere they are one contraction, into which XLA fuses the basis.
+
+Reference:
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", equations 2.10 to 2.12. Differences from pykan: the factor w_s
+    of the spline is part of the coefficients; outside the grid the spline goes on in a straight line by default.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float, wide
+from jaxml.kan import bases
+
+BASE_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "identity": lambda x: x,
+    "zero": jnp.zeros_like,
+    "tanh": jnp.tanh,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+STARTS = ("power", "pykan", "glorot")
+IMPLEMENTATIONS = ("split", "fused")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What of a layer is no array.
+
+    Args:
+        grid: cells G of the grid, or the degree or number of functions of a basis without one.
+        order: of the spline, 0 to 5.
+        basis: a name in `bases.BASES`.
+        base: of the function b beside the spline, a name in `BASE_FUNCTIONS`.
+        outside: what the spline does beyond its grid (`bspline.OUTSIDE`).
+        uniform: whether all cells of an input's grid are equally wide.
+    """
+
+    grid: int = 5
+    order: int = 3
+    basis: str = "bspline"
+    base: str = "silu"
+    outside: str = "linear"
+    uniform: bool = True
+
+    def __post_init__(self):
+        bases.check(self)
+        if self.base not in BASE_FUNCTIONS:
+            raise ValueError(f"kan: base is one of {', '.join(BASE_FUNCTIONS)}, got {self.base!r}.")
+
+    @property
+    def size(self) -> int:
+        """K, the number of basis functions."""
+        return bases.BASES[self.basis].size(self)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """Parameters of a layer: trained are `coef`, `base` and the numbers of `fixed`."""
+
+    coef: Float[Array, "K I O"]
+    base: Float[Array, "I O"]
+    points: Float[Array, "I G1"]  # the ends of the grid's cells
+    mask: Float[Array, "I O"]  # 1, or 0 where an edge is pruned or stands fixed
+    fixed: tuple[Any, ...]  # `symbolic.Edge`s: functions that stand where an edge was
+    spec: Spec = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def width(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.base.shape
+
+
+def init(
+    key: Array,
+    width: tuple[int, int],
+    spec: Spec,
+    *,
+    domain: tuple[float, float] = (-1.0, 1.0),
+    start: str = "power",
+    noise: float = 0.3,
+    dtype=jnp.float32,
+) -> Layer:
+    """A layer with random functions.
+
+    Args:
+        width: (in, out).
+        domain: the grid of every input at first.
+        start: "power": deviations 1 / √(K in) of coefficients and 1 / √in of base weights; "pykan": splines through
+            uniform noise of size noise / 2G at the ends of the cells, base weights uniform in ±1 / √in; "glorot":
+            deviations √(1 / (K in + out)) and √(2 / (in + out)).
+        noise: of the start "pykan".
+    """
+    if start not in STARTS:
+        raise ValueError(f"kan: start is one of {', '.join(STARTS)}, got {start!r}.")
+    n_in, n_out = width
+    one, two = jax.random.split(key)
+    shape = (spec.size, n_in, n_out)
+    points = jnp.broadcast_to(jnp.linspace(*domain, spec.grid + 1, dtype=wide(dtype)), (n_in, spec.grid + 1))
+    if start == "pykan":
+        drawn = (jax.random.uniform(one, (spec.grid + 1, n_in, n_out), wide(dtype)) - 0.5) * noise / spec.grid
+        coef = jnp.tensordot(bases.through(spec), drawn, 1).astype(dtype) / n_in**0.5
+        base = jax.random.uniform(two, width, dtype, -1.0, 1.0) / n_in**0.5
+    else:
+        of_coef, of_base = (spec.size * n_in) ** -0.5, n_in**-0.5
+        if start == "glorot":
+            of_coef, of_base = (spec.size * n_in + n_out) ** -0.5, (2 / (n_in + n_out)) ** 0.5
+        coef = of_coef * jax.random.normal(one, shape, dtype)
+        base = of_base * jax.random.normal(two, width, dtype)
+    return Layer(coef, base, points, jnp.ones(width, dtype), (), spec)
+
+
+def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None = None) -> Float[Array, "... O"]:
+    """The layer's outputs, in x's dtype; basis functions are float32 or wider, products x's dtype with wide sums.
+
+    Args:
+        implementation: "split" (one product a basis function) or "fused" (one contraction); by platform where None.
+    """
+    if x.shape[-1] != layer.width[0]:
+        raise ValueError(f"kan: the last axis of x is the layer's {layer.width[0]} inputs, got shape {x.shape}.")
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"kan: implementation is one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}.")
+    flat = x.reshape(-1, x.shape[-1])
+    split, fused = (functools.partial(run, layer.spec) for run in (_split, _fused))
+    run = {"split": split, "fused": fused}.get(implementation)
+    if run is None and layer.spec.size > MOST_SPLIT:
+        run = fused
+    arguments = flat, layer.coef * layer.mask, layer.base * layer.mask, layer.points
+    y = jax.lax.platform_dependent(*arguments, cpu=split, default=fused) if run is None else run(*arguments)
+    for edge in layer.fixed:
+        y = y.at[:, edge.out].add(edge(flat[:, edge.into].astype(y.dtype)))
+    return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+MOST_SPLIT = 40  # basis functions; a product each takes its time to compile
+
+
+def _split(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
+    values = bases.BASES[spec.basis].each(x, points, spec)
+    y = _times(BASE_FUNCTIONS[spec.base](x), base) if spec.base != "zero" else 0
+    for value, c in zip(values, coef):
+        y = y + _times(value.astype(x.dtype), c)
+    return y
+
+
+def _fused(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
+    values = bases.BASES[spec.basis].values(x, points, spec)
+    y = _times(BASE_FUNCTIONS[spec.base](x), base) if spec.base != "zero" else 0
+    return y + jnp.einsum(
+        "bki,kio->bo", values.astype(x.dtype), coef.astype(x.dtype), preferred_element_type=wide(x.dtype)
+    )
+
+
+def _times(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide(a.dtype))
+
+
+def edges(layer: Layer, x: Float[Array, "... I"]) -> Float[Array, "... I O"]:
+    """The function of every edge at x, masked ones at 0: what `apply` sums over the inputs."""
+    flat = x.reshape(-1, x.shape[-1])
+    values = bases.BASES[layer.spec.basis].values(flat, layer.points, layer.spec)
+    out = jnp.einsum("bki,kio->bio", values.astype(x.dtype), layer.coef.astype(x.dtype))
+    out = (out + BASE_FUNCTIONS[layer.spec.base](flat)[..., None] * layer.base.astype(x.dtype)[None]) * layer.mask[None]
+    for edge in layer.fixed:
+        out = out.at[:, edge.into, edge.out].add(edge(flat[:, edge.into]))
+    return out.reshape(*x.shape[:-1], *layer.width)

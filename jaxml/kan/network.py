@@ -1,0 +1,185 @@
+"""A network of layers, with nodes that add and nodes that multiply.
+
+Reference:
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks"; "KAN 2.0", section 2 (multiplication nodes).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float
+from jaxml.kan import layer as layers
+from jaxml.kan.layer import Layer, Spec
+
+Width = int | tuple[int, int] | tuple[int, Sequence[int]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Affine:
+    """Scale and shift of what a layer sums up, before and after its products; pykan's, and not trained."""
+
+    inner_scale: Float[Array, "SUMS"]
+    inner_shift: Float[Array, "SUMS"]
+    outer_scale: Float[Array, "O"]
+    outer_shift: Float[Array, "O"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KAN:
+    """Everything of a network: a pytree to train, to checkpoint and to hand to `apply`."""
+
+    layers: tuple[Layer, ...]
+    affine: tuple[Affine | tuple, ...]  # of each layer; () where there is none
+    arities: tuple[tuple[int, ...], ...] = dataclasses.field(metadata=dict(static=True))  # of its multiplying nodes
+
+    @property
+    def widths(self) -> tuple[Any, ...]:
+        """As `init` takes them."""
+        first = self.layers[0].width[0]
+        return (first, *((n - sum(a), a) if a else n for n, a in self._sums()))
+
+    def _sums(self):
+        return [(layer.width[1], arity) for layer, arity in zip(self.layers, self.arities)]
+
+
+def init(
+    key: Array,
+    widths: Sequence[Width],
+    *,
+    grid: int = 5,
+    order: int = 3,
+    basis: str = "bspline",
+    base: str = "silu",
+    outside: str = "linear",
+    domain: tuple[float, float] = (-1.0, 1.0),
+    arity: int = 2,
+    start: str = "power",
+    noise: float = 0.3,
+    dtype=jnp.float32,
+) -> KAN:
+    """A network with random functions on its edges.
+
+    Args:
+        widths: of the inputs and of each layer: n nodes that add; (n, m): n that add and m that multiply `arity` sums
+            each; (n, [a, b, …]): n that add and one that multiplies a sums, one that multiplies b, …
+        grid, order, basis, base, outside: of all edges, as `layer.Spec` says.
+        domain, start, noise: as `layer.init` says.
+        arity: of nodes that multiply.
+
+    Raises:
+        ValueError: fewer than two widths, an empty one, an option that does not exist.
+
+    Example:
+        >>> params = init(jax.random.key(0), [2, 5, 1])
+        >>> apply(params, jnp.zeros((7, 2))).shape
+        (7, 1)
+        >>> init(jax.random.key(0), [2, (3, 2), 1]).widths
+        (2, (3, (2, 2)), 1)
+    """
+    parsed = [_parse(width, arity) for width in widths]
+    if len(parsed) < 2 or parsed[0][1]:
+        raise ValueError(f"kan: widths are at least two, the first a number of inputs, got {list(widths)}.")
+    if any(n + len(many) < 1 for n, many in parsed):
+        raise ValueError(f"kan: every width has a node, got {list(widths)}.")
+    spec = Spec(grid=grid, order=order, basis=basis, base=base, outside=outside)
+    keys = jax.random.split(key, len(parsed) - 1)
+    made = []
+    for k, (n, many), (m, times) in zip(keys, parsed, parsed[1:]):
+        shape = (n + len(many), m + sum(times))
+        made.append(layers.init(k, shape, spec, domain=domain, start=start, noise=noise, dtype=dtype))
+    return KAN(tuple(made), ((),) * len(made), tuple(many for _, many in parsed[1:]))
+
+
+def _parse(width: Width, arity: int) -> tuple[int, tuple[int, ...]]:
+    """(adding nodes, the arities of multiplying nodes)."""
+    if isinstance(width, int):
+        return width, ()
+    n, many = width
+    many = (arity,) * many if isinstance(many, int) else tuple(many)
+    if any(a < 2 for a in many):
+        raise ValueError(f"kan: a node multiplies at least two sums, got {width}.")
+    return n, many
+
+
+def apply(
+    params: KAN, x: Float[Array, "... I"], *, edges: bool = False, implementation: str | None = None
+) -> Float[Array, "... O"] | tuple[Array, list[dict[str, Array]]]:
+    """The network's outputs, in x's dtype.
+
+    Args:
+        x: any leading axes.
+        edges: return as well, of each layer, a dictionary: "inputs" [..., I], "edges" [..., I, O] (the function of
+            every edge), "sums" [..., O], "outputs" (after multiplying nodes).
+        implementation: as in `layer.apply`.
+
+    Raises:
+        ValueError: another number of inputs than the network has.
+    """
+    told = []
+    for layer, affine, arities in zip(params.layers, params.affine, params.arities):
+        if edges:
+            values = layers.edges(layer, x)
+            sums = values.sum(axis=-2)
+        else:
+            sums = layers.apply(layer, x, implementation=implementation)
+        out = _nodes(sums, affine, arities)
+        if edges:
+            told.append({"inputs": x, "edges": values, "sums": sums, "outputs": out})
+        x = out
+    return (x, told) if edges else x
+
+
+def _nodes(sums: Float[Array, "... S"], affine: Affine | tuple, arities: tuple[int, ...]) -> Float[Array, "... O"]:
+    """Sums as they are, then the products of the others."""
+    has_affine = isinstance(affine, Affine)
+    line = lambda a, scale, shift: a * _row(scale, a) + _row(shift, a)
+    if has_affine:
+        sums = line(sums, affine.inner_scale, affine.inner_shift)
+    if arities:
+        adding = sums.shape[-1] - sum(arities)
+        parts, at = [sums[..., :adding]], adding
+        for arity in arities:
+            product = sums[..., at]
+            for n in range(1, arity):  # one after the other: `prod` has no derivative where two are 0
+                product = product * sums[..., at + n]
+            parts.append(product[..., None])
+            at += arity
+        sums = jnp.concatenate(parts, axis=-1)
+    return line(sums, affine.outer_scale, affine.outer_shift) if has_affine else sums
+
+
+def _row(a: Array, like: Array) -> Array:
+    return a.astype(like.dtype).reshape((1,) * (like.ndim - 1) + a.shape)
+
+
+# ---- trained and not --------------------------------------------------------------------------------
+
+
+def split(params: KAN) -> tuple[KAN, KAN]:
+    """(what is trained, the rest): two trees of the same structure with None where the other has something.
+
+    Trained are coefficients, base weights and the numbers of fixed functions; grids, masks and affine parts are not.
+
+    Example:
+        >>> trained, rest = split(init(jax.random.key(0), [2, 1]))
+        >>> [leaf.shape for leaf in jax.tree.leaves(trained)], combine(trained, rest).layers[0].mask.shape
+        ([(8, 2, 1), (2, 1)], (2, 1))
+    """
+    none = lambda tree: jax.tree.map(lambda _: None, tree)
+    trained = [dataclasses.replace(layer, points=None, mask=None) for layer in params.layers]
+    rest = [dataclasses.replace(layer, coef=None, base=None, fixed=none(layer.fixed)) for layer in params.layers]
+    return (
+        dataclasses.replace(params, layers=tuple(trained), affine=none(params.affine)),
+        dataclasses.replace(params, layers=tuple(rest)),
+    )
+
+
+def combine(trained: KAN, rest: KAN) -> KAN:
+    """The network that `split` took apart."""
+    return jax.tree.map(lambda a, b: b if a is None else a, trained, rest, is_leaf=lambda a: a is None)
