@@ -131,7 +131,11 @@ def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
     assert main([str(a) for a in [*argv, "--out", runs[1]]]) == 0
     a, b = (lm.load(run / "model").params for run in runs)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+    shutil.rmtree(runs[1] / "model")
+    assert "rank was 8, is 4" in refused(capsys, *argv, "--rank", 4, "--out", runs[1])
     assert "at least one leaf is a target" in refused(capsys, *argv, "--rank", 999, "--out", folder / "never")
+    assert "no option of --method galore" in refused(capsys, *argv, "--alpha", 2, "--out", folder / "never")
+    assert "matches at least one path" in refused(capsys, *argv, "--targets", "q,nope", "--out", folder / "never")
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ Each line of the file is an object with the key text, the keys prompt and respon
 The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/, log.jsonl and loss.png.
 """
 
+import fnmatch
 from pathlib import Path
 
 from jaxml.cli.main import load, model_arguments
@@ -23,7 +24,7 @@ def add(sub):
     sub.add_argument("--method", choices=("lora", "full", "galore"), default="lora")
     sub.add_argument("--rank", type=int, help="default: 8 of lora, 128 of galore")
     sub.add_argument("--alpha", type=float, help="of lora (default: twice the rank)")
-    sub.add_argument("--gap", type=int, default=200, help="of galore: steps between refreshes of a basis")
+    sub.add_argument("--gap", type=int, help="of galore: steps between refreshes of a basis (default: 200)")
     sub.add_argument("--eight-bit", action="store_true", help="the optimizer's state in eight bits")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
     sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
@@ -71,6 +72,7 @@ def run(args):
         eval_every=args.eval_every,
         keep=args.keep,
     )
+    _check(args)
     examples = data.read_jsonl(args.data)
     held = data.read_jsonl(args.eval) if args.eval else []
     out = Path(args.out)
@@ -88,8 +90,9 @@ def run(args):
         model = model.replace(params=adapters.merge(model.params))
     tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw))
     model, info = tune.fit(
-        model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress
-    )
+        model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
+        about=_method(args),
+    )  # fmt: skip
     if args.method == "lora":
         adapters.save_peft(result, model.params, model.config, base_model=args.model)
     else:
@@ -100,12 +103,33 @@ def run(args):
     return 0
 
 
+def _check(args):
+    """Refuses what the method does not take."""
+    takes = {"lora": ("rank", "alpha"), "full": (), "galore": ("rank", "gap")}[args.method]
+    for name in ("rank", "alpha", "gap"):
+        value = getattr(args, name)
+        if value is not None and name not in takes:
+            raise ValueError(f"finetune: --{name} is no option of --method {args.method}. Leave it out.")
+        if value is not None and value <= 0:
+            raise ValueError(f"finetune: --{name} is above 0, got {value}.")
+    if args.method == "full" and args.targets != "*":
+        raise ValueError("finetune: --targets is no option of --method full. Leave it out.")
+
+
+def _method(args) -> dict:
+    """What a run must agree in to be gone on with, beside its options."""
+    return {k: getattr(args, k) for k in ("method", "rank", "alpha", "gap", "targets", "eight_bit")}
+
+
 def _around(args, adamw):
+    """The optimizer that the arguments ask for, around AdamW."""
     from jaxml import optim
 
     adamw = optim.eight_bit(adamw) if args.eight_bit else adamw
     if args.method != "galore":
         return adamw
-    targets = None if args.targets == "*" else f"/({args.targets.replace(',', '|')})$"
+    names = [] if args.targets == "*" else args.targets.split(",")
+    where = lambda name: "^" if "/" in name else "(?:^|/)(?=[^/]*$)"  # as `adapters.attach` has it
+    targets = [where(name) + fnmatch.translate(name) for name in names] or None
     kind = "int8" if args.eight_bit else "float32"
-    return optim.galore(adamw, rank=args.rank or 128, gap=args.gap, targets=targets, basis_dtype=kind)
+    return optim.galore(adamw, rank=args.rank or 128, gap=args.gap or 200, targets=targets, basis_dtype=kind)

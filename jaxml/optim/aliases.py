@@ -33,14 +33,14 @@ def adam8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, *
         >>> adam8bit(1e-3).init({"w": jnp.zeros((64, 256))}).inner[0].mu["w"].codes.dtype.name
         'uint8'
     """
-    return aware(eight_bit(optax.adam(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size))
+    return eight_bit(optax.adam(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size)
 
 
 def adamw8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, **kwargs) -> Aware:
     """`optax.adamw` with moments of eight bits; other arguments are its own."""
-    return aware(eight_bit(optax.adamw(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size))
+    return eight_bit(optax.adamw(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size)
 
 
 def lion8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, **kwargs) -> Aware:
     """`optax.lion` with its moment in eight bits; other arguments are its own."""
-    return aware(eight_bit(optax.lion(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size))
+    return eight_bit(optax.lion(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size)

@@ -10,6 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 
+import jax
 import optax
 
 Transformation = optax.GradientTransformationExtraArgs
@@ -80,8 +81,25 @@ def aware(tx: optax.GradientTransformation) -> Aware:
     return Aware(tx.init, tx.update)
 
 
+def optimizer(name: str, tx: optax.GradientTransformation) -> Transformation:
+    """`tx`, which `name` was given, with extra arguments.
+
+    Raises:
+        TypeError: it is no transformation; a learning rate or a rank, perhaps.
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"{name}: the first argument is an Optax transformation, got {tx!r}. Give numbers by name: "
+            f"{name}(optax.adam(1e-3), ...)."
+        )
+    return optax.with_extra_args_support(tx)
+
+
 def chain(*members: optax.GradientTransformation) -> Transformation:
-    """`optax.chain`, in which a `galore(...)` without an optimizer takes in the next member, whatever it is.
+    """`optax.chain`, in which a `galore(...)` without an optimizer takes in the next one.
+
+    That is the first member behind it that is aware, else the first that keeps moments. Members between the two see
+    whole gradients.
 
     Raises:
         ValueError: nothing follows that it could take in.
@@ -97,8 +115,24 @@ def chain(*members: optax.GradientTransformation) -> Transformation:
     while rest:
         member = rest.pop(0)
         if isinstance(member, Pending):
-            if not rest or isinstance(rest[0], Pending):
+            place = _next_optimizer(rest)
+            if place is None:
                 raise ValueError(f"optim.chain: an optimizer follows {member.name}(...), got none. Put one behind it.")
-            member = member.take(rest.pop(0))
+            out += rest[:place]
+            member, rest = member.take(rest[place]), rest[place + 1 :]
         out.append(member)
     return optax.chain(*out)
+
+
+def _next_optimizer(members: list[optax.GradientTransformation]) -> int | None:
+    """The place of the first aware member before another pending one, else of the first that keeps moments."""
+    end = next((n for n, m in enumerate(members) if isinstance(m, Pending)), len(members))
+    places = [n for n in range(end) if isinstance(members[n], Aware)]
+    places += [n for n in range(end) if _keeps_moments(members[n])]
+    return places[0] if places else 0 if end else None
+
+
+def _keeps_moments(tx: optax.GradientTransformation) -> bool:
+    """Whether its state has an array of a parameter's shape."""
+    parameter = jax.ShapeDtypeStruct((17, 19), "float32")
+    return any(leaf.shape == parameter.shape for leaf in jax.tree.leaves(jax.eval_shape(tx.init, {"w": parameter})))

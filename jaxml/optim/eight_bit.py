@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxml.axes import Array, Int
+from jaxml.axes import Array, Int, wide
 from jaxml.optim import moments, packed
+from jaxml.optim.chain import Aware, aware, optimizer
+from jaxml.optim.galore import TargetState
 from jaxml.optim.plain import plainly
 
 
@@ -28,7 +30,7 @@ class EightBitState(NamedTuple):
 
 def eight_bit(
     inner: optax.GradientTransformation, *, min_size: int = 4096, stochastic: bool = False, seed: int = 0
-) -> optax.GradientTransformationExtraArgs:
+) -> Aware:
     """Any optimizer with its moments in eight bits.
 
     Args:
@@ -41,7 +43,8 @@ def eight_bit(
         seed: of the rounding.
 
     Raises:
-        ValueError: at `init`, no moment that could be packed.
+        TypeError: `inner` is no transformation.
+        ValueError: at `init`, no moment that could be packed, or a `galore` inside (which belongs outside).
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -49,11 +52,17 @@ def eight_bit(
         >>> sum(leaf.nbytes for leaf in jax.tree.leaves(state.inner[0].mu))
         16640
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer("eight_bit", inner)
 
     def init(params) -> EightBitState:
-        state = inner.init(params)
+        state = inner.init(jax.tree.map(lambda p: p.astype(wide(p.dtype)), params))
         leaves, tree = jax.tree.flatten(state)
+        is_target = lambda s: isinstance(s, TargetState)
+        if any(map(is_target, jax.tree.leaves(state, is_leaf=is_target))):
+            raise ValueError(
+                "eight_bit: the optimizer inside is one that keeps moments itself, got a galore. "
+                "Write galore(eight_bit(optimizer), ...)."
+            )
         found = _large(state, params)
         if not found and any(jnp.size(p) >= min_size for p in jax.tree.leaves(params)):
             raise ValueError(
@@ -67,7 +76,8 @@ def eight_bit(
 
     def update(updates, state: EightBitState, params=None, **extra):
         kept, tree = jax.tree.flatten(state.inner, is_leaf=packed.is_packed)
-        new, inner_state = inner.update(updates, tree.unflatten([packed.unpack(x) for x in kept]), params, **extra)
+        grads = jax.tree.map(lambda g: g.astype(wide(g.dtype)), updates)  # squares of float16 would be 0
+        new, inner_state = inner.update(grads, tree.unflatten([packed.unpack(x) for x in kept]), params, **extra)
         leaves = tree.flatten_up_to(inner_state)
         keys = [None] * len(leaves)
         if stochastic:
@@ -79,9 +89,9 @@ def eight_bit(
     def _large(state, params) -> dict[int, bool]:
         """Number of each moment's leaf that is to be packed, and whether it is of squares."""
         shapes = {path: jnp.shape(p) for path, p in jax.tree.leaves_with_path(params) if jnp.size(p) >= min_size}
-        return {m.leaf: m.squared for found in moments.find(state, shapes).values() for m in found}
+        return moments.packable(state, shapes)
 
-    return plainly(optax.GradientTransformationExtraArgs(init, update))
+    return aware(plainly(optax.GradientTransformationExtraArgs(init, update)))
 
 
 def _kind(squared: bool) -> str:

@@ -20,9 +20,9 @@ import optax
 from jaxml.axes import Array, Float, Int
 from jaxml.optim import basis, modes, moments, packed, refresh
 from jaxml.optim import inner as inners
-from jaxml.optim.chain import Pending, pending
+from jaxml.optim.chain import Pending, optimizer, pending
 from jaxml.optim.plain import plainly
-from jaxml.optim.targets import DimensionNumbers, Rank, Target, find
+from jaxml.optim.targets import DimensionNumbers, Rank, Target, check_mesh, find
 
 
 def galore(
@@ -32,7 +32,7 @@ def galore(
     gap: int = 200,
     scale: float | None = None,
     targets=None,
-    side: str = "auto",
+    side: str | None = None,
     method: str | None = None,
     moments: str | None = None,
     mode: str = "galore",
@@ -56,7 +56,9 @@ def galore(
     scale · P PᵀG in full shape and warns that no memory is saved.
 
     Args:
-        inner: any Optax optimizer. Decoupled weight decay inside it acts in full space, as in the authors' code.
+        inner: any Optax optimizer. Decoupled weight decay inside it (AdamW's, Lion's) acts in full space, as in the
+            authors' code; optimizers that do more with the weights (Adafactor, LAMB, schedule-free) are shown them in
+            the basis, and decay those: put `optax.add_decayed_weights` behind them.
         rank: of the projected gradients: a number, a share of each matrix's shorter side (in (0, 1)), a function of
             (path, shape), or a mapping from patterns of paths to either. 128 where None (256 in the mode "apollo", 1
             in "apollo-mini").
@@ -64,9 +66,10 @@ def galore(
         scale: α, the factor of the update; 0.25 where None (1 in the mode "apollo", 128 in "apollo-mini").
         targets: which leaves: regular expressions searched in the path ("layers/attn/q/kernel"), or a function of
             (path, shape). None takes every leaf of two axes or more that is wider than the rank on both sides, but
-            embeddings and output heads.
+            embeddings, output heads, norms, biases and scales.
         side: of each matrix's basis: "auto" (the smallest state), "std" (the authors': the shorter side is projected),
-            "reverse_std", "left" (the input axis), "right" (the output axis), "full" (both).
+            "reverse_std", "left" (the input axis), "right" (the output axis), "full" (both). "auto" where None, in
+            the modes of APOLLO "std".
         method: "power" (one warm-started step of subspace iteration), "rsvd", "svd", or "random" (drawn anew every gap
             steps and never kept, as in Flora and APOLLO). "power" where None, "random" in the modes of APOLLO.
         moments: at a refresh: "rotate" into the new basis (LDAdam), "carry" unchanged (the GaLore paper), "reset" to 0.
@@ -76,7 +79,9 @@ def galore(
             least this over five refreshes (Q-GaLore takes 0.4 of a similar measure).
         basis_dtype: "float32", "bfloat16", "int8" or "int4" (in blocks of 256).
         dims: `DimensionNumbers` (or those of `optax.contrib.muon`) for all targets, a mapping from patterns to them, or
-            a function of (path, shape): which axes make the matrix; all others are batch axes. The last two where None.
+            a function of (path, shape): which axes make the matrix; all others are batch axes. A tree like the
+            parameters and a function of them do as well, as muon takes them. The last two where None, but for Flax's
+            attention kernels (query/kernel, …, out/kernel of three axes), which are known by name.
         axis_name: inside `jax.shard_map` or `jax.pmap`, the axes that the batch is spread over. Gradients are then
             those of each device, and it is the projected ones that are averaged: r/m of the bytes; a whole matrix is
             averaged only when its basis is refreshed. Mode "galore" only. (Under `check_vma=True` JAX sums gradients of
@@ -84,7 +89,9 @@ def galore(
         seed: of random directions.
 
     Raises:
+        TypeError: `inner` is no transformation.
         ValueError: an option that does not exist; at `init`, no leaf that matches or a rank out of range.
+        NotImplementedError: parameters are spread over a mesh axis of type Explicit.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -149,7 +156,7 @@ class Options:
     gap: int = 200
     scale: float | None = None
     targets: Any = None
-    side: str = "auto"
+    side: str | None = None
     method: str | None = None
     moments: str | None = None
     mode: str = "galore"
@@ -162,7 +169,7 @@ class Options:
 
     def __post_init__(self):
         _one_of("mode", self.mode, modes.MODES)
-        for name, default in zip(("rank", "scale", "method", "moments"), modes.DEFAULTS[self.mode]):
+        for name, default in zip(("rank", "scale", "method", "moments", "side"), modes.DEFAULTS[self.mode]):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         _one_of("method", self.method, basis.METHODS)
@@ -177,6 +184,8 @@ class Options:
                 f"galore: axis_name goes with mode 'galore' only, got {self.mode!r}, which needs whole gradients. "
                 "Average them before with jax.lax.pmean."
             )
+        if isinstance(self.adaptive, bool) or (self.adaptive is not None and not 0 < self.adaptive <= 1):
+            raise ValueError(f"galore: adaptive is an overlap in (0, 1], got {self.adaptive!r}.")
         if self.method == "random" and self.adaptive is not None:
             raise ValueError("galore: a random basis has no overlap for the gap to follow. Leave adaptive out.")
 
@@ -191,14 +200,14 @@ def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def wrap(inner: optax.GradientTransformation, options: Options) -> optax.GradientTransformationExtraArgs:
     """The transformation that `galore(inner, ...)` is."""
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer("galore", inner)
     needs_rate = options.mode != "galore"
 
     def init(params) -> GaLoreState:
         leaves, tree = jax.tree.flatten(params)
         targets = options.find(params)
         schedule = refresh.Schedule.of(targets, options)
-        zeros = [leaf if t is None else _zeros(t, leaf) for t, leaf in zip(targets, leaves)]
+        zeros = [leaf.astype(_wide(leaf)) if t is None else _zeros(t, leaf) for t, leaf in zip(targets, leaves)]
         low = tree.unflatten(zeros)
         averages = inners.keeps_parameters(inner, low, targets)
         states = []
@@ -210,17 +219,21 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
             norm = jnp.zeros(target.batch, jnp.float32) if needs_rate else ()
             states.append(TargetState(first, schedule.init(i), norm, zeros[i] if averages else (), target))
         probe = modes.probe(inner, low) if needs_rate else ()
-        return GaLoreState(jnp.zeros((), jnp.int32), tree.unflatten(states), inner.init(low), probe)
+        state = GaLoreState(jnp.zeros((), jnp.int32), tree.unflatten(states), inner.init(low), probe)
+        _say_what_is_unknown(options, state.inner, params, targets)
+        return state
 
     def update(updates, state: GaLoreState, params=None, **extra):
         grads, tree = jax.tree.flatten(updates)
+        check_mesh("galore", grads)
         targets = [getattr(s, "target", None) for s in tree.flatten_up_to(state.targets)]
         schedule = refresh.Schedule.of(targets, options)
         matrices = [None if t is None else t.matrices(g) for t, g in zip(targets, grads)]
-        states, inner_state = refreshed(schedule, updates, state, matrices)
+        states, inner_state = refreshed(inner, schedule, updates, state, matrices, extra)
         bases = [None if t is None else refresh.bases(schedule, i, state.step, states[i].basis, _wide(grads[i]))
                  for i, t in enumerate(targets)]  # fmt: skip
-        low = [g if t is None else t.project(b, x) for t, g, b, x in zip(targets, grads, bases, matrices)]
+        low = [g.astype(_wide(g)) if t is None else t.project(b, x)
+               for t, g, b, x in zip(targets, grads, bases, matrices)]  # fmt: skip
         if options.axis_name is not None:
             low = jax.lax.pmean(low, options.axis_name)
         weights = None if params is None else tree.flatten_up_to(params)
@@ -234,6 +247,7 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         out = list(new)
         for i, target in enumerate(targets):
             if target is None:
+                out[i] = new[i].astype(grads[i].dtype)
                 continue
             s = states[i]
             u, norm = modes.apply(
@@ -251,14 +265,23 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
 
 
 def refreshed(
-    schedule: refresh.Schedule, updates: Any, state: GaLoreState, matrices: list[Array | None], products: bool = False
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: refresh.Schedule,
+    updates: Any,
+    state: GaLoreState,
+    matrices: list[Array | None],
+    extra: dict[str, Any],
+    products: bool = False,
 ) -> tuple[list[Any], Any]:
     """(the targets' states, the inner state) after the refreshes that are due in this step; see `refresh.refresh`."""
     paths = [path for path, _ in jax.tree.leaves_with_path(updates)]
     states = jax.tree.structure(updates).flatten_up_to(state.targets)
     inner, tree = jax.tree.flatten(state.inner, is_leaf=packed.is_packed)
     shapes = {path: t.low_shape for path, t in zip(paths, schedule.targets) if t is not None}
-    found = moments.find(state.inner, shapes)
+    leaves = jax.tree.leaves(updates)
+    low = [x if t is None else jnp.zeros((1,) * len(t.low_shape)) for x, t in zip(leaves, schedule.targets)]
+    low = jax.tree.unflatten(jax.tree.structure(updates), low)
+    found = moments.find(state.inner, shapes, lambda: moments.decays_of(tx, low, extra))
     kept: list[refresh.Kept | None] = []
     for path, target, s in zip(paths, schedule.targets, states):
         if target is None:
@@ -279,6 +302,17 @@ def refreshed(
         coordinates = states[i].coordinates if isinstance(states[i].coordinates, tuple) else new.moments[-1]
         states[i] = dataclasses.replace(states[i], basis=new.basis, turns=new.turns, coordinates=coordinates)
     return states, tree.unflatten(inner)
+
+
+def _say_what_is_unknown(options: Options, inner_state: Any, params: Any, targets: list[Target | None]) -> None:
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    names = moments.unknown(inner_state, {p: t.low_shape for p, t in zip(paths, targets) if t is not None})
+    if names and options.moments != "carry":
+        warnings.warn(
+            f"galore: the inner optimizer's state has arrays called {', '.join(names)}, which are not known to be "
+            "moments: a refresh leaves them as they are. moments='carry' does so with all, and says nothing.",
+            stacklevel=4,
+        )
 
 
 def _wide(leaf: Array):

@@ -90,4 +90,5 @@ def use_of_parameters(run, grads: Any, state: Any, values: list[Array]) -> str:
         ones = [jnp.ones_like(v) for v in values]
         return jax.jvp(lambda v: run(v, *others)[0], (values,), (ones,))[1]
 
-    return "weights" if any(d & arrays for d in dependence(slope, *inputs)) else "decay"
+    # A choice (`apply_if_finite`) makes c another number, of all elements alike.
+    return "weights" if any(d & arrays for d in dependence(slope, *inputs, choices=False)) else "decay"

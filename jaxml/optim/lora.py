@@ -17,9 +17,9 @@ import optax
 
 from jaxml.axes import Array, Float, Int
 from jaxml.optim import rounding as rounds
-from jaxml.optim.chain import Pending, pending
+from jaxml.optim.chain import Pending, optimizer, pending
 from jaxml.optim.plain import plainly
-from jaxml.optim.targets import Rank, Target, find
+from jaxml.optim.targets import Rank, Target, check_mesh, find
 
 ROUNDING = (*rounds.ROUNDING, "base")
 
@@ -70,6 +70,8 @@ def lora(
         seed: of A and of the rounding.
 
     Raises:
+        TypeError: `inner` is no transformation.
+        NotImplementedError: parameters are spread over a mesh axis of type Explicit.
         ValueError: an option that does not exist; at `init`, no leaf that matches or a rank out of range; at `update`,
             no parameters where the rounding needs them.
 
@@ -100,7 +102,7 @@ def lora(
 
 
 def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.GradientTransformationExtraArgs:
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer("lora", inner)
     seek = lambda tree: find(tree, rank=rank, targets=targets, dims=dims, name="lora")
     factor = lambda t: 2.0 if alpha is None else alpha / t.rank
 
@@ -117,6 +119,7 @@ def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.Gradien
 
     def update(updates, state: LoRAState, params=None, **extra):
         grads, tree = jax.tree.flatten(updates)
+        check_mesh("lora", grads)
         old = tree.flatten_up_to(state.factors)
         found = [getattr(f, "target", None) for f in old]
         low = [optax.MaskedNode() if t is None else _low(t, factor(t), g, f) for t, g, f in zip(found, grads, old)]

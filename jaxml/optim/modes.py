@@ -25,11 +25,11 @@ from jaxml.optim.targets import Target
 
 MODES = ("galore", "fira", "apollo", "apollo-mini")
 GROWTH = 1.01
-DEFAULTS = {  # of rank, scale, method, moments
-    "galore": (128, 0.25, "power", "rotate"),
-    "fira": (128, 0.25, "power", "rotate"),
-    "apollo": (256, 1.0, "random", "carry"),
-    "apollo-mini": (1, 128.0, "random", "carry"),
+DEFAULTS = {  # of rank, scale, method, moments, side
+    "galore": (128, 0.25, "power", "rotate", "auto"),
+    "fira": (128, 0.25, "power", "rotate", "auto"),
+    "apollo": (256, 1.0, "random", "carry", "std"),
+    "apollo-mini": (1, 128.0, "random", "carry", "std"),
 }
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+from jaxml.optim.chain import Aware, aware, optimizer
+
 HOST = "pinned_host"
 
 
@@ -18,7 +20,7 @@ class Offloaded:
     min_size: int = dataclasses.field(metadata=dict(static=True))
 
 
-def offload(tx: optax.GradientTransformation, *, min_size: int = 4096) -> optax.GradientTransformationExtraArgs:
+def offload(tx: optax.GradientTransformation, *, min_size: int = 4096) -> Aware:
     """The same transformation, whose state lies in the host's memory between steps.
 
     On a TPU or a GPU the copies run beside other work of the step where the compiler finds some. Parameters should have
@@ -39,7 +41,7 @@ def offload(tx: optax.GradientTransformation, *, min_size: int = 4096) -> optax.
         >>> state.inner[0].mu["w"].sharding.memory_kind
         'pinned_host'
     """
-    tx = optax.with_extra_args_support(tx)
+    tx = optimizer("offload", tx)
 
     def init(params) -> Offloaded:
         memories = sorted({memory.kind for memory in jax.devices()[0].addressable_memories()})
@@ -55,7 +57,7 @@ def offload(tx: optax.GradientTransformation, *, min_size: int = 4096) -> optax.
         new, inner = tx.update(updates, inner, params, **extra)
         return new, Offloaded(_moved(inner, jax.memory.Space.Host, min_size), min_size)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return aware(optax.GradientTransformationExtraArgs(init, update))
 
 
 def _moved(state: Any, space: jax.memory.Space, min_size: int) -> Any:

@@ -17,7 +17,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxml.axes import Array, Float
+from jaxml.axes import Array, Float, wide
 
 BLOCK = 256
 KINDS = ("dynamic", "dynamic_unsigned", "int8", "int4")
@@ -50,7 +50,9 @@ class Packed:
 
 
 def pack(x: Float[Array, "... m n"], kind: str, key: Array | None = None) -> Packed:
-    """The array in eight or four bits; rounded to the nearest value, or stochastically where a key is given.
+    """The array in eight or four bits, rounded to the nearest value, or stochastically where a key is given.
+
+    Scales are float32 or wider, whatever the array is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,6 +60,7 @@ def pack(x: Float[Array, "... m n"], kind: str, key: Array | None = None) -> Pac
         >>> packed.codes.dtype.name, [round(float(v), 4) for v in packed.unpack()[0]]
         ('uint8', [0.5008, -0.993, 0.0009])
     """
+    x = x.astype(wide(x.dtype))
     scales = _largest(jnp.abs(x))
     unit = x / _spread(jnp.where(scales > 0, scales, 1), x.shape)
     if kind in ("int8", "int4"):

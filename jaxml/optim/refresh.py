@@ -127,7 +127,7 @@ def refresh(
         if target is not None:
             leaf = _Leaf.of(target, kept[i], products)
             like = jax.tree.map(lambda a: (a.shape, a.dtype), jax.eval_shape(leaf.row, matrices[i], kept[i], 0))
-            squared = tuple(moment.squared for moment in kinds[i])
+            squared = tuple(moment[1:] for moment in kinds[i])
             groups.setdefault((leaf.side, target.rank, str(like), squared), []).append(i)
     out = list(kept)
     for members in groups.values():
@@ -223,7 +223,7 @@ def _turn(side: str, rank: int, shapes, options, kinds, products: bool, when, g:
 
     rotate_squared = functools.partial(rotate, q=[q * q for q in rotations])
     values = [packed.unpack(x) for x in old.moments]
-    values = moments.turn(options.moments, kinds, values, rotate, rotate_squared)
+    values = moments.turn(options.moments, kinds, values, rotate, rotate_squared, step)
     values = [packed.pack_like(x, was) for x, was in zip(values, old.moments)]
     turns = old.turns
     if isinstance(turns, Turns):

@@ -26,7 +26,8 @@ def stochastic(x: Float[Array, "..."], dtype, key: Array) -> Float[Array, "..."]
     if dtype == jnp.bfloat16:  # the upper half of a float32
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-        return jax.lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
+        rounded = jax.lax.bitcast_convert_type(((bits + noise) >> 16).astype(jnp.uint16), jnp.bfloat16)
+        return jnp.where(jnp.isfinite(x), rounded, x.astype(dtype))  # noise would carry NaN over to a number
     near = x.astype(dtype)
     away = jnp.where(x > near.astype(x.dtype), jnp.inf, -jnp.inf).astype(dtype)
     other = jnp.nextafter(near, away)

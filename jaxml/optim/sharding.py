@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxml.optim.galore import TargetState
 from jaxml.optim.lora import Factors
 from jaxml.optim.offload import HOST, Offloaded, is_large
-from jaxml.optim.packed import Packed
+from jaxml.optim.packed import Packed, is_packed
+from jaxml.optim.plain import plain
 from jaxml.optim.targets import Target, path_of
 
 
@@ -43,7 +44,9 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
         (P('fsdp', None), P(None, None))
         >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((64, 32))})
     """
-    whole = dict(jax.tree.leaves_with_path(params))
+    params = plain(params)
+    codes = lambda w: w.codes if is_packed(w) else w
+    whole = {path: codes(w) for path, w in jax.tree.leaves_with_path(params, is_leaf=is_packed)}
     meshes = [leaf.sharding.mesh for leaf in whole.values() if _is_named(leaf)]
     if not meshes:
         raise ValueError("state_sharding: parameters have a NamedSharding, got none. Place them with jax.device_put.")

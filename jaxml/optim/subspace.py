@@ -27,7 +27,7 @@ from jaxml.axes import Array, Float
 from jaxml.optim import basis, packed, refresh
 from jaxml.optim import inner as inners
 from jaxml.optim import rounding as rounds
-from jaxml.optim.chain import Pending
+from jaxml.optim.chain import Pending, optimizer
 from jaxml.optim.galore import GaLoreState, Options, TargetState, refreshed, wrap
 from jaxml.optim.targets import Rank
 
@@ -112,7 +112,7 @@ def subspace(
         rank=rank, gap=1, scale=scale, targets=targets, side=side, moments=moments, spread=False,
         basis_dtype=basis_dtype, seed=seed,
     )  # fmt: skip
-    inner = optax.with_extra_args_support(inner)
+    inner = optimizer("subspace", inner)
 
     def init(params) -> GaLoreState:
         state = wrap(inner, options).init(jax.tree.map(_like, params, is_leaf=packed.is_packed))
@@ -149,15 +149,15 @@ def subspace(
 
             turned = jax.grad(total)(given)
             schedule = refresh.Schedule.of([s and s.target for s in states], options)
-            names = tree.unflatten(range(len(leaves)))
-            new, inner_state = refreshed(schedule, names, state, turned, products=True)
+            names = tree.unflatten([jnp.zeros(()) for _ in leaves])  # only their paths count
+            new, inner_state = refreshed(inner, schedule, names, state, turned, {}, products=True)
             return state._replace(targets=tree.unflatten(new), inner=inner_state)
 
         return run
 
     def update(grads, state: GaLoreState, params, **extra) -> tuple[Any, GaLoreState]:
         leaves, tree, states = _flat(params, state)
-        low, found = tree.flatten_up_to(grads), [s and s.target for s in states]
+        low, found = [g.astype(_wide(g)) for g in tree.flatten_up_to(grads)], [s and s.target for s in states]
         bases = [s and tuple(packed.unpack(b) for b in s.basis) for s in states]
         coordinates = [() if s is None else s.coordinates for s in states]
         weights = [packed.unpack(w) for w in leaves]
@@ -261,6 +261,15 @@ class Node:
 
     def dense(self) -> Array:
         return packed.unpack(self.weight)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(
+            f"subspace: the loss multiplies with its targets by jaxml.weights.dot(x, w), got w.{name}. "
+            "Write dot, or leave this weight out of targets."
+        )
+
+    def __rmatmul__(self, x: Array) -> Array:
+        return self.matmul(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

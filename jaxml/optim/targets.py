@@ -5,7 +5,9 @@ A leaf is seen as matrices [..., m, n]: its last two axes, with whatever lies be
 """
 
 import dataclasses
+import inspect
 import math
+import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jaxml.axes import Array, Float
 
 SIDES = ("auto", "std", "reverse_std", "left", "right", "full")
-NOT_BY_DEFAULT = r"(?i)embed|lm_head|unembed|vocab|(^|/)w[tp]e(/|$)"
+NOT_BY_DEFAULT = r"(?i)embed|lm_head|unembed|vocab|(^|/)w[tp]e(/|$)|norm|(^|/|_)(bias|scale|ln(_?\d+)?)(/|$)"
 Rank = int | float | Callable[[str, tuple[int, ...]], int | float] | Mapping[str, int | float]
 
 
@@ -124,6 +126,20 @@ def path_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def check_mesh(name: str, leaves: list[Array]) -> None:
+    """Raises where a leaf is spread over a mesh axis whose shardings are part of types: products would need theirs."""
+    for leaf in leaves:
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        explicit = set(getattr(mesh, "explicit_axes", ()))
+        used = {a for axes in getattr(sharding, "spec", ()) for a in (axes if isinstance(axes, tuple) else (axes,))}
+        if explicit & used:
+            raise NotImplementedError(
+                f"{name}: parameters lie on mesh axes of type Auto, got {', '.join(sorted(explicit & used))} of type "
+                "Explicit. Make the mesh with axis_types=(jax.sharding.AxisType.Auto,) * its number of axes."
+            )
+
+
 def find(
     params: Any,
     *,
@@ -140,7 +156,8 @@ def find(
         rank: a number, a share of the smaller side (in (0, 1)), a function of (path, shape), or a mapping from
             patterns to either, of which the first that matches counts.
         targets: regular expressions searched in the path ("layers/attn/q/kernel"), or a function of (path, shape).
-            None takes every leaf that has two axes or more and is wider than the rank, but embeddings and output heads.
+            None takes every leaf that has two axes or more and is wider than the rank, but embeddings, output heads,
+            norms, biases and scales.
         side: which side the basis stands on; "auto" leaves the smallest state. "std" is the authors' rule (the
             shorter side is projected), "reverse_std" its opposite, "left" projects the input axis, "right" the output
             axis, "full" both.
@@ -154,6 +171,7 @@ def find(
     if side not in SIDES:
         raise ValueError(f"{name}: side is one of {', '.join(SIDES)}, got {side!r}.")
     leaves = [(path_of(path), jnp.shape(leaf)) for path, leaf in jax.tree.leaves_with_path(params)]
+    dims = _by_path(dims, params)
     chosen = _chosen(leaves, targets, name)
     out = []
     for (path, shape), wanted in zip(leaves, chosen):
@@ -165,6 +183,19 @@ def find(
             f"There are {shapes}{', …' if len(leaves) > 50 else ''}."
         )
     return out
+
+
+def _by_path(dims, params: Any):
+    """Dimension numbers as `optax.contrib.muon` takes them, a tree like the parameters or a function of them."""
+    if callable(dims) and len(inspect.signature(dims).parameters) == 1:
+        dims = dims(params)
+    is_numbers = lambda x: x is None or hasattr(x, "reduction_axis")
+    if is_numbers(dims) or callable(dims):
+        return dims
+    if jax.tree.structure(dims, is_leaf=is_numbers) != jax.tree.structure(params):
+        return dims  # patterns
+    known = {path_of(path): d for path, d in jax.tree.leaves_with_path(dims, is_leaf=is_numbers)}
+    return lambda path, shape: known[path]
 
 
 def _chosen(leaves: list[tuple[str, tuple[int, ...]]], targets, name: str) -> list[str]:
@@ -186,23 +217,25 @@ def _chosen(leaves: list[tuple[str, tuple[int, ...]]], targets, name: str) -> li
 def _target(path: str, shape, rank: Rank, side: str, dims, named: bool, name: str) -> Target | None:
     if len(shape) < 2:
         raise ValueError(f"{name}: a target has at least two axes, got {path} of shape {shape}.")
-    numbers = _of(dims, path, shape) or DimensionNumbers()
+    given = _of(dims, path, shape) or _of_flax(path, len(shape))
     axes = []
-    for axis in (numbers.reduction_axis, numbers.output_axis):
+    for axis in (given.reduction_axis, given.output_axis):
         some = (axis,) if isinstance(axis, int) else tuple(axis)
         if any(not -len(shape) <= i < len(shape) for i in some):
-            raise ValueError(f"{name}: axes of {path} are within its {len(shape)}, got {numbers}.")
+            raise ValueError(f"{name}: axes of {path} are within its {len(shape)}, got {given}.")
         axes.append(tuple(i % len(shape) for i in some))
     if not all(axes) or len(set(axes[0] + axes[1])) < len(axes[0] + axes[1]):
-        raise ValueError(f"{name}: {path} has axes of both kinds and no axis of both, got {numbers}.")
+        raise ValueError(f"{name}: {path} has axes of both kinds and no axis of both, got {given}.")
     one = Target(path, shape, *axes, rank=1, side="left")
     least = min(one.m, one.n)
-    r = _of(rank, path, shape) if not isinstance(rank, int | float) else rank
+    r = _of(rank, path, shape) if not isinstance(rank, numbers.Real) else rank
     if r is None:
-        raise ValueError(f"{name}: a pattern of rank matches each target, got {', '.join(rank)} and {path}.")
+        said = ", ".join(rank) if isinstance(rank, Mapping) else "a function that gives None"
+        raise ValueError(f"{name}: a pattern of rank matches each target, got {said} and {path}.")
+    r = int(r) if isinstance(r, numbers.Integral) and not isinstance(r, bool) else r
     if isinstance(r, float) and 0 < r < 1:
         r = max(1, round(r * least))
-    if not isinstance(r, int) or r < 1 or (named and r > least):
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1 or (named and r > least):
         raise ValueError(
             f"{name}: the rank is in 1 … {least} for {path}, seen as {one.m} × {one.n}, or a share of that in (0, 1), "
             f"got {r}. Give a rank that depends on the leaf, or dims=."
@@ -210,6 +243,15 @@ def _target(path: str, shape, rank: Rank, side: str, dims, named: bool, name: st
     if r >= least and not named:
         return None
     return dataclasses.replace(one, rank=r, side=_side(side, one.m, one.n))
+
+
+def _of_flax(path: str, axes: int) -> DimensionNumbers:
+    """Of Flax's attention kernels by name: query, key, value [D, N, H], out [N, H, D]; else the last two axes."""
+    if axes >= 3 and re.search(r"(^|/)(query|key|value)/kernel(/|$)", path):
+        return DimensionNumbers(-3, (-2, -1))
+    if axes >= 3 and re.search(r"(^|/)out/kernel(/|$)", path):
+        return DimensionNumbers((-3, -2), -1)
+    return DimensionNumbers()
 
 
 def _of(choice, path: str, shape):

@@ -99,6 +99,7 @@ def fit(
     tx: optax.GradientTransformation | Callable[[int], optax.GradientTransformation] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
+    about: dict[str, Any] | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a model: its adapters where it has any (`adapters.attach`), all of its parameters otherwise.
 
@@ -115,6 +116,7 @@ def fit(
         folder: for checkpoints/, log.jsonl and run.json. A run that stopped there goes on, to the same bits
             that it would have reached undisturbed. Nothing is written where None.
         progress: show the progress bar.
+        about: what else a run in the folder must agree in to be gone on with (of `tx`, perhaps); JSON.
 
     Returns:
         The trained model, and a dictionary: steps, loss (of the last step), eval_loss, tokens, seconds.
@@ -155,7 +157,7 @@ def fit(
     counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
     train_step, evaluate = make_step(model.config, tx, o), make_evaluate(model.config, o)
 
-    with Run(folder, o, steps, counts, best="eval_loss" if held else None) as run:
+    with Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:
         state = run.restore(state)
         info: dict[str, Any] = {"steps": steps, "loss": None, "eval_loss": None, "tokens": 0}
         started, first = time.perf_counter(), int(state.step)

@@ -65,5 +65,10 @@ def test_a_mean_that_moves_by_less_than_a_step_moves_by_stochastic_rounding_only
 
 def test_an_optimizer_without_known_moments_is_said():
     tx = optim.eight_bit(optax.scale(0.1))
-    with pytest.raises(ValueError, match="keeps moments of the parameters' shape under a name in mu, m, trace"):
+    with pytest.raises(ValueError, match="keeps moments of the parameters' shape under a name in mu, m, "):
         tx.init({"w": jnp.zeros((128, 128))})
+
+
+def test_a_galore_inside_is_said():
+    with pytest.raises(ValueError, match=r"got a galore. Write galore\(eight_bit\(optimizer\), ...\)"):
+        optim.eight_bit(optim.galore(optax.adam(1e-3), rank=2)).init({"w": jnp.ones((64, 128))})

@@ -8,7 +8,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from jaxml import optim
-from jaxml.optim import galore, refresh
+from jaxml.optim import galore, lora, refresh
 from jaxml.optim.galore import Options
 from tests.golden import low_rank
 
@@ -369,3 +369,76 @@ def _averaged(jaxpr):
         elif equation.primitive.name != "while":
             for inner in jaxprs_in_params(equation.params):
                 yield from _averaged(inner)
+
+
+DECAYING = {
+    "apply_if_finite": lambda: optax.apply_if_finite(optax.adamw(1e-2, weight_decay=0.1), 3),
+    "MultiSteps": lambda: optax.MultiSteps(optax.adamw(1e-2, weight_decay=0.1), 1).gradient_transformation(),
+    "eight bits": lambda: optim.adamw8bit(1e-2, weight_decay=0.1, min_size=16),
+}
+
+
+@pytest.mark.parametrize("name", DECAYING)
+def test_weight_decay_acts_in_full_space_whatever_is_around_it(name):
+    w = jnp.asarray(np.random.default_rng(0).standard_normal((16, 12)), jnp.float32)
+    tx = galore(DECAYING[name](), rank=2, moments="carry")
+    state = tx.init({"w": w})
+    updates, _ = jax.jit(tx.update)({"w": jnp.zeros_like(w)}, state, {"w": w})
+    np.testing.assert_allclose(updates["w"], -1e-3 * w, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_moments_are_wide_whatever_the_parameters_are(dtype):
+    params = {"embed": jnp.ones((8, 4), dtype), "w": jnp.ones((8, 4), dtype)}
+    for tx in (galore(optax.adam(1e-3), rank=2), optim.adam8bit(1e-3, min_size=1000)):
+        state = tx.init(params)
+        assert all(a.dtype == jnp.float32 for a in jax.tree.leaves(state.inner) if a.ndim)
+        g = jax.tree.map(lambda p: jnp.full_like(p, 1e-4), params)  # whose square is 0 in float16
+        updates, _ = tx.update(g, state, params)
+        np.testing.assert_allclose(updates["embed"].astype(jnp.float32), -1e-3, rtol=1e-2)
+        assert updates["embed"].dtype == params["embed"].dtype
+
+
+def test_norms_biases_and_scales_are_no_targets_unless_named():
+    layers = {"attn_norm": jnp.ones((30, 32)), "up": jnp.ones((30, 32, 64)), "mlp": {"bias": jnp.ones((30, 64))}}
+    params = {"layers": layers | {"ln_1": {"scale": jnp.ones((30, 32))}, "balance": jnp.ones((32, 64))}}
+    found = [t.path for t in Options(rank=8).find(params) if t is not None]
+    assert found == ["layers/balance", "layers/up"]
+    assert [t.path for t in Options(rank=8, targets="norm").find(params) if t] == ["layers/attn_norm"]
+
+
+def test_dimension_numbers_as_muon_takes_them_and_flax_attention_by_name():
+    params = {"query": {"kernel": jnp.ones((64, 4, 8))}, "out": {"kernel": jnp.ones((4, 8, 64))}}
+    shapes = lambda **options: [(t.m, t.n, t.batch) for t in Options(rank=4, **options).find(params)]
+    by_name = shapes()
+    assert by_name == [(32, 64, ()), (64, 32, ())]
+    numbers = optax.contrib.MuonDimensionNumbers
+    tree = {"query": {"kernel": numbers(0, (1, 2))}, "out": {"kernel": numbers((0, 1), 2)}}
+    assert shapes(dims=tree) == shapes(dims=lambda params: tree) == by_name
+
+
+def test_a_first_argument_that_is_no_optimizer_is_said():
+    for call in (lambda: galore(128), lambda: galore(1e-3, rank=4), lambda: lora(8), lambda: optim.eight_bit(1e-3)):
+        with pytest.raises(TypeError, match="first argument is an Optax transformation, got"):
+            call()
+
+
+def test_a_mesh_with_explicit_axes_is_said():
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    params = {"w": jax.device_put(jnp.ones((8, 6)), where)}
+    tx = galore(optax.adam(1e-3), rank=2)
+    with pytest.raises(NotImplementedError, match=r"of type Auto, got fsdp of type Explicit"):
+        jax.jit(tx.update)(params, tx.init(params), params)
+
+
+def test_members_between_a_projection_and_its_optimizer_see_whole_gradients():
+    params = {"w": jnp.ones((16, 12))}
+    make = lambda chain: chain(galore(rank=2), optax.clip_by_global_norm(0.1), optim.adam(1e-3))
+    a, b = make(optax.chain), make(optim.chain)
+    updates = [tx.update(params, tx.init(params), params)[0]["w"] for tx in (a, b)]
+    np.testing.assert_array_equal(*updates)
+    stock = optim.chain(galore(rank=2), optax.clip_by_global_norm(0.1), optax.adam(1e-3))
+    assert {leaf.shape for leaf in jax.tree.leaves(stock.init(params)) if leaf.ndim} == {(2, 12), (16, 2)}
+    eight = optax.chain(galore(rank=2), optim.eight_bit(optax.adam(1e-3), min_size=4))
+    assert eight.init(params)[1].inner.inner[0].mu["w"].codes.shape == (2, 12)

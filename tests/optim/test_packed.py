@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxml.optim import packed
+from jaxml.optim import packed, rounding
 
 
 def dynamic_map(signed: bool) -> np.ndarray:
@@ -71,3 +71,19 @@ def test_zero_is_exact_and_numbers_out_of_range_are_not_made():
         np.testing.assert_array_equal(packed.pack(jnp.zeros((3, 5)), kind).unpack(), 0)
         x = jnp.array([[0.0, 3e-30, 3e30]])
         assert jnp.all(jnp.isfinite(packed.pack(x, kind).unpack()))
+
+
+def test_narrow_arrays_are_packed_as_exactly_as_wide_ones():
+    x = jax.random.normal(jax.random.key(0), (16, 256))
+    for dtype in ("float32", "bfloat16"):
+        packed_ = packed.pack(x.astype(dtype), "int8")
+        off = jnp.abs(packed_.unpack() - x.astype(dtype).astype(jnp.float32))
+        assert packed_.scales.dtype == jnp.float32
+        assert float(jnp.max(off / jnp.repeat(packed_.scales, 256, axis=1))) * 127 < 0.501
+
+
+def test_stochastic_rounding_keeps_what_is_not_finite():
+    bits = jnp.asarray([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000, 0xFF800000], jnp.uint32)  # NaN as GPUs write it, NaN, ±inf
+    x = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    got = rounding.stochastic(x, jnp.bfloat16, jax.random.key(0)).astype(jnp.float32)
+    np.testing.assert_array_equal(got, np.array([np.nan, np.nan, np.inf, -np.inf]))
