@@ -118,7 +118,7 @@ def _checked(params: KAN, x: Array, y: Array, name: str) -> tuple[Array, Array]:
         bad = int(jnp.sum(~jnp.isfinite(a)))
         if bad:
             raise ValueError(
-                f"kan.fit: all values are finite, got {bad} of {name}'s {what} that are not. Drop those rows."
+                f"kan.fit: all values are finite, got {bad} in {what} ({name}) that are not. Drop those rows."
             )
     return x.astype(dtype), y.astype(dtype)
 

@@ -86,6 +86,7 @@ def _around(x: Float[Array, "N I"], grid: int, eps: float, margin: float) -> Flo
     return floor * even + (1 - floor) * by_number
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def _refit(layer: Layer, points: Float[Array, "I G1"], spec, x: Float[Array, "N I"]) -> Layer:
     """The layer on other points, fitted at samples and, with a tenth of their weight, in every cell."""
     count = 4 * spec.size
@@ -162,12 +163,16 @@ def _refined(layer: Layer, grid: int) -> tuple[Layer, Array | None]:
         share = jnp.linspace(0.0, 1.0, 8 * (cells + spec.order) + 1, dtype=points.dtype)
         at = jax.vmap(lambda p: jnp.interp(share * cells, jnp.linspace(0, cells, len(p)), p), out_axes=1)(points)
         stack = lambda points, spec: jnp.transpose(bases.BASES[spec.basis].values(at, points, spec), (2, 1, 0))
-        solve = lambda pair: jnp.linalg.lstsq(pair[0].T, pair[1].T)[0]
-        move = jax.lax.map(solve, (stack(points, spec), stack(layer.points, layer.spec)))
+        move = _solved(stack(points, spec), stack(layer.points, layer.spec))
     return dataclasses.replace(layer, coef=_map(move, layer.coef), points=points, spec=spec), move
 
 
-@functools.partial(jax.jit)
+@jax.jit
+def _solved(new: Float[Array, "I K1 N"], old: Float[Array, "I K N"]) -> Float[Array, "I K1 K"]:
+    return jax.lax.map(lambda pair: jnp.linalg.lstsq(pair[0].T, pair[1].T)[0], (new, old))
+
+
+@jax.jit
 def _map(matrix: Array, coef: Float[Array, "K I O"]) -> Float[Array, "K1 I O"]:
     matrix = matrix.astype(coef.dtype)
     if matrix.ndim == 2:

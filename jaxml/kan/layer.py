@@ -106,7 +106,7 @@ def init(
     n_in, n_out = width
     one, two = jax.random.split(key)
     shape = (spec.size, n_in, n_out)
-    points = jnp.broadcast_to(jnp.linspace(*domain, spec.grid + 1, dtype=wide(dtype)), (n_in, spec.grid + 1))
+    points = jnp.tile(jnp.linspace(*domain, spec.grid + 1, dtype=wide(dtype))[None], (n_in, 1))
     if start == "pykan":
         drawn = (jax.random.uniform(one, (spec.grid + 1, n_in, n_out), wide(dtype)) - 0.5) * noise / spec.grid
         coef = jnp.tensordot(bases.through(spec), drawn, 1).astype(dtype) / n_in**0.5
@@ -131,18 +131,24 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"kan: implementation is one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}.")
     flat = x.reshape(-1, x.shape[-1])
-    split, fused = (functools.partial(run, layer.spec) for run in (_split, _fused))
-    run = {"split": split, "fused": fused}.get(implementation)
-    if run is None and layer.spec.size > MOST_SPLIT:
-        run = fused
-    arguments = flat, layer.coef * layer.mask, layer.base * layer.mask, layer.points
-    y = jax.lax.platform_dependent(*arguments, cpu=split, default=fused) if run is None else run(*arguments)
+    if implementation is None and layer.spec.size > MOST_SPLIT:
+        implementation = "fused"
+    arguments = flat, layer.coef * layer.mask[None], layer.base * layer.mask, layer.points
+    y = _sums(layer.spec, implementation, *arguments)
     for edge in layer.fixed:
         y = y.at[:, edge.out].add(edge(flat[:, edge.into].astype(y.dtype)))
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
 MOST_SPLIT = 40  # basis functions; a product each takes its time to compile
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))  # or every call out of `jit` would compile a choice of platform
+def _sums(spec: Spec, implementation: str | None, *arguments: Array) -> Array:
+    split, fused = functools.partial(_split, spec), functools.partial(_fused, spec)
+    if implementation is None:
+        return jax.lax.platform_dependent(*arguments, cpu=split, default=fused)
+    return (split if implementation == "split" else fused)(*arguments)
 
 
 def _split(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
