@@ -180,3 +180,21 @@ def test_the_main_job_in_small(smollm2, tmp_path, capsys):
     assert wanted | {"seconds"} <= set(report) and 20 < report["perplexity_before"] < 35
     assert {"adapter", "checkpoints", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "q").iterdir()}
     assert main([str(a) for a in argv]) == 0 and "finished before" in capsys.readouterr().out
+
+
+def test_activations_are_a_table_a_picture_or_one(tmp_path, capsys):
+    assert main(["activations", "--kind", "gated"]) == 0
+    assert "swiglu" in capsys.readouterr().out
+    assert main(["activations"]) == 0
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("gelu_exact", "1.5335", "learnable.snake", "sparsemax", "noisy.rrelu"))
+    assert main(["activations", "--name", "gelu"]) == 0
+    assert "torch and Keras" not in (text := capsys.readouterr().out) and "GELU(approximate='tanh')" in text
+    assert main(["activations", "--name", "mish", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mish"]["limits"] == [0, "inf"]
+    picture = tmp_path / "three.png"
+    assert main(["activations", "--name", "relu", "--name", "silu", "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 5000 and "2 activations" in capsys.readouterr().out
+    assert "Near: " in refused(capsys, "activations", "--name", "mishh")
+    assert "ends in .png" in refused(capsys, "activations", "--name", "relu", "--plot", tmp_path / "x.bmp")
+    assert "a curve is drawn" in refused(capsys, "activations", "--kind", "noisy", "--plot", picture)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jaxml
 
-VERBS = ("quickstart", "download", "generate", "chat", "finetune", "evaluate", "convert", "doctor")
+VERBS = ("quickstart", "download", "generate", "chat", "finetune", "evaluate", "convert", "activations", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
