@@ -28,6 +28,13 @@ def quick_compiles(request):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_caches():
+    """Thousands of small programs in one process fill JAX's caches, whose size some tests look at, and its memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct; the tests that need it skip where its package is not installed."""
