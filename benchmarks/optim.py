@@ -425,8 +425,9 @@ def on_a_tpu(_):
                 total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
                 parts = {"arguments_gib": memory.argument_size_in_bytes, "temporary_gib": memory.temp_size_in_bytes}
                 sizes = {k: v / 2**30 for k, v in (parts | {"total_gib": total}).items()}
-                yield row | sizes | {"fits": total / 2**30 <= gib[chip]}
-                if total / 2**30 <= gib[chip]:
+                fits = sizes["total_gib"] <= gib[chip]
+                yield row | sizes | {"fits": fits}
+                if fits:
                     break
 
 

@@ -94,7 +94,7 @@ def log1p_excess(u: Array) -> Array:
 
 def artanh_series(y: Array, first: int = 0) -> Array:
     """Σ 2 yᵏ⁻ᶠ / (2 k + 1) from k = f = `first`, for y ≤ 1/9; with f = 0 and y = w² it is 2 artanh(w) / w."""
-    return _horner([2 / (2 * k + 1) for k in range(first, 17 if y.dtype == jnp.float64 else 8)], y)
+    return horner([2 / (2 * k + 1) for k in range(first, 17 if y.dtype == jnp.float64 else 8)], y)
 
 
 def tanh_slope(x: Array) -> Array:
@@ -115,7 +115,7 @@ def tanh_parts(x: Array) -> Array:
     """c with tanh(x) = x / (1 + c) and x − tanh(x) = x c / (1 + c), for |x| ≤ 3: the continued fraction of tanh."""
     top, bottom = _TANH_DOUBLE if x.dtype == jnp.float64 else _TANH_SINGLE
     y = x * x
-    return y * _horner(top, y) / _horner(bottom, y)
+    return y * horner(top, y) / horner(bottom, y)
 
 
 def tanh_small(x: Array) -> Array:
@@ -137,10 +137,11 @@ def _tanh_fraction(depth: int) -> tuple[list[float], list[float]]:
 _TANH_SINGLE, _TANH_DOUBLE = _tanh_fraction(8), _tanh_fraction(13)
 
 
-def _horner(coefficients, x: Array) -> Array:
-    out = jnp.full_like(x, coefficients[-1])
-    for c in reversed(coefficients[:-1]):
-        out = out * x + c
+def horner(coefficients, x: Array) -> Array:
+    """Σ cₖ xᵏ, of numbers or of arrays that broadcast against x."""
+    out = coefficients[-1] + jnp.zeros_like(x)
+    for k in range(len(coefficients) - 2, -1, -1):
+        out = out * x + coefficients[k]
     return out
 
 
@@ -203,7 +204,7 @@ def exp_square(x: Array, factor: float) -> Array:
 def erf_excess(y: Array) -> Array:
     """√π erf(x) / (2 x) − exp(−x²) of y = x² ≤ 1."""
     terms = range(1, 20 if y.dtype == jnp.float64 else 11)
-    return y * _horner([-((-1) ** k) * 2 * k / (2 * k + 1) / math.factorial(k) for k in terms], y)
+    return y * horner([-((-1) ** k) * 2 * k / (2 * k + 1) / math.factorial(k) for k in terms], y)
 
 
 def normal_pdf(x: Array) -> Array:
@@ -223,7 +224,7 @@ def mills(t: Array) -> Array:
         return math.sqrt(math.pi / 2) * jnp.exp(t * t / 2) * jax.lax.erfc(t * math.sqrt(0.5))
     top = (0.797884561, 0.504260643, 0.166835841, 0.0300295969, 0.00251766851)
     bottom = (1.0, 1.08742663, 0.56772343, 0.171608196, 0.0300414721, 0.00251743535)
-    return 1 / (t + _horner(top, t) / _horner(bottom, t))
+    return 1 / (t + horner(top, t) / horner(bottom, t))
 
 
 def normal_cdf(x: Array) -> Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml.activations.arithmetic import horner
 from jaxml.activations.rule import lean
 from jaxml.axes import Array, Float, Params
 
@@ -59,17 +60,10 @@ def _rational(x, a, b, version):
     a, b = (c.reshape(c.shape[0], *(1,) * (x.ndim - c.ndim + 1), *c.shape[1:]) for c in (a, b))
     limit = jnp.asarray(_largest(x.dtype, max(len(a) - 1, len(b))), x.dtype)
     x = jnp.clip(x, -limit, limit)
-    top = _horner(a, x)
+    top = horner(a, x)
     if version == "A":
-        return top / (1 + jnp.abs(x) * _horner(jnp.abs(b), jnp.abs(x)))
-    return top / (1 + jnp.abs(x * _horner(b, x)))
-
-
-def _horner(coefficients, x):
-    out = coefficients[-1] * (0 * x + 1)
-    for k in range(len(coefficients) - 2, -1, -1):
-        out = out * x + coefficients[k]
-    return out
+        return top / (1 + jnp.abs(x) * horner(jnp.abs(b), jnp.abs(x)))
+    return top / (1 + jnp.abs(x * horner(b, x)))
 
 
 def _largest(dtype, degree: int) -> float:

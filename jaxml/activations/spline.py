@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml.activations.arithmetic import mirror
 from jaxml.activations.rule import lean
 from jaxml.axes import Array, Float, Params
 
@@ -70,22 +69,19 @@ def apply(params: Params, x: Float[Array, "..."], low: float = -4.0, high: float
 
 def _basis(u, count: int):
     """N(u − k + 3), k = 0 … count − 1, in front of u's axes."""
-    t = _distances(u, count)
-    middle, outer = 2 / 3 - t * t + t * t * t / 2, (2 - t) ** 3 / 6
-    return jnp.where(t < 1, middle, jnp.where(t < 2, outer, 0))
+    from jaxml.kan.bspline import cardinal  # here: activations begin without the networks
+
+    return cardinal(_shifted(u, count), 3)
 
 
 def _basis_slope(u, count: int):
     """dN/du."""
-    d = u[None] - _centres(u, count)
-    t = mirror(d)
-    slope = jnp.where(t < 1, -2 * t + 1.5 * t * t, jnp.where(t < 2, -((2 - t) ** 2) / 2, 0))
-    return jnp.where(d >= 0, slope, -slope)
+    from jaxml.kan.bspline import cardinal
+
+    t = _shifted(u, count)
+    return cardinal(t, 2) - cardinal(t - 1, 2)
 
 
-def _distances(u, count: int):
-    return mirror(u[None] - _centres(u, count))
-
-
-def _centres(u, count: int):
-    return (jnp.arange(count, dtype=u.dtype) - 1).reshape(-1, *(1,) * u.ndim)
+def _shifted(u, count: int):
+    """u − k + 3."""
+    return u[None] - (jnp.arange(count, dtype=u.dtype) - 3).reshape(-1, *(1,) * u.ndim)

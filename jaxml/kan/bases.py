@@ -1,9 +1,8 @@
 """The functions that an edge is a sum of, behind one small protocol.
 
 Every basis says how many functions it has (K) and gives them at x, as one array or one array each; `layer.py` does the
-rest. A basis
-with a grid of its own shape (splines) takes the grid's points; the others take x mapped from the grid's first and last
-point to [−1, 1].
+rest. A basis with a grid of its own shape (splines) takes the grid's points; the others take x mapped from the grid's
+first and last point to [−1, 1].
 
 Reference:
     Liu et al. 2024, "KAN" (bspline); Sidharth et al. 2024, "Chebyshev Polynomial-Based KANs"; Xu et al. 2024,

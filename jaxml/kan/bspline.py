@@ -71,15 +71,15 @@ def each(
     return [_one(place, np.asarray(j), cells, order, outside) for j in range(size(cells, order, outside))]
 
 
-def cardinal(t: Array, order: int) -> Array:
-    """N(t): the B-spline on the knots 0, 1, …, order + 1."""
+def cardinal(t: Array, order: int, where=jnp.where) -> Array:
+    """N(t): the B-spline on the knots 0, 1, …, order + 1; with `numpy.where` of arrays of numpy."""
     if order == 0:
-        return jnp.where((t >= 0) & (t < 1), jnp.ones_like(t), 0)
+        return where((t >= 0) & (t < 1), 0 * t + 1, 0)
     # Selections rather than minima and maxima, whose derivatives are halved where both sides are equal.
-    s = jnp.where(t < (order + 1) / 2, t, order + 1 - t)
+    s = where(t < (order + 1) / 2, t, order + 1 - t)
     total = 0.0
     for i in range((order + 2) // 2):
-        part = jnp.where(s > i, s - i, 0)
+        part = where(s > i, s - i, 0)
         total = total + (-1) ** i * math.comb(order + 1, i) * _power(part, order)
     return total / math.factorial(order)
 
@@ -139,13 +139,8 @@ def _below(value: float, dtype) -> float:
 
 
 def _np_cardinal(t, order: int) -> np.ndarray:
-    """The same in numpy and float64, for numbers that are known when a program is built."""
-    t = np.asarray(t, np.float64)
-    if order == 0:
-        return ((t >= 0) & (t < 1)).astype(np.float64)
-    s = np.minimum(t, order + 1 - t)
-    terms = [(-1) ** i * math.comb(order + 1, i) * np.maximum(s - i, 0) ** order for i in range((order + 2) // 2)]
-    return sum(terms) / math.factorial(order)
+    """In float64, for numbers that are known when a program is built."""
+    return cardinal(np.asarray(t, np.float64), order, np.where)
 
 
 def matrix(t: np.ndarray, grid: int, order: int, outside: str = "linear") -> np.ndarray:

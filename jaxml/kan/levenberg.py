@@ -48,8 +48,8 @@ def minimize(
     weight = (jnp.arange(padded.shape[0] * size) < count).astype(theta.dtype).reshape(-1, size)
 
     def value(theta):
-        one = lambda row, w: w * jnp.sum(residuals(theta, row) ** 2)
-        return sum(jnp.sum(part) for part in (jax.vmap(one)(rows, jnp.ones(count, theta.dtype)), penalty(theta) ** 2))
+        squares = jax.vmap(lambda row: jnp.sum(residuals(theta, row) ** 2))(rows)
+        return jnp.sum(squares) + jnp.sum(penalty(theta) ** 2)
 
     def normal(theta):
         """(JᵀJ, Jᵀr)."""
@@ -61,8 +61,9 @@ def minimize(
             j, r = j.reshape(-1, theta.size), r.reshape(-1)
             return (sums[0] + _product(j.T, j), sums[1] + _product(j.T, r)), None
 
-        q = jax.jacfwd(penalty)(theta) if theta.size <= penalty(theta).size else jax.jacrev(penalty)(theta)
-        start = _product(q.T, q), _product(q.T, penalty(theta))
+        p = penalty(theta)
+        q = (jax.jacfwd if theta.size <= p.size else jax.jacrev)(penalty)(theta)
+        start = _product(q.T, q), _product(q.T, p)
         return jax.lax.scan(add, start, (padded, weight))[0]
 
     def step(state: State, _):

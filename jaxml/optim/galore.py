@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxml.axes import Array, Float, Int
+from jaxml.axes import Array, Float, Int, wide
 from jaxml.optim import basis, modes, moments, packed, refresh
 from jaxml.optim import inner as inners
 from jaxml.optim.chain import Pending, optimizer, pending
@@ -207,7 +207,7 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         leaves, tree = jax.tree.flatten(params)
         targets = options.find(params)
         schedule = refresh.Schedule.of(targets, options)
-        zeros = [leaf.astype(_wide(leaf)) if t is None else _zeros(t, leaf) for t, leaf in zip(targets, leaves)]
+        zeros = [leaf.astype(wide(leaf.dtype)) if t is None else _zeros(t, leaf) for t, leaf in zip(targets, leaves)]
         low = tree.unflatten(zeros)
         averages = inners.keeps_parameters(inner, low, targets)
         states = []
@@ -230,9 +230,9 @@ def wrap(inner: optax.GradientTransformation, options: Options) -> optax.Gradien
         schedule = refresh.Schedule.of(targets, options)
         matrices = [None if t is None else t.matrices(g) for t, g in zip(targets, grads)]
         states, inner_state = refreshed(inner, schedule, updates, state, matrices, extra)
-        bases = [None if t is None else refresh.bases(schedule, i, state.step, states[i].basis, _wide(grads[i]))
+        bases = [None if t is None else refresh.bases(schedule, i, state.step, states[i].basis, wide(grads[i].dtype))
                  for i, t in enumerate(targets)]  # fmt: skip
-        low = [g.astype(_wide(g)) if t is None else t.project(b, x)
+        low = [g.astype(wide(g.dtype)) if t is None else t.project(b, x)
                for t, g, b, x in zip(targets, grads, bases, matrices)]  # fmt: skip
         if options.axis_name is not None:
             low = jax.lax.pmean(low, options.axis_name)
@@ -278,10 +278,13 @@ def refreshed(
     states = jax.tree.structure(updates).flatten_up_to(state.targets)
     inner, tree = jax.tree.flatten(state.inner, is_leaf=packed.is_packed)
     shapes = {path: t.low_shape for path, t in zip(paths, schedule.targets) if t is not None}
-    leaves = jax.tree.leaves(updates)
-    low = [x if t is None else jnp.zeros((1,) * len(t.low_shape)) for x, t in zip(leaves, schedule.targets)]
-    low = jax.tree.unflatten(jax.tree.structure(updates), low)
-    found = moments.find(state.inner, shapes, lambda: moments.decays_of(tx, low, extra))
+
+    def decays() -> dict[int, float]:
+        leaves, tree = jax.tree.flatten(updates)
+        low = [x if t is None else jnp.zeros((1,) * len(t.low_shape)) for x, t in zip(leaves, schedule.targets)]
+        return moments.decays_of(tx, tree.unflatten(low), extra)
+
+    found = moments.find(state.inner, shapes, decays)
     kept: list[refresh.Kept | None] = []
     for path, target, s in zip(paths, schedule.targets, states):
         if target is None:
@@ -315,10 +318,6 @@ def _say_what_is_unknown(options: Options, inner_state: Any, params: Any, target
         )
 
 
-def _wide(leaf: Array):
-    return jnp.promote_types(leaf.dtype, jnp.float32)
-
-
 def _zeros(target: Target, leaf: Array) -> Array:
     """Of R's shape."""
-    return jnp.zeros(target.low_shape, _wide(leaf))
+    return jnp.zeros(target.low_shape, wide(leaf.dtype))

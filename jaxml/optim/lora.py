@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxml.axes import Array, Float, Int
+from jaxml.axes import Array, Float, Int, wide
 from jaxml.optim import rounding as rounds
 from jaxml.optim.chain import Pending, optimizer, pending
 from jaxml.optim.plain import plainly
@@ -111,7 +111,7 @@ def _wrap(inner, *, rank, alpha, targets, dims, rounding, seed) -> optax.Gradien
         found = seek(params)
         keys = jax.random.split(jax.random.key(seed), len(leaves) + 1)
         masked = lambda made: tree.unflatten([optax.MaskedNode() if x is None else x for x in made])
-        factors = masked([t and _first(t, k, _wide(x)) for t, k, x in zip(found, keys, leaves)])
+        factors = masked([t and _first(t, k, wide(x.dtype)) for t, k, x in zip(found, keys, leaves)])
         base = ()
         if rounding == "base":  # a copy: the step may consume the parameters
             base = masked([None if t is None else jnp.array(x, copy=True) for t, x in zip(found, leaves)])
@@ -167,10 +167,6 @@ def _low(target: Target, scale: float, g: Array, f: Factors) -> Factors:
     return Factors(multiply("...mn,...rn->...mr", g, f.b), multiply("...mr,...mn->...rn", f.a, g), target)
 
 
-def _wide(x: Array):
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def _difference(new: Array, old: Array) -> Array:
     """What added to `old` gives `new` in their dtype."""
-    return (new.astype(_wide(new)) - old.astype(_wide(old))).astype(new.dtype)
+    return (new.astype(wide(new.dtype)) - old.astype(wide(old.dtype))).astype(new.dtype)

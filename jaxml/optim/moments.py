@@ -20,6 +20,7 @@ from jaxml.axes import Array, Int
 from jaxml.optim.packed import is_packed
 
 KINDS = ("rotate", "carry", "reset")
+FLOOR = 0.1  # of a mean of squares that has turned, as a share of Q²v
 LINEAR = ("mu", "m", "m1", "m2", "trace", "momentum", "velocity", "g", "ema", "prev_updates", "exp_avg")
 SQUARED = ("nu", "nu_max", "v", "n", "sum_of_squares", "exp_avg_sq", "e_g", "e_x")
 SUMS = ("z", "params0", "acc_grads", "grad_sum")  # rotated as means are; parameters and sums, whose bits count
@@ -146,9 +147,6 @@ def turn(
             new = jnp.abs(turned + rotate(mean) ** 2 - rotate_squared(mean * mean))
             out.append(seen[1] * jnp.maximum(new, FLOOR * turned))  # never so small that a step is out of all measure
     return out
-
-
-FLOOR = 0.1
 
 
 def _seen(decay: float | None, steps: Int[Array, ""], dtype) -> Array:

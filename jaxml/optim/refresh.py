@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxml.axes import Array, Bool, Float, Int
+from jaxml.axes import Array, Bool, Float, Int, wide
 from jaxml.optim import basis, moments, packed
 from jaxml.optim.targets import Target
 
@@ -204,12 +204,12 @@ def _turn(side: str, rank: int, shapes, options, kinds, products: bool, when, g:
     """One matrix's."""
     number, epoch, step = when
     if options.method == "random":
-        before, after = (_drawn(options, number, e, shapes, rank, _wide(g)) for e in (epoch - 1, epoch))
+        before, after = (_drawn(options, number, e, shapes, rank, wide(g.dtype)) for e in (epoch - 1, epoch))
         basis_after = ()
     else:
-        before = [packed.unpack(b).astype(_wide(g)) for b in old.basis]
+        before = [packed.unpack(b).astype(wide(g.dtype)) for b in old.basis]
         if products:
-            after = [basis.follow(g.astype(_wide(g)), before[0])]
+            after = [basis.follow(g.astype(wide(g.dtype)), before[0])]
         else:
             g = g if options.axis_name is None else jax.lax.pmean(g, options.axis_name)
             sides = {"left": [g], "right": [g.T], "full": [g, g.T]}[side]
@@ -256,10 +256,6 @@ def _store(p: Array, options) -> Array | packed.Packed:
     if kind in packed.KINDS:
         return packed.pack(p, kind)
     return p.astype(jnp.promote_types(kind, p.dtype) if kind == "float32" else kind)
-
-
-def _wide(g: Array):
-    return jnp.promote_types(g.dtype, jnp.float32)
 
 
 def _adapt(turns: Turns, step: Array, options, overlap: Array) -> Turns:

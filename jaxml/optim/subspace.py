@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxml.attention.linear import vary, varying_axes
-from jaxml.axes import Array, Float
+from jaxml.axes import Array, Float, wide
 from jaxml.optim import basis, packed, refresh
 from jaxml.optim import inner as inners
 from jaxml.optim import rounding as rounds
@@ -124,7 +124,7 @@ def subspace(
     def value_and_grad(loss: Callable, has_aux: bool = False) -> Callable:
         def run(params, state: GaLoreState, *args, **kwargs):
             leaves, tree, states = _flat(params, state)
-            given = [w if s is None else jnp.zeros(s.target.low_shape, _wide(w)) for w, s in zip(leaves, states)]
+            given = [w if s is None else jnp.zeros(s.target.low_shape, wide(w.dtype)) for w, s in zip(leaves, states)]
 
             def total(given):
                 put = lambda w, s, c: c if s is None else Node(w, s.basis[0], c, s.target.side, "gradient", ())
@@ -140,7 +140,9 @@ def subspace(
 
         def run(params, state: GaLoreState, *args, **kwargs) -> GaLoreState:
             leaves, tree, states = _flat(params, state)
-            given = [None if s is None else packed.unpack(s.basis[0]).astype(_wide(w)) for w, s in zip(leaves, states)]
+            given = [
+                None if s is None else packed.unpack(s.basis[0]).astype(wide(w.dtype)) for w, s in zip(leaves, states)
+            ]
 
             def total(given):
                 put = lambda w, s, p: w if s is None else Node(w, p, None, s.target.side, "refresh", axes)
@@ -157,7 +159,7 @@ def subspace(
 
     def update(grads, state: GaLoreState, params, **extra) -> tuple[Any, GaLoreState]:
         leaves, tree, states = _flat(params, state)
-        low, found = [g.astype(_wide(g)) for g in tree.flatten_up_to(grads)], [s and s.target for s in states]
+        low, found = [g.astype(wide(g.dtype)) for g in tree.flatten_up_to(grads)], [s and s.target for s in states]
         bases = [s and tuple(packed.unpack(b) for b in s.basis) for s in states]
         coordinates = [() if s is None else s.coordinates for s in states]
         weights = [packed.unpack(w) for w in leaves]
@@ -195,10 +197,6 @@ def _orthonormal(p: Float[Array, "... m r"]) -> Array:
     return jax.lax.map(basis.orthonormal, p.reshape(-1, *p.shape[-2:])).reshape(p.shape)
 
 
-def _wide(w: Array | packed.Packed):
-    return jnp.promote_types(w.dtype, jnp.float32)
-
-
 # ---- the update -------------------------------------------------------------------------------------
 
 
@@ -212,9 +210,9 @@ def _moved(w, state: TargetState, scale: float, new: Array, decay: Array | None,
     def move(n, weights):
         this = lambda tree: jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, n, keepdims=False), tree)
         old = this(weights)
-        wide = packed.unpack(old).astype(_wide(w))
-        moved = wide + scale * one.lift([packed.unpack(b) for b in this(bases)], this(low).astype(wide.dtype))
-        moved = moved if decay is None else moved + decay.reshape(-1, 1, 1)[0] * wide
+        before = packed.unpack(old).astype(wide(w.dtype))
+        moved = before + scale * one.lift([packed.unpack(b) for b in this(bases)], this(low).astype(before.dtype))
+        moved = moved if decay is None else moved + decay.reshape(-1, 1, 1)[0] * before
         moved = _narrowed(moved, old, rounding, jax.random.fold_in(key, n))
         return jax.tree.map(lambda a, x: jax.lax.dynamic_update_index_in_dim(a, x, n, 0), weights, moved)
 
