@@ -7,6 +7,7 @@ have P² elements for P trained numbers; from some thousand on, take "lbfgs" or 
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from jax.flatten_util import ravel_pytree
 
 from jaxml import log
 from jaxml.axes import Array, Float
+from jaxml.kan import attribution, file, levenberg
 from jaxml.kan import grid as grids_
-from jaxml.kan import levenberg
 from jaxml.kan.network import KAN, apply, combine, split
 
 METHODS = ("lm", "lbfgs")
@@ -32,30 +33,39 @@ def fit(
     x: Float[Array, "N I"],
     y: Float[Array, "N O"] | Float[Array, "N"],
     *,
-    method: str | optax.GradientTransformation = "lm",
+    method: str | optax.GradientTransformation | None = None,
     grids: Sequence[int] | None = None,
     steps: int | None = None,
     smooth: float = 1e-2,
+    sparse: float = 0.0,
+    entropy: float = 2.0,
     update_grids: bool = True,
     batch_size: int | None = None,
     held_out: tuple[Array, Array] | None = None,
+    patience: int | None = None,
     restarts: int = 1,
     key: Array | None = None,
+    checkpoint: str | Path | None = None,
     progress: bool = False,
 ) -> tuple[KAN, dict[str, Any]]:
     """Least squares: the network that predicts y from x.
 
     Args:
-        method: "lm" (Levenberg–Marquardt), "lbfgs", or any Optax optimizer.
+        method: "lm" (Levenberg–Marquardt), "lbfgs", or any Optax optimizer; where None "lm", with `sparse` "lbfgs".
         grids: numbers of cells, one after the other, each from where the last one ended; the network's own where None.
         steps: on each grid; 40 of "lm", 200 of "lbfgs", one pass over the samples of an optimizer where None.
         smooth: weight of Σ (differences of order + 1 of each edge's coefficients)² beside the sum of squared errors in
             units of y's variance; keeps a fine grid's cells without samples in line with their neighbours.
+        sparse: weight of `regularizer` (pykan's `lamb`) beside the mean squared error in units of y's variance; not of
+            "lm", whose penalties are squares.
+        entropy: of the regularizer.
         update_grids: let every grid follow its input's range, between grids and thrice on the first one.
         batch_size: samples a step of an optimizer; all where None.
-        held_out: (x, y) whose error is told as well and, with restarts, decides.
+        held_out: (x, y) whose error is told as well and decides: between restarts, and with `patience`.
+        patience: stop after so many grids without a lower error on `held_out`, and return the grid of the lowest.
         restarts: how many networks to fit, from different random numbers; the best is kept.
         key: of restarts and batches.
+        checkpoint: a folder with a file (`kan.load`) of each grid that is done; a fit that was stopped goes on there.
         progress: show a bar.
 
     Returns:
@@ -63,7 +73,8 @@ def fit(
         the best restart), "losses" (of every step).
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, too many parameters for "lm".
+        ValueError: shapes that do not fit, values that are not finite, too many parameters for "lm", a checkpoint of
+            another fit.
 
     Example:
         >>> from jaxml import kan
@@ -77,30 +88,72 @@ def fit(
     test = None if held_out is None else _checked(params, *held_out, "held_out")
     if isinstance(method, str) and method not in METHODS:
         raise ValueError(f"kan.fit: method is one of {', '.join(METHODS)} or an Optax optimizer, got {method!r}.")
+    if method == "lm" and sparse:
+        raise ValueError("kan.fit: sparse is no sum of squares, got it with method='lm'. Take 'lbfgs' or an optimizer.")
+    method = method or ("lbfgs" if sparse else "lm")
+    if patience is not None and test is None:
+        raise ValueError("kan.fit: patience looks at held_out, got none. Give held_out=(x, y).")
     key = jax.random.key(0) if key is None else key
     plan = [params.layers[0].spec.grid] if grids is None else list(grids)
+    folder = checkpoint and Path(checkpoint)
+    options = dict(method=method, steps=steps, smooth=smooth, sparse=sparse, entropy=entropy, batch_size=batch_size)
+    identity = [list(map(str, params.widths)), plan, restarts, len(x), float(jnp.sum(x)), float(jnp.sum(y))]
     best = None
     with log.progress("fitting", enabled=progress, fields=("grid", "error")) as bar:
         task = bar.add_task("fit", total=restarts * len(plan), grid="–", error="–")
         for number in range(restarts):
-            start = params if number == 0 else _anew(params, jax.random.fold_in(key, number))
-            info: dict[str, Any] = {"grids": plan, "train": [], "held_out": [], "losses": []}
-            network = start
-            for cells in plan:
-                network = grids_.refine(network, cells)
-                rounds = ROUNDS if update_grids and cells == plan[0] else 1
-                for turn in range(rounds):
-                    network = grids_.update(network, x) if update_grids else network
-                    one = jax.random.fold_in(key, 1000 * number + turn)
-                    network, losses = _stage(network, x, y, method, steps, smooth, batch_size, one)
-                    info["losses"].append(np.asarray(losses))
-                info["train"].append(float(_error(network, x, y)))
-                info["held_out"].append(None if test is None else float(_error(network, *test)))
-                bar.update(task, advance=1, grid=cells, error=f"{info['train'][-1]:.2e}")
-            score = info["train" if test is None else "held_out"][-1]
+            network = params if number == 0 else _anew(params, jax.random.fold_in(key, number))
+            found: list[tuple[KAN, dict[str, Any]]] = []
+            for n, cells in enumerate(plan):
+                path = folder and folder / f"{number}-{cells}.npz"
+                if path and path.exists():
+                    network, row = _again(path, identity)
+                else:
+                    seed = jax.random.fold_in(key, 1000 * number + n)
+                    rounds = ROUNDS if update_grids and n == 0 else 1
+                    network, losses = _on_grid(network, cells, rounds, update_grids, x, y, seed, options)
+                    errors = float(_error(network, x, y)), None if test is None else float(_error(network, *test))
+                    row = {"grids": cells, "train": errors[0], "held_out": errors[1], "losses": losses}
+                    if path:
+                        folder.mkdir(parents=True, exist_ok=True)
+                        file.save(path, network, {"fit": identity, "row": row})
+                found.append((network, row))
+                bar.update(task, completed=number * len(plan) + n + 1, grid=cells, error=f"{row['train']:.2e}")
+                if patience is not None and n - _lowest(found) >= patience:
+                    break
+            end = len(found) - 1 if patience is None else _lowest(found)
+            score = _score(found[end][1])
             if best is None or not score >= best[0]:
-                best = (score, network, info)
-    return best[1], best[2]
+                best = score, found[end][0], [row for _, row in found]
+    _, network, rows = best
+    return network, {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _score(row: dict[str, Any]) -> float:
+    return row["train"] if row["held_out"] is None else row["held_out"]
+
+
+def _lowest(found: list[tuple[KAN, dict[str, Any]]]) -> int:
+    return int(np.argmin([_score(row) for _, row in found]))
+
+
+def _again(path: Path, identity: list[Any]) -> tuple[KAN, dict[str, Any]]:
+    """What was found on a grid before."""
+    about = file.about_of(path)
+    if about.get("fit") != identity:
+        raise ValueError(
+            f"kan.fit: {path} is of another fit (other widths, grids, restarts or samples). Name another checkpoint folder."
+        )
+    return file.load(path), about["row"]
+
+
+def _on_grid(network: KAN, cells: int, rounds: int, update_grids: bool, x, y, key, options) -> tuple[KAN, list[float]]:
+    network, losses = grids_.refine(network, cells), []
+    for turn in range(rounds):
+        network = grids_.update(network, x) if update_grids else network
+        network, some = _stage(network, x, y, key=jax.random.fold_in(key, turn), **options)
+        losses += np.asarray(some).tolist()
+    return network, losses
 
 
 def _checked(params: KAN, x: Array, y: Array, name: str) -> tuple[Array, Array]:
@@ -137,8 +190,9 @@ def _error(params: KAN, x: Array, y: Array) -> Array:
     return jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2))
 
 
-def _stage(params: KAN, x, y, method, steps, smooth, batch_size, key) -> tuple[KAN, Array]:
+def _stage(params: KAN, x, y, *, method, steps, smooth, sparse, entropy, batch_size, key) -> tuple[KAN, Array]:
     """One grid's steps: (the network, the loss after each)."""
+    penalty = dict(smooth=smooth, sparse=sparse, entropy=entropy)
     if method == "lm":
         count = sum(leaf.size for leaf in jax.tree.leaves(split(params)[0]))
         if count > MOST_PARAMETERS:
@@ -148,9 +202,9 @@ def _stage(params: KAN, x, y, method, steps, smooth, batch_size, key) -> tuple[K
             )
         return _by_lm(params, x, y, steps=steps or STEPS["lm"], smooth=smooth)
     if method == "lbfgs":
-        return _by_lbfgs(params, x, y, steps=steps or STEPS["lbfgs"], smooth=smooth)
+        return _by_lbfgs(params, x, y, steps=steps or STEPS["lbfgs"], **penalty)
     size = min(batch_size or len(x), len(x))
-    return _by_optax(params, x, y, key, tx=method, steps=steps or -(-len(x) // size), smooth=smooth, size=size)
+    return _by_optax(params, x, y, key, tx=method, steps=steps or -(-len(x) // size), size=size, **penalty)
 
 
 def roughness(params: KAN) -> Float[Array, "Q"]:
@@ -158,7 +212,8 @@ def roughness(params: KAN) -> Float[Array, "Q"]:
     parts = []
     for layer in params.layers:
         if layer.spec.basis == "bspline":
-            parts.append(jnp.diff(layer.coef, n=min(layer.spec.order + 1, len(layer.coef) - 1), axis=0).ravel())
+            coef = layer.coef * layer.mask[None]
+            parts.append(jnp.diff(coef, n=min(layer.spec.order + 1, len(coef) - 1), axis=0).ravel())
     return jnp.concatenate(parts) if parts else jnp.zeros(0, params.layers[0].coef.dtype)
 
 
@@ -183,18 +238,19 @@ def _by_lm(params: KAN, x, y, *, steps: int, smooth: float) -> tuple[KAN, Array]
     return whole(state.theta), losses
 
 
-def _loss(trained, rest, x, y, scale, smooth, count):
-    """Σ over `count` samples, estimated from those here."""
+def _loss(trained, rest, x, y, scale, smooth, sparse, entropy, count):
+    """The mean over `count` samples, estimated from those here."""
     params = combine(trained, rest)
-    squares = jnp.sum((scale * (apply(params, x) - y)) ** 2) * (count / len(x))
-    return (squares + smooth * jnp.sum(roughness(params) ** 2)) / count
+    total = jnp.sum((scale * (apply(params, x) - y)) ** 2) / len(x)
+    total = total + smooth / count * jnp.sum(roughness(params) ** 2)
+    return total + sparse * attribution.regularizer(params, x, entropy=entropy) if sparse else total
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "smooth"))
-def _by_lbfgs(params: KAN, x, y, *, steps: int, smooth: float) -> tuple[KAN, Array]:
+@functools.partial(jax.jit, static_argnames=("steps", "smooth", "sparse", "entropy"))
+def _by_lbfgs(params: KAN, x, y, *, steps: int, **penalty: float) -> tuple[KAN, Array]:
     trained, rest = split(params)
     tx = optax.lbfgs()
-    loss = functools.partial(_loss, rest=rest, x=x, y=y, scale=_scale(y), smooth=smooth, count=len(x))
+    loss = functools.partial(_loss, rest=rest, x=x, y=y, scale=_scale(y), count=len(x), **penalty)
     value_and_grad = optax.value_and_grad_from_state(loss)
 
     def step(carry, _):
@@ -207,15 +263,15 @@ def _by_lbfgs(params: KAN, x, y, *, steps: int, smooth: float) -> tuple[KAN, Arr
     return combine(trained, rest), losses
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "steps", "smooth", "size"))
-def _by_optax(params: KAN, x, y, key, *, tx, steps: int, smooth: float, size: int) -> tuple[KAN, Array]:
+@functools.partial(jax.jit, static_argnames=("tx", "steps", "size", "smooth", "sparse", "entropy"))
+def _by_optax(params: KAN, x, y, key, *, tx, steps: int, size: int, **penalty: float) -> tuple[KAN, Array]:
     trained, rest = split(params)
     scale = _scale(y)
 
     def step(carry, key):
         trained, state = carry
         rows = jax.random.choice(key, len(x), (size,), replace=False) if size < len(x) else jnp.arange(len(x))
-        loss = functools.partial(_loss, rest=rest, x=x[rows], y=y[rows], scale=scale, smooth=smooth, count=len(x))
+        loss = functools.partial(_loss, rest=rest, x=x[rows], y=y[rows], scale=scale, count=len(x), **penalty)
         value, grads = jax.value_and_grad(loss)(trained)
         updates, state = tx.update(grads, state, trained)
         return (optax.apply_updates(trained, updates), state), value

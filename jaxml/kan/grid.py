@@ -20,7 +20,7 @@ from jaxml.axes import Array, Float
 from jaxml.kan import bases, bspline
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import Layer
-from jaxml.kan.network import KAN, _nodes
+from jaxml.kan.network import KAN, nodes
 from jaxml.optim.moments import SQUARED
 
 
@@ -48,7 +48,7 @@ def update(params: KAN, x: Float[Array, "... I"], *, eps: float = 1.0, margin: f
     out = []
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
         new = _updated(layer, x.reshape(-1, x.shape[-1]), eps, margin)
-        x = _nodes(layers.apply(layer, x), affine, arities)
+        x = nodes(layers.apply(layer, x), affine, arities)
         out.append(new)
     return dataclasses.replace(params, layers=tuple(out))
 

@@ -128,14 +128,14 @@ def apply(
             sums = values.sum(axis=-2)
         else:
             sums = layers.apply(layer, x, implementation=implementation)
-        out = _nodes(sums, affine, arities)
+        out = nodes(sums, affine, arities)
         if edges:
             told.append({"inputs": x, "edges": values, "sums": sums, "outputs": out})
         x = out
     return (x, told) if edges else x
 
 
-def _nodes(sums: Float[Array, "... S"], affine: Affine | tuple, arities: tuple[int, ...]) -> Float[Array, "... O"]:
+def nodes(sums: Float[Array, "... S"], affine: Affine | tuple, arities: tuple[int, ...]) -> Float[Array, "... O"]:
     """Sums as they are, then the products of the others."""
     has_affine = isinstance(affine, Affine)
     line = lambda a, scale, shift: a * _row(scale, a) + _row(shift, a)

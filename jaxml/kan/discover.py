@@ -1,0 +1,100 @@
+"""From data to a formula: fit a network that is larger than needed, make it sparse, prune it, name what is left.
+
+Reference:
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.5 (the steps, there taken by hand).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxml import log
+from jaxml.axes import Array, Float
+from jaxml.kan import symbolic
+from jaxml.kan.fit import fit
+from jaxml.kan.network import KAN, Width, apply, init
+from jaxml.kan.prune import prune
+
+
+class Discovery(NamedTuple):
+    """A formula and how it came about."""
+
+    formulas: list[Any]  # SymPy expressions, one an output
+    error: float  # of the formula: root mean square over y's standard deviation
+    params: KAN  # every edge a function
+    splines: KAN  # the pruned network before its edges got names
+    splines_error: float
+    edges: list[tuple[int, int, int, symbolic.Suggestion]]  # as `auto_symbolic` tells
+
+
+def discover(
+    key: Array,
+    x: Float[Array, "N I"],
+    y: Float[Array, "N O"] | Float[Array, "N"],
+    *,
+    widths: Sequence[Width] | None = None,
+    names: Sequence[str] | None = None,
+    digits: int | None = 4,
+    sparse: float = 1e-2,
+    grid: int = 5,
+    grids: Sequence[int] = (10, 20),
+    node: float = 1e-2,
+    edge: float = 3e-2,
+    chosen: symbolic.Library = None,
+    weight_simple: float = 0.8,
+    tolerance: float = 1e-3,
+    restarts: int = 4,
+    progress: bool = False,
+) -> Discovery:
+    """The formula that predicts y from x.
+
+    Args:
+        key: of the networks' random numbers.
+        widths: of the network to begin with; [inputs, 5, outputs] where None.
+        names: of the inputs in the formula; x_1, x_2, … where None.
+        digits: behind the decimal point of the formula's numbers.
+        sparse, grid: of the first fit, by L-BFGS.
+        grids: of the second, by Levenberg–Marquardt, after pruning by `node` and `edge`.
+        chosen, weight_simple: as in `auto_symbolic`.
+        tolerance: of the error; the first network whose formula is as good ends the search.
+        restarts: networks to try, from different random numbers; of these the formula with the least error is taken.
+
+    Example:
+        >>> x = jax.random.uniform(jax.random.key(0), (300, 1), minval=-1.0)
+        >>> discover(jax.random.key(1), x, jnp.sin(3 * x) + 1, widths=[1, 1], names=["x"], digits=2).formulas
+        [sin(3*x) + 1]
+    """
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    y = y[:, None] if y.ndim == 1 else y
+    if x.ndim != 2 or len(x) != len(y):
+        raise ValueError(f"kan.discover: x and y are [N, inputs] and [N, outputs], got {x.shape} and {y.shape}.")
+    widths = [x.shape[1], 5, y.shape[1]] if widths is None else list(widths)
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+    deviation = float(jnp.std(y)) or 1.0
+    best: Discovery | None = None
+    with log.progress("discovering", enabled=progress, fields=("step", "error")) as bar:
+        task = bar.add_task("discover", total=4 * restarts, step="sparse fit", error="–")
+
+        def done(step: str) -> None:
+            bar.update(task, advance=1, step=step, error="–" if best is None else f"{best.error:.1e}")
+
+        for number in range(restarts):
+            params = init(jax.random.fold_in(key, number), widths, grid=grid, dtype=dtype)
+            params, _ = fit(params, x, y, sparse=sparse)
+            done("finer fit")
+            params, _ = fit(prune(params, x, node=node, edge=edge), x, y, grids=grids, steps=20)
+            done("functions")
+            named, told = symbolic.auto_symbolic(params, x, chosen=chosen, weight_simple=weight_simple)
+            done("numbers")
+            named, _ = fit(named, x, y, update_grids=False)
+            named = symbolic.simplify(named)
+            of = lambda params: float(jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2))) / deviation
+            found = Discovery([], of(named), named, params, of(params), told)
+            if best is None or found.error < best.error:
+                best = found
+            done("sparse fit")
+            if best.error <= tolerance:
+                break
+    return best._replace(formulas=symbolic.formula(best.params, names, digits=digits))

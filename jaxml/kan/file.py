@@ -1,0 +1,117 @@
+"""A network in one file: the arrays and what of it is no array, so that nothing else is needed to read it back.
+
+The file is an .npz of NumPy; the widths, specs and the names of fixed functions are a JSON string in it. (The network
+is a pytree too: `jaxml.checkpoint` saves it beside an optimizer's state.)
+"""
+
+import dataclasses
+import io
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.kan import symbolic
+from jaxml.kan.layer import Layer, Spec
+from jaxml.kan.network import KAN, Affine
+
+FORMAT = 1
+AFFINE = [field.name for field in dataclasses.fields(Affine)]
+
+
+def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) -> None:
+    """Writes a network whole or not at all.
+
+    Args:
+        path: of the file, .npz.
+        about: anything that JSON can hold, to be read back with `about_of`.
+
+    Raises:
+        ValueError: bfloat16 arrays, which NumPy's files do not hold.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import kan
+        >>> params = kan.init(jax.random.key(0), [2, 3, 1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/network.npz", params)
+        ...     again = load(f"{folder}/network.npz")
+        >>> jax.tree.structure(again) == jax.tree.structure(params)
+        True
+    """
+    arrays, told = {}, []
+    for n, (layer, affine) in enumerate(zip(params.layers, params.affine)):
+        for name in ("coef", "base", "points", "mask"):
+            arrays[f"{n}.{name}"] = getattr(layer, name)
+        for name in AFFINE if affine else ():
+            arrays[f"{n}.{name}"] = getattr(affine, name)
+        for m, edge in enumerate(layer.fixed):
+            arrays[f"{n}.fixed.{m}"] = edge.numbers
+        fixed = [[e.into, e.out, e.function.name] for e in layer.fixed]
+        told.append({"spec": dataclasses.asdict(layer.spec), "affine": bool(affine), "fixed": fixed})
+    arrays = {name: np.asarray(a) for name, a in jax.device_get(arrays).items()}
+    for name, a in arrays.items():
+        if a.dtype.kind != "f":
+            raise ValueError(
+                f"kan.save: arrays are float16, float32 or float64, got {a.dtype} ({name}). Use with_dtype."
+            )
+    header = {"format": FORMAT, "arities": params.arities, "layers": told, "about": dict(about or {})}
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_bytes(content.getvalue())
+    os.replace(temporary, path)
+
+
+def load(path: str | Path, functions: Mapping[str, symbolic.Function] | None = None) -> KAN:
+    """Reads a network.
+
+    Args:
+        functions: of edges fixed to functions that are not in the library, by name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no network or is damaged; a function that is not known.
+    """
+    arrays, header = _read(path)
+    known = {**symbolic.LIBRARY, **(functions or {})}
+    layers, affine = [], []
+    try:
+        for n, told in enumerate(header["layers"]):
+            for _, _, name in told["fixed"]:
+                if name not in known:
+                    raise ValueError(f"the function {name!r} is not in the library; hand it over as functions={{…}}")
+            fixed = [
+                symbolic.Edge(arrays[f"{n}.fixed.{m}"], into, out, known[name])
+                for m, (into, out, name) in enumerate(told["fixed"])
+            ]
+            four = (arrays[f"{n}.{name}"] for name in ("coef", "base", "points", "mask"))
+            layers.append(Layer(*four, tuple(fixed), Spec(**told["spec"])))
+            affine.append(Affine(*(arrays[f"{n}.{name}"] for name in AFFINE)) if told["affine"] else ())
+        return KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no network can be made of this file ({error}).") from error
+
+
+def about_of(path: str | Path) -> dict[str, Any]:
+    """What `save` was told about the network."""
+    return _read(path)[1]["about"]
+
+
+def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        header = json.loads(arrays.pop("header").tobytes())
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: not a network of kan.save, or damaged ({error}).") from error
+    return {name: jnp.asarray(a) for name, a in arrays.items()}, header

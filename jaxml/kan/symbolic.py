@@ -1,0 +1,573 @@
+"""Formulas: functions with names in the place of splines, and the network written down.
+
+An edge is fitted by c f(a x + b) + d for each f of a library: a and b are searched on a grid and polished by
+Gauss–Newton steps, c and d follow from each pair by regression (variable projection).
+
+Reference:
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.5.1 (symbolification). The library, complexities and
+    the score are pykan's; its search is a grid alone.
+    Golub and Pereyra 1973, "The Differentiation of Pseudo-Inverses and Nonlinear Least Squares Problems".
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.axes import Array, Float, wide
+from jaxml.extras import need
+from jaxml.kan import layer as layers
+from jaxml.kan.layer import Layer
+from jaxml.kan.network import KAN, nodes
+
+Numbers = tuple[float, float, float, float]
+
+
+class Function(NamedTuple):
+    """f of c f(a x + b) + d."""
+
+    name: str
+    call: Callable[[Array], Array]
+    expression: Callable[[Any, Any], Any]  # (sympy, its argument) → the expression
+    complexity: int
+    simpler: Callable[[Numbers], Numbers] = lambda numbers: numbers  # the same function, by plainer numbers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Edge:
+    """c f(a x + b) + d of input `into` as a part of sum `out`; the numbers are trained."""
+
+    numbers: Float[Array, "4"]  # a, b, c, d
+    into: int = dataclasses.field(metadata=dict(static=True))
+    out: int = dataclasses.field(metadata=dict(static=True))
+    function: Function = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, x: Array) -> Array:
+        a, b, c, d = (self.numbers[n].astype(x.dtype) for n in range(4))
+        return c * self.function.call(a * x + b) + d
+
+
+class Suggestion(NamedTuple):
+    """How well a function stands for an edge."""
+
+    name: str
+    r2: float
+    complexity: int
+    score: float  # the less the better
+    numbers: Numbers
+
+
+# ---- the library ------------------------------------------------------------------------------------
+
+
+def _linear(numbers: Numbers) -> Numbers:
+    a, b, c, d = numbers
+    return 1.0, 0.0, c * a, c * b + d
+
+
+def _power(degree: float, parity: int | None = None):
+    """f(a x) = |a|^degree f(±x); parity 0 even, 1 odd."""
+
+    def simpler(numbers: Numbers) -> Numbers:
+        a, b, c, d = numbers
+        if a == 0:
+            return numbers
+        size = abs(a)
+        a, b, c = a / size, b / size, c * size**degree
+        if a < 0 and parity is not None:
+            a, b, c = 1.0, -b, c * (-1) ** parity
+        return a, b, c, d
+
+    return simpler
+
+
+def _exponential(numbers: Numbers) -> Numbers:
+    a, b, c, d = numbers
+    return (a, 0.0, c * math.exp(b), d) if abs(b) < 50 else numbers
+
+
+def _logarithm(numbers: Numbers) -> Numbers:
+    a, b, c, d = numbers
+    return (math.copysign(1.0, a), b / abs(a), c, d + c * math.log(abs(a))) if a else numbers
+
+
+def _odd(numbers: Numbers) -> Numbers:
+    a, b, c, d = numbers
+    return (-a, -b, -c, d) if a < 0 else numbers
+
+
+def _even(numbers: Numbers) -> Numbers:
+    a, b, c, d = numbers
+    return (-a, -b, c, d) if a < 0 else numbers
+
+
+def _wave(parity: int):
+    """Of sine (1) and cosine (0): a positive, the phase within a quarter of a turn."""
+
+    def simpler(numbers: Numbers) -> Numbers:
+        a, b, c, d = (_odd if parity else _even)(numbers)
+        turns = round(b / math.pi)
+        return a, b - turns * math.pi, c * (-1) ** (turns % 2), d
+
+    return simpler
+
+
+def _powers():
+    whole = (1, 1), (2, 2), (3, 3), (4, 3), (5, 3)  # (power, pykan's complexity)
+    for n, cost in whole:
+        name = "x" if n == 1 else f"x^{n}"
+        simpler = _linear if n == 1 else _power(n, n % 2)
+        yield Function(name, functools.partial(_times, n=n), lambda s, u, n=n: u**n, cost, simpler)
+    for n, cost in zip(range(1, 6), (2, 2, 3, 4, 5)):
+        name = "1/x" if n == 1 else f"1/x^{n}"
+        call = lambda x, n=n: 1 / _times(x, n=n)
+        yield Function(name, call, lambda s, u, n=n: u**-n, cost, _power(-n, n % 2))
+
+
+def _times(x: Array, n: int) -> Array:
+    out = x
+    for _ in range(n - 1):
+        out = out * x
+    return out
+
+
+LIBRARY: dict[str, Function] = {
+    f.name: f
+    for f in (
+        Function("0", jnp.zeros_like, lambda s, u: s.Integer(0), 0, lambda n: (1.0, 0.0, 0.0, n[3])),
+        *_powers(),
+        Function("sqrt", jnp.sqrt, lambda s, u: s.sqrt(u), 2, _power(0.5)),
+        Function("x^1.5", lambda x: x * jnp.sqrt(x), lambda s, u: s.sqrt(u) ** 3, 4, _power(1.5)),
+        Function("1/sqrt(x)", jax.lax.rsqrt, lambda s, u: 1 / s.sqrt(u), 2, _power(-0.5)),
+        Function("exp", jnp.exp, lambda s, u: s.exp(u), 2, _exponential),
+        Function("log", jnp.log, lambda s, u: s.log(u), 2, _logarithm),
+        Function("abs", jnp.abs, lambda s, u: s.Abs(u), 3, _power(1, 0)),
+        Function("sin", jnp.sin, lambda s, u: s.sin(u), 2, _wave(1)),
+        Function("cos", jnp.cos, lambda s, u: s.cos(u), 2, _wave(0)),
+        Function("tan", jnp.tan, lambda s, u: s.tan(u), 3, _odd),
+        Function("tanh", jnp.tanh, lambda s, u: s.tanh(u), 3, _odd),
+        Function("sgn", jnp.sign, lambda s, u: s.sign(u), 3, _power(0, 1)),
+        Function("arcsin", jnp.arcsin, lambda s, u: s.asin(u), 4, _odd),
+        Function("arccos", jnp.arccos, lambda s, u: s.acos(u), 4),
+        Function("arctan", jnp.arctan, lambda s, u: s.atan(u), 4, _odd),
+        Function("arctanh", jnp.arctanh, lambda s, u: s.atanh(u), 4, _odd),
+        Function("gaussian", lambda x: jnp.exp(-x * x), lambda s, u: s.exp(-(u**2)), 3, _even),
+    )
+}
+ALIASES = {"x^0.5": "sqrt", "1/x^0.5": "1/sqrt(x)"}
+
+Library = Mapping[str, Function] | Sequence[str | Function] | None
+
+
+def library(chosen: Library = None) -> dict[str, Function]:
+    """The functions to choose from: names of `LIBRARY`, functions of one's own, or all of it.
+
+    Raises:
+        ValueError: a name that is not in the library.
+
+    Example:
+        >>> list(library(["x", "sin", Function("cosh", jnp.cosh, lambda s, u: s.cosh(u), 3)]))
+        ['x', 'sin', 'cosh']
+    """
+    if chosen is None:
+        return LIBRARY
+    if isinstance(chosen, Mapping):
+        return dict(chosen)
+    return {f.name: f for f in (_function(f) for f in chosen)}
+
+
+def _function(name: str | Function) -> Function:
+    if isinstance(name, Function):
+        return name
+    name = ALIASES.get(name, name)
+    if name not in LIBRARY:
+        raise ValueError(f"kan: a function is one of {', '.join(LIBRARY)}, got {name!r}. Or hand over a kan.Function.")
+    return LIBRARY[name]
+
+
+# ---- what stands for an edge ------------------------------------------------------------------------
+
+POINTS = 512  # of an edge's input that a function is fitted at
+
+
+def suggest(
+    params: KAN,
+    x: Float[Array, "... I"],
+    layer: int,
+    into: int,
+    out: int,
+    *,
+    chosen: Library = None,
+    top: int = 5,
+    weight_simple: float = 0.8,
+) -> list[Suggestion]:
+    """The functions that stand best for an edge, the best first.
+
+    The score is weight_simple · complexity + (1 − weight_simple) · log2(1 + 1e-5 − r²).
+
+    Args:
+        x: samples of the network's inputs; the fit is at the values that the edge's input takes.
+        layer, into, out: the edge's layer, its input and its sum, from 0.
+        chosen: the functions to try, as `library` takes them.
+
+    Raises:
+        ValueError: an edge that does not exist.
+
+    Example:
+        >>> from jaxml import kan
+        >>> x = jnp.linspace(-1.0, 1.0, 200)[:, None]
+        >>> params, _ = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, jnp.sin(3 * x), grids=[20])
+        >>> suggest(params, x, 0, 0, 0)[0].name
+        'sin'
+    """
+    _edge(params, layer, into, out)
+    at, values = _samples(params, x)[layer]
+    return _ranked(at[:, into], values[:, into, out], library(chosen), weight_simple)[:top]
+
+
+def _edge(params: KAN, layer: int, into: int, out: int) -> None:
+    if not 0 <= layer < len(params.layers):
+        raise ValueError(f"kan: layer is in 0 … {len(params.layers) - 1}, got {layer}.")
+    width = params.layers[layer].width
+    if not (0 <= into < width[0] and 0 <= out < width[1]):
+        raise ValueError(f"kan: layer {layer} has edges from inputs 0 … {width[0] - 1} to sums 0 … {width[1] - 1}, "
+                         f"got ({into}, {out}).")  # fmt: skip
+
+
+def _samples(params: KAN, x: Float[Array, "... I"]) -> list[tuple[Array, Array]]:
+    """Of each layer (values of its inputs [POINTS, I], evenly among the sorted samples; its edges there)."""
+    x, out = x.reshape(-1, x.shape[-1]), []
+    for layer, affine, arities in zip(params.layers, params.affine, params.arities):
+        rows = jnp.sort(x, axis=0)
+        at = rows[np.linspace(0, len(rows) - 1, POINTS).round().astype(int)]
+        out.append((at, layers.edges(layer, at)))
+        x = nodes(layers.apply(layer, x), affine, arities)
+    return out
+
+
+def _ranked(x: Array, y: Array, functions: dict[str, Function], weight_simple: float) -> list[Suggestion]:
+    numbers, errors = jax.device_get(_fitted(x, y, tuple(functions.values())))
+    out = []
+    for f, four, error in zip(functions.values(), numbers, errors):
+        if not np.isfinite(error):
+            continue
+        score = weight_simple * f.complexity + (1 - weight_simple) * math.log2(1e-5 + max(float(error), 0.0))
+        four = f.simpler(tuple(float(n) for n in four))
+        out.append(Suggestion(f.name, max(1 - float(error), 0.0), f.complexity, score, four))
+    return sorted(out, key=lambda s: round(s.score, 2))  # equal ones stay in the library's order
+
+
+SCALES = np.geomspace(0.04, 25.0, 25)  # of the input's half range
+SHIFTS = np.linspace(-10.0, 10.0, 41)
+COARSE, STARTS, POLISHES = 64, 4, 30  # points of the grid search, its results polished, steps of polishing
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _fitted(x: Float[Array, "M"], y: Float[Array, "M"], functions: tuple[Function, ...]):
+    """(numbers [F, 4], 1 − r² [F], infinite where a function is not defined on the input's range)."""
+    dtype = wide(x.dtype)
+    x, y = x.astype(dtype), y.astype(dtype)
+    middle, half = (x[0] + x[-1]) / 2, jnp.maximum((x[-1] - x[0]) / 2, jnp.finfo(dtype).tiny ** 0.5)
+    z = (x - middle) / half
+    mean = jnp.mean(y)
+    deviation = jnp.std(y)
+    t = (y - mean) / jnp.where(deviation > 0, deviation, 1)
+    few = np.linspace(0, len(x) - 1, COARSE).round().astype(int)
+    scales = jnp.asarray(np.concatenate([-SCALES[::-1], SCALES]), dtype)
+    shifts = jnp.asarray(SHIFTS, dtype)
+
+    def on_grid(f: Function):
+        u = scales[:, None, None] * z[few][None, None] + shifts[None, :, None]
+        _, _, error = _regression(f.call(u), t[few])
+        best = jnp.argsort(jnp.where(_is_least_around(error), error, jnp.inf).ravel())[:STARTS]
+        return scales[best // len(shifts)], shifts[best % len(shifts)]
+
+    starts = [on_grid(f) for f in functions]
+    a, b = (jnp.stack(part) for part in zip(*starts))  # [F, STARTS]
+
+    def evaluate(a, b):
+        """(f, f') at a z + b, [F, STARTS, M]."""
+        u = a[..., None] * z[None, None] + b[..., None]
+        pairs = [jax.jvp(f.call, (u[n],), (jnp.ones_like(u[n]),)) for n, f in enumerate(functions)]
+        return tuple(jnp.stack(part) for part in zip(*pairs))
+
+    def step(carry, _):
+        a, b, error, damping = carry
+        f, slope = evaluate(a, b)
+        c, _, _ = _regression(f, t)
+        residual = _outside(t[None, None] - c[..., None] * f, f)
+        ja, jb = (_outside(c[..., None] * slope * w, f) for w in (z[None, None], jnp.ones_like(z)[None, None]))
+        dot = lambda p, q: jnp.sum(p * q, axis=-1)
+        aa, ab, bb = dot(ja, ja), dot(ja, jb), dot(jb, jb)
+        ridge = 1e-6 * (aa + bb)  # of exp, log and powers one of a and b does what c or d does
+        aa, bb = aa * (1 + damping) + ridge, bb * (1 + damping) + ridge
+        ga, gb = dot(ja, residual), dot(jb, residual)
+        det = aa * bb - ab * ab
+        det = jnp.where(det > 0, det, jnp.inf)
+        new_a, new_b = a + (bb * ga - ab * gb) / det, b + (aa * gb - ab * ga) / det
+        new = _regression(evaluate(new_a, new_b)[0], t)[2]
+        is_better = new < error
+        choose = lambda new, old: jnp.where(is_better, new, old)
+        return (
+            choose(new_a, a),
+            choose(new_b, b),
+            choose(new, error),
+            jnp.where(is_better, damping / 5, damping * 6),
+        ), None
+
+    error = _regression(evaluate(a, b)[0], t)[2]
+    (a, b, error, _), _ = jax.lax.scan(step, (a, b, error, jnp.full_like(error, 1e-2)), length=POLISHES)
+    best = jnp.argmin(error, axis=1)[:, None]
+    pick = lambda p: jnp.take_along_axis(p, best, axis=1)[:, 0]
+    c, d, error = (pick(p) for p in _regression(evaluate(a, b)[0], t))
+    a, b = pick(a) / half, pick(b) - pick(a) * middle / half
+    numbers = jnp.stack([a, b, c * deviation, d * deviation + mean], axis=1)
+    return numbers, jnp.where(deviation > 0, error, 0)
+
+
+def _regression(f: Float[Array, "... M"], t: Float[Array, "M"]) -> tuple[Array, Array, Array]:
+    """(c, d, mean square of t − c f − d over that of t); infinite where f is not finite everywhere."""
+    is_good = jnp.all(jnp.isfinite(f), axis=-1)
+    f = jnp.where(is_good[..., None], f, 0)
+    t = t.reshape((1,) * (f.ndim - 1) + t.shape)
+    mean, of_t = jnp.mean(f, axis=-1), jnp.mean(t, axis=-1)
+    centred = f - mean[..., None]
+    squares = jnp.sum(centred * centred, axis=-1)
+    size = jnp.maximum(jnp.max(jnp.abs(f), axis=-1), jnp.finfo(f.dtype).tiny ** 0.25)
+    is_flat = squares <= f.shape[-1] * (16 * jnp.finfo(f.dtype).eps * size) ** 2
+    c = jnp.where(is_flat, 0, jnp.sum(centred * (t - of_t[..., None]), axis=-1) / jnp.where(is_flat, 1, squares))
+    d = of_t - c * mean
+    error = jnp.mean((t - c[..., None] * f - d[..., None]) ** 2, axis=-1)
+    scale = jnp.mean((t - of_t[..., None]) ** 2, axis=-1)
+    return c, d, jnp.where(is_good & jnp.isfinite(error), error / jnp.where(scale > 0, scale, 1), jnp.inf)
+
+
+def _outside(v: Float[Array, "... M"], f: Float[Array, "... M"]) -> Float[Array, "... M"]:
+    """The part of v that is no combination of f and 1."""
+    v, f = (a - jnp.mean(a, axis=-1, keepdims=True) for a in (v, f))
+    squares = jnp.sum(f * f, axis=-1, keepdims=True)
+    return v - f * jnp.sum(v * f, axis=-1, keepdims=True) / jnp.where(squares > 0, squares, 1)
+
+
+def _is_least_around(error: Float[Array, "A B"]) -> Array:
+    padded = jnp.pad(error, 1, constant_values=jnp.inf)
+    rows, columns = error.shape
+    around = [padded[r : r + rows, c : c + columns] for r in range(3) for c in range(3) if (r, c) != (1, 1)]
+    return error <= functools.reduce(jnp.minimum, around)
+
+
+# ---- functions in the network -----------------------------------------------------------------------
+
+
+def fix(
+    params: KAN,
+    layer: int,
+    into: int,
+    out: int,
+    function: str | Function,
+    *,
+    x: Float[Array, "... I"] | None = None,
+    numbers: Sequence[float] | None = None,
+) -> KAN:
+    """The network with c f(a x + b) + d on an edge; its spline is kept, masked, for `unfix`.
+
+    Args:
+        x: samples of the network's inputs by which a, b, c and d are fitted to the edge.
+        numbers: a, b, c, d; 1, 0, 1, 0 where neither is given.
+
+    Raises:
+        ValueError: an edge or a function that does not exist, both `x` and `numbers`, a function that has no value
+            somewhere on the edge's range.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "sin", numbers=[2.0, 0.0, 1.0, 0.5])
+        >>> round(float(kan.apply(params, jnp.array([0.25]))[0]), 4)
+        0.9794
+    """
+    _edge(params, layer, into, out)
+    function = _function(function)
+    if x is not None and numbers is not None:
+        raise ValueError("kan.fix: the numbers are given or fitted to x, got both.")
+    if x is not None:
+        at, values = _samples(unfix(params, layer, into, out), x)[layer]
+        found = _ranked(at[:, into], values[:, into, out], {function.name: function}, 0.0)
+        if not found:
+            raise ValueError(f"kan.fix: {function.name} has no value somewhere on the range of edge "
+                             f"({layer}, {into}, {out}). Take another function or give numbers.")  # fmt: skip
+        numbers = found[0].numbers
+    return _with(params, layer, into, out, function, (1.0, 0.0, 1.0, 0.0) if numbers is None else numbers)
+
+
+def _with(params: KAN, layer: int, into: int, out: int, function: Function, numbers: Sequence[float]) -> KAN:
+    if len(numbers) != 4:
+        raise ValueError(f"kan.fix: numbers are a, b, c, d, got {len(numbers)} of them.")
+    old = params.layers[layer]
+    edge = Edge(jnp.asarray(numbers, old.coef.dtype), into, out, function)
+    fixed = *(e for e in old.fixed if (e.into, e.out) != (into, out)), edge
+    return _replaced(params, layer, dataclasses.replace(old, mask=old.mask.at[into, out].set(0), fixed=fixed))
+
+
+def unfix(params: KAN, layer: int, into: int, out: int) -> KAN:
+    """The network with the spline back on an edge; as it is where no function is fixed there."""
+    _edge(params, layer, into, out)
+    old = params.layers[layer]
+    fixed = tuple(e for e in old.fixed if (e.into, e.out) != (into, out))
+    if len(fixed) == len(old.fixed):
+        return params
+    return _replaced(params, layer, dataclasses.replace(old, mask=old.mask.at[into, out].set(1), fixed=fixed))
+
+
+def _replaced(params: KAN, layer: int, new: Layer) -> KAN:
+    return dataclasses.replace(params, layers=(*params.layers[:layer], new, *params.layers[layer + 1 :]))
+
+
+def simplify(params: KAN) -> KAN:
+    """The same functions by plainer numbers: c exp(x + b) as c' exp(x), phases within a quarter of a turn, …"""
+    layers_ = []
+    for layer in params.layers:
+        plain = lambda e: dataclasses.replace(
+            e, numbers=jnp.asarray(e.function.simpler(tuple(map(float, e.numbers))), e.numbers.dtype)
+        )
+        layers_.append(dataclasses.replace(layer, fixed=tuple(map(plain, layer.fixed))))
+    return dataclasses.replace(params, layers=tuple(layers_))
+
+
+def auto_symbolic(
+    params: KAN,
+    x: Float[Array, "... I"],
+    *,
+    chosen: Library = None,
+    weight_simple: float = 0.8,
+    least_r2: float = 0.0,
+) -> tuple[KAN, list[tuple[int, int, int, Suggestion]]]:
+    """The network with the best function on every edge that still has a spline.
+
+    Args:
+        x: samples of the network's inputs.
+        chosen, weight_simple: as in `suggest`.
+        least_r2: edges that no function fits as well as this keep their spline.
+
+    Returns:
+        The network, and (layer, into, out, the function taken or, where it was not good enough, the best) of each edge.
+
+    Example:
+        >>> from jaxml import kan
+        >>> x = jnp.linspace(-1.0, 1.0, 200)[:, None]
+        >>> params, _ = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, jnp.exp(x), grids=[10])
+        >>> [(n, i, o, s.name) for n, i, o, s in auto_symbolic(params, x)[1]]
+        [(0, 0, 0, 'exp')]
+    """
+    functions, told, out = library(chosen), [], params
+    for n, (at, values) in enumerate(_samples(params, x)):
+        open_edges = np.argwhere(np.asarray(params.layers[n].mask) > 0)
+        for into, to in open_edges.tolist():
+            best = _ranked(at[:, into], values[:, into, to], functions, weight_simple)[0]
+            told.append((n, into, to, best))
+            if best.r2 >= least_r2:
+                out = _with(out, n, into, to, functions[best.name], best.numbers)
+    return out, told
+
+
+# ---- formulas ---------------------------------------------------------------------------------------
+
+
+def formula(params: KAN, names: Sequence[str] | None = None, *, digits: int | None = None) -> list[Any]:
+    """The network as SymPy expressions, one an output.
+
+    Args:
+        names: of the inputs; x_1, x_2, … where None.
+        digits: behind the decimal point, to which numbers are rounded; as they are where None.
+
+    Raises:
+        ValueError: edges that still have splines (they are listed), another number of names.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "x^2", numbers=[1.0, 0.0, 3.0, -1.0])
+        >>> formula(params, ["x"])
+        [3.0*x**2 - 1.0]
+    """
+    sympy = need("sympy", "symbolic")
+    splines = [
+        (n, int(i), int(o)) for n, layer in enumerate(params.layers) for i, o in np.argwhere(np.asarray(layer.mask) > 0)
+    ]
+    if splines:
+        raise ValueError(f"kan.formula: every edge is a function or pruned, got splines on {len(splines)} edges "
+                         f"(layer, into, out): {splines[:8]}. Use auto_symbolic or fix.")  # fmt: skip
+    count = params.layers[0].width[0]
+    names = [f"x_{n + 1}" for n in range(count)] if names is None else list(names)
+    if len(names) != count:
+        raise ValueError(f"kan.formula: names are of the {count} inputs, got {len(names)}.")
+    number = lambda value: sympy.Float(float(value), 17 if params.layers[0].coef.dtype == jnp.float64 else 9)
+    values: list[Any] = list(sympy.symbols(names, real=True))
+    for layer, affine, arities in zip(params.layers, params.affine, params.arities):
+        sums: list[Any] = [sympy.Integer(0)] * layer.width[1]
+        for edge in layer.fixed:
+            a, b, c, d = (number(v) for v in jax.device_get(edge.numbers))
+            sums[edge.out] += c * edge.function.expression(sympy, a * values[edge.into] + b) + d
+        line = lambda v, scale, shift: [number(s) * e + number(t) for e, s, t in zip(v, scale, shift)]
+        if affine:
+            sums = line(sums, affine.inner_scale, affine.inner_shift)
+        adding = len(sums) - sum(arities)
+        values, at = sums[:adding], adding
+        for arity in arities:
+            values.append(sympy.prod(sums[at : at + arity]))
+            at += arity
+        if affine:
+            values = line(values, affine.outer_scale, affine.outer_shift)
+    return values if digits is None else [rounded(value, digits) for value in values]
+
+
+def rounded(expression: Any, digits: int) -> Any:
+    """A SymPy expression, expanded, with its floating-point numbers rounded."""
+    sympy = need("sympy", "symbolic")
+    for _ in range(2):  # numbers that come together by the first rounding are rounded too
+        floats = {n: sympy.Float(round(float(n), digits), 15) for n in expression.atoms(sympy.Float)}
+        expression = expression.xreplace({n: sympy.Integer(int(v)) if v == int(v) else v for n, v in floats.items()})
+    return expression
+
+
+def latex(params: KAN, names: Sequence[str] | None = None, *, digits: int = 4) -> list[str]:
+    """The formulas as LaTeX, with 1, x^2 and the like where numbers round to whole ones."""
+    sympy = need("sympy", "symbolic")
+    return [sympy.latex(expression) for expression in formula(params, names, digits=digits)]
+
+
+def function(expressions: Any, names: Sequence[str]) -> Callable[[Array], Array]:
+    """A JAX function of SymPy expressions: [..., inputs] → [..., outputs].
+
+    Args:
+        expressions: one or several, as `formula` gives them.
+        names: of the inputs, in order.
+
+    Raises:
+        ValueError: a symbol in the expressions that is not among the names.
+
+    Example:
+        >>> sympy = need("sympy", "symbolic")
+        >>> x, y = sympy.symbols("x y")
+        >>> function([sympy.sin(x) * y], ["x", "y"])(jnp.array([0.0, 2.0])).tolist()
+        [0.0]
+    """
+    sympy = need("sympy", "symbolic")
+    expressions = list(expressions) if isinstance(expressions, (list, tuple)) else [expressions]
+    known = {s.name: s for e in expressions for s in e.free_symbols}
+    unknown = sorted(set(known) - set(names))
+    if unknown:
+        raise ValueError(f"kan.function: every symbol is an input, got {', '.join(unknown)} beside {list(names)}.")
+    arguments = [known.get(name, sympy.Symbol(name)) for name in names]
+    table = {"Abs": jnp.abs, "asin": jnp.arcsin, "acos": jnp.arccos, "atan": jnp.arctan, "atanh": jnp.arctanh}
+    call = sympy.lambdify(arguments, expressions, modules=[table, jnp], cse=True)
+
+    def evaluate(x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        columns = [x[..., n] for n in range(len(names))]
+        return jnp.stack([jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape[:-1]) for v in call(*columns)], axis=-1)
+
+    return evaluate
