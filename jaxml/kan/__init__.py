@@ -10,7 +10,8 @@ from jaxml.kan.prune import keep, prune, prune_edges, prune_inputs, prune_nodes
 from jaxml.kan.symbolic import Function, auto_symbolic, fix, formula, function, latex, simplify, suggest, unfix
 
 __all__ = [
-    "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "discover", "fit", "fix", "formula",
-    "function", "init", "interactions", "keep", "latex", "load", "prune", "prune_edges", "prune_inputs", "prune_nodes",
-    "refine", "regularizer", "save", "simplify", "split", "suggest", "unfix", "update", "with_dtype",
+    "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "discover",
+    "fit", "fix", "formula", "function", "init", "interactions", "keep", "latex", "load", "prune", "prune_edges",
+    "prune_inputs", "prune_nodes", "refine", "regularizer", "save", "simplify", "split", "suggest", "unfix",
+    "update", "with_dtype",
 ]  # fmt: skip

@@ -29,6 +29,9 @@ class Discovery(NamedTuple):
     edges: list[tuple[int, int, int, symbolic.Suggestion]]  # as `auto_symbolic` tells
 
 
+SPARSE_FITS = 2  # a network that was pruned but is not yet as narrow as can be is made sparse once more
+
+
 def discover(
     key: Array,
     x: Float[Array, "N I"],
@@ -82,9 +85,14 @@ def discover(
 
         for number in range(restarts):
             params = init(jax.random.fold_in(key, number), widths, grid=grid, dtype=dtype)
-            params, _ = fit(params, x, y, sparse=sparse)
+            for _ in range(SPARSE_FITS):
+                before = params.widths
+                params, _ = fit(params, x, y, sparse=sparse)
+                params = prune(params, x, node=node, edge=edge)
+                if params.widths == before or all(layer.width[0] == 1 for layer in params.layers[1:]):
+                    break
             done("finer fit")
-            params, _ = fit(prune(params, x, node=node, edge=edge), x, y, grids=grids, steps=20)
+            params, _ = fit(params, x, y, grids=grids, steps=20)
             done("functions")
             named, told = symbolic.auto_symbolic(params, x, chosen=chosen, weight_simple=weight_simple)
             done("numbers")

@@ -58,9 +58,7 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
     arrays = {name: np.asarray(a) for name, a in jax.device_get(arrays).items()}
     for name, a in arrays.items():
         if a.dtype.kind != "f":
-            raise ValueError(
-                f"kan.save: arrays are float16, float32 or float64, got {a.dtype} ({name}). Use with_dtype."
-            )
+            raise ValueError(f"kan.save: arrays are float16, 32 or 64, got {a.dtype} ({name}). Use with_dtype.")
     header = {"format": FORMAT, "arities": params.arities, "layers": told, "about": dict(about or {})}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     content = io.BytesIO()

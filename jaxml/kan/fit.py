@@ -142,7 +142,7 @@ def _again(path: Path, identity: list[Any]) -> tuple[KAN, dict[str, Any]]:
     about = file.about_of(path)
     if about.get("fit") != identity:
         raise ValueError(
-            f"kan.fit: {path} is of another fit (other widths, grids, restarts or samples). Name another checkpoint folder."
+            f"kan.fit: {path} is of another fit (other widths, grids, restarts or samples). Name another folder."
         )
     return file.load(path), about["row"]
 

@@ -1,8 +1,8 @@
 """Smaller networks: without the nodes and edges that do not count.
 
 Reference:
-    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.5.1; thresholds as in pykan's `prune`. Difference: what
-    a removed edge added on average is given to an edge that stays, where its functions can hold a constant.
+    Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.5.1; thresholds as in pykan's `prune`. Difference:
+    what a removed edge added on average is given to an edge that stays, where its functions can hold a constant.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jaxml.kan.network import KAN, Affine, nodes
 
 
 def prune(params: KAN, x: Float[Array, "... I"], *, node: float = 1e-2, edge: float = 3e-2) -> KAN:
-    """The network without the nodes whose score is at most `node`, then without the edges whose score is at most `edge`.
+    """The network without nodes whose score is at most `node`, then without edges whose score is at most `edge`.
 
     Args:
         x: samples of the network's inputs, by which scores are taken (`attribute`).

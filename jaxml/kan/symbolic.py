@@ -529,8 +529,9 @@ def rounded(expression: Any, digits: int) -> Any:
     """A SymPy expression, expanded, with its floating-point numbers rounded."""
     sympy = need("sympy", "symbolic")
     for _ in range(2):  # numbers that come together by the first rounding are rounded too
-        floats = {n: sympy.Float(round(float(n), digits), 15) for n in expression.atoms(sympy.Float)}
-        expression = expression.xreplace({n: sympy.Integer(int(v)) if v == int(v) else v for n, v in floats.items()})
+        floats = {n: round(float(n), digits) for n in expression.atoms(sympy.Float)}
+        exact = {n: sympy.Integer(v) if v.is_integer() else sympy.Float(v, 15) for n, v in floats.items()}
+        expression = expression.xreplace(exact)
     return expression
 
 
