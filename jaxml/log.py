@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxml.extras import need
+from jaxml import figure
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -72,13 +72,8 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = 
     Args:
         rows: of a log, with step and loss or eval_loss.
     """
-    need("matplotlib", "plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained", dpi=120)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    made = figure.figure(7, 4)
+    axes = made.subplots()
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
     held = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
     if train:
@@ -92,10 +87,7 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = 
     axes.spines[["top", "right"]].set_visible(False)
     if train or held:
         axes.legend(frameon=False)
-    temporary = Path(path).with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
-    return Path(path)
+    return figure.write(made, path)
 
 
 def _smooth(points, share: float = 0.1):

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import figure
 from jaxml.activations.catalogue import CATALOGUE
 from jaxml.activations.entry import Activation
-from jaxml.extras import need
 
 FUNCTION, SLOPE, GUIDE = "#1f5fa8", "#d9822b", "#c8ccd2"
 SEPARATE = ("learnable.meta_acon", "learnable.frelu", "learnable.polynorm")  # of several features
@@ -48,17 +48,12 @@ def gallery(
     Raises:
         ImportError: matplotlib is missing.
     """
-    need("matplotlib", "plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     chosen = list(activations) if activations is not None else drawable()
     columns = columns or (len(chosen) if len(chosen) <= 4 else round(math.sqrt(1.3 * len(chosen))))
     rows = -(-len(chosen) // columns)
     size = 3.2 if len(chosen) <= 4 else 1.75
-    figure = Figure(figsize=(size * columns + 0.3, (size + 0.1) * rows + 0.75), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    made = figure.figure(size * columns + 0.3, (size + 0.1) * rows + 0.75)
+    panels = made.subplots(rows, columns, squeeze=False, sharex=True)
     curves = _curves(chosen, limit)
     for axes, entry in zip(panels.flat, chosen):
         _panel(axes, entry, *curves[entry.name], limit, large=size > 2)
@@ -67,10 +62,8 @@ def gallery(
     for axes in panels.flat[max(0, len(chosen) - columns) : len(chosen)]:
         axes.tick_params(labelbottom=True)
     slope, function = panels.flat[0].get_lines()[-2:]
-    figure.legend([function, slope], ["f(x)", "f′(x)"], loc="outside upper center", ncols=2, frameon=False, fontsize=11)
-    path = Path(path)
-    figure.savefig(path, dpi=130)
-    return path
+    made.legend([function, slope], ["f(x)", "f′(x)"], loc="outside upper center", ncols=2, frameon=False, fontsize=11)
+    return figure.write(made, path, dpi=130)
 
 
 def curve(entry: Activation):

@@ -6,12 +6,13 @@ from jaxml.kan.file import load, save
 from jaxml.kan.fit import fit, with_dtype
 from jaxml.kan.grid import refine, update
 from jaxml.kan.network import KAN, apply, combine, init, split
+from jaxml.kan.plot import plot
 from jaxml.kan.prune import keep, prune, prune_edges, prune_inputs, prune_nodes
 from jaxml.kan.symbolic import Function, auto_symbolic, fix, formula, function, latex, simplify, suggest, unfix
 
 __all__ = [
     "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "discover",
-    "fit", "fix", "formula", "function", "init", "interactions", "keep", "latex", "load", "prune", "prune_edges",
-    "prune_inputs", "prune_nodes", "refine", "regularizer", "save", "simplify", "split", "suggest", "unfix",
-    "update", "with_dtype",
+    "fit", "fix", "formula", "function", "init", "interactions", "keep", "latex", "load", "plot", "prune",
+    "prune_edges", "prune_inputs", "prune_nodes", "refine", "regularizer", "save", "simplify", "split",
+    "suggest", "unfix", "update", "with_dtype",
 ]  # fmt: skip

@@ -227,7 +227,7 @@ def suggest(
         'sin'
     """
     _edge(params, layer, into, out)
-    at, values = _samples(params, x)[layer]
+    at, values = samples(params, x)[layer]
     return _ranked(at[:, into], values[:, into, out], library(chosen), weight_simple)[:top]
 
 
@@ -240,7 +240,7 @@ def _edge(params: KAN, layer: int, into: int, out: int) -> None:
                          f"got ({into}, {out}).")  # fmt: skip
 
 
-def _samples(params: KAN, x: Float[Array, "... I"]) -> list[tuple[Array, Array]]:
+def samples(params: KAN, x: Float[Array, "... I"]) -> list[tuple[Array, Array]]:
     """Of each layer (values of its inputs [POINTS, I], evenly among the sorted samples; its edges there)."""
     x, out = x.reshape(-1, x.shape[-1]), []
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
@@ -396,7 +396,7 @@ def fix(
     if x is not None and numbers is not None:
         raise ValueError("kan.fix: the numbers are given or fitted to x, got both.")
     if x is not None:
-        at, values = _samples(unfix(params, layer, into, out), x)[layer]
+        at, values = samples(unfix(params, layer, into, out), x)[layer]
         found = _ranked(at[:, into], values[:, into, out], {function.name: function}, 0.0)
         if not found:
             raise ValueError(f"kan.fix: {function.name} has no value somewhere on the range of edge "
@@ -465,7 +465,7 @@ def auto_symbolic(
         [(0, 0, 0, 'exp')]
     """
     functions, told, out = library(chosen), [], params
-    for n, (at, values) in enumerate(_samples(params, x)):
+    for n, (at, values) in enumerate(samples(params, x)):
         open_edges = np.argwhere(np.asarray(params.layers[n].mask) > 0)
         for into, to in open_edges.tolist():
             best = _ranked(at[:, into], values[:, into, to], functions, weight_simple)[0]

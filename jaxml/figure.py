@@ -1,0 +1,38 @@
+"""Figures of Matplotlib without its global state, written whole or not at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxml.extras import need
+
+
+def figure(width: float, height: float, **options: Any):
+    """A figure of so many inches.
+
+    Raises:
+        ImportError: Matplotlib is missing.
+    """
+    need("matplotlib", "plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), layout="constrained", **options)
+    FigureCanvasAgg(made)
+    return made
+
+
+def write(made, path: str | Path, *, dpi: int = 120) -> Path:
+    """Writes a figure as PNG, SVG or PDF, by the name.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    path = Path(path)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"figure: a picture is a .png, .svg or .pdf, got {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    made.savefig(temporary, dpi=dpi)
+    os.replace(temporary, path)
+    return path
