@@ -4,17 +4,19 @@ Reference:
     Liu et al. 2024, "KAN: Kolmogorov–Arnold Networks", section 2.5 (the steps, there taken by hand).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxml import log
 from jaxml.axes import Array, Float
 from jaxml.kan import symbolic
 from jaxml.kan.fit import fit
-from jaxml.kan.network import KAN, Width, apply, init
+from jaxml.kan.network import KAN, Affine, Width, apply, init
 from jaxml.kan.prune import prune
 
 
@@ -39,7 +41,7 @@ def discover(
     *,
     widths: Sequence[Width] | None = None,
     names: Sequence[str] | None = None,
-    digits: int | None = 4,
+    digits: int | None = 5,
     sparse: float = 1e-2,
     grid: int = 5,
     grids: Sequence[int] = (10, 20),
@@ -53,11 +55,14 @@ def discover(
 ) -> Discovery:
     """The formula that predicts y from x.
 
+    Columns of x are fitted with their ranges mapped to [−1, 1], y with mean 0 and deviation 1; the networks and the
+    formula that are returned take them as they came.
+
     Args:
         key: of the networks' random numbers.
         widths: of the network to begin with; [inputs, 5, outputs] where None.
         names: of the inputs in the formula; x_1, x_2, … where None.
-        digits: behind the decimal point of the formula's numbers.
+        digits: of the formula's numbers.
         sparse, grid: of the first fit, by L-BFGS.
         grids: of the second, by Levenberg–Marquardt, after pruning by `node` and `edge`.
         chosen, weight_simple: as in `auto_symbolic`.
@@ -75,7 +80,8 @@ def discover(
         raise ValueError(f"kan.discover: x and y are [N, inputs] and [N, outputs], got {x.shape} and {y.shape}.")
     widths = [x.shape[1], 5, y.shape[1]] if widths is None else list(widths)
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-    deviation = float(jnp.std(y)) or 1.0
+    units = _Units.of(x.astype(dtype), y.astype(dtype))
+    x, y = units.inside(x.astype(dtype), y.astype(dtype))
     best: Discovery | None = None
     with log.progress("discovering", enabled=progress, fields=("step", "error")) as bar:
         task = bar.add_task("discover", total=4 * restarts, step="sparse fit", error="–")
@@ -84,7 +90,8 @@ def discover(
             bar.update(task, advance=1, step=step, error="–" if best is None else f"{best.error:.1e}")
 
         for number in range(restarts):
-            params = init(jax.random.fold_in(key, number), widths, grid=grid, dtype=dtype)
+            # Without base functions, which could not be written in other units.
+            params = init(jax.random.fold_in(key, number), widths, grid=grid, base="zero", dtype=dtype)
             for _ in range(SPARSE_FITS):
                 before = params.widths
                 params, _ = fit(params, x, y, sparse=sparse)
@@ -98,11 +105,61 @@ def discover(
             done("numbers")
             named, _ = fit(named, x, y, update_grids=False)
             named = symbolic.simplify(named)
-            of = lambda params: float(jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2))) / deviation
+            of = lambda params: float(jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2)))
             found = Discovery([], of(named), named, params, of(params), told)
             if best is None or found.error < best.error:
                 best = found
             done("sparse fit")
             if best.error <= tolerance:
                 break
-    return best._replace(formulas=symbolic.formula(best.params, names, digits=digits))
+    params, splines = symbolic.simplify(units.outside(best.params)), units.outside(best.splines)
+    return best._replace(params=params, splines=splines, formulas=symbolic.formula(params, names, digits=digits))
+
+
+class _Units(NamedTuple):
+    """Inside, columns of x lie within [−1, 1] and y has mean 0 and deviation 1."""
+
+    middle: Float[Array, "I"]
+    half: Float[Array, "I"]
+    mean: Float[Array, "O"]
+    deviation: Float[Array, "O"]
+
+    @classmethod
+    def of(cls, x: Float[Array, "N I"], y: Float[Array, "N O"]) -> "_Units":
+        low, high = jnp.min(x, axis=0), jnp.max(x, axis=0)
+        one = lambda a: jnp.where(a > 0, a, 1)
+        return cls((low + high) / 2, one((high - low) / 2), jnp.mean(y, axis=0), one(jnp.std(y, axis=0)))
+
+    def inside(self, x: Array, y: Array) -> tuple[Array, Array]:
+        return (x - self.middle[None]) / self.half[None], (y - self.mean[None]) / self.deviation[None]
+
+    def outside(self, params: KAN) -> KAN:
+        """The network of what comes from and goes to the outside."""
+        first = params.layers[0]
+        points = first.points * self.half[:, None] + self.middle[:, None]
+
+        def taking(edge):
+            a, b, c, d = edge.numbers
+            a = a / self.half[edge.into]
+            return dataclasses.replace(edge, numbers=jnp.stack([a, b - a * self.middle[edge.into], c, d]))
+
+        first = dataclasses.replace(first, points=points, fixed=tuple(map(taking, first.fixed)))
+        params = dataclasses.replace(params, layers=(first, *params.layers[1:]))
+        last, arities = params.layers[-1], params.arities[-1]
+        if arities:
+            n = last.width[1]
+            affine = Affine(jnp.ones(n), jnp.zeros(n), self.deviation, self.mean)
+            return dataclasses.replace(params, affine=(*params.affine[:-1], affine))
+        # The mean goes to one edge of each sum; a sum of splines holds it since they add up to 1.
+        live = jnp.argmax(last.mask > 0, axis=0)
+        takes = jnp.any(last.mask > 0, axis=0)
+        coef = last.coef * self.deviation[None, None]
+        coef = coef.at[:, live, jnp.arange(last.width[1])].add(jnp.where(takes, self.mean, 0)[None])
+        given, fixed = set(np.flatnonzero(np.asarray(takes)).tolist()), []
+        for edge in last.fixed:
+            a, b, c, d = edge.numbers
+            scale, shift = self.deviation[edge.out], 0 if edge.out in given else self.mean[edge.out]
+            given.add(edge.out)
+            fixed.append(dataclasses.replace(edge, numbers=jnp.stack([a, b, c * scale, d * scale + shift])))
+        last = dataclasses.replace(last, coef=coef, fixed=tuple(fixed))
+        return dataclasses.replace(params, layers=(*params.layers[:-1], last))

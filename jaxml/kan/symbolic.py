@@ -483,7 +483,7 @@ def formula(params: KAN, names: Sequence[str] | None = None, *, digits: int | No
 
     Args:
         names: of the inputs; x_1, x_2, … where None.
-        digits: behind the decimal point, to which numbers are rounded; as they are where None.
+        digits: of the numbers, see `rounded`; as they are where None.
 
     Raises:
         ValueError: edges that still have splines (they are listed), another number of names.
@@ -526,16 +526,28 @@ def formula(params: KAN, names: Sequence[str] | None = None, *, digits: int | No
 
 
 def rounded(expression: Any, digits: int) -> Any:
-    """A SymPy expression, expanded, with its floating-point numbers rounded."""
+    """A SymPy expression, numbers rounded to so many digits, without constants too small to show in a sum.
+
+    Example:
+        >>> sympy = need("sympy", "symbolic")
+        >>> x = sympy.Symbol("x")
+        >>> rounded(1.0000003 * sympy.sin(3.14159274 * x + 2e-8) - 1.2e-9, 5)
+        sin(3.1416*x)
+    """
     sympy = need("sympy", "symbolic")
-    for _ in range(2):  # numbers that come together by the first rounding are rounded too
-        floats = {n: round(float(n), digits) for n in expression.atoms(sympy.Float)}
-        exact = {n: sympy.Integer(v) if v.is_integer() else sympy.Float(v, 15) for n, v in floats.items()}
-        expression = expression.xreplace(exact)
-    return expression
+    if expression.is_Float:
+        value = float(f"{float(expression):.{digits}g}")
+        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 10**digits else sympy.Float(value, 15)
+    if not expression.args:
+        return expression
+    parts = expression.args
+    if expression.is_Add:
+        size = max((abs(float(p.as_coeff_Mul()[0])) for p in parts if not p.is_number), default=0.0)
+        parts = [p for p in parts if not p.is_number or abs(float(p)) >= size * 10.0**-digits]
+    return expression.func(*(rounded(part, digits) for part in parts))
 
 
-def latex(params: KAN, names: Sequence[str] | None = None, *, digits: int = 4) -> list[str]:
+def latex(params: KAN, names: Sequence[str] | None = None, *, digits: int = 5) -> list[str]:
     """The formulas as LaTeX, with 1, x^2 and the like where numbers round to whole ones."""
     sympy = need("sympy", "symbolic")
     return [sympy.latex(expression) for expression in formula(params, names, digits=digits)]
