@@ -9,7 +9,18 @@ from pathlib import Path
 
 import jaxml
 
-VERBS = ("quickstart", "download", "generate", "chat", "finetune", "evaluate", "convert", "activations", "doctor")
+VERBS = (
+    "quickstart",
+    "download",
+    "generate",
+    "chat",
+    "finetune",
+    "evaluate",
+    "convert",
+    "activations",
+    "kan",
+    "doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

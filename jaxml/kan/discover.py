@@ -48,7 +48,7 @@ def discover(
     node: float = 1e-2,
     edge: float = 3e-2,
     chosen: symbolic.Library = None,
-    weight_simple: float = 0.8,
+    weights_simple: Sequence[float | None] = (0.8, None),
     tolerance: float = 1e-3,
     restarts: int = 4,
     progress: bool = False,
@@ -60,13 +60,15 @@ def discover(
 
     Args:
         key: of the networks' random numbers.
-        widths: of the network to begin with; [inputs, 5, outputs] where None.
+        widths: of the network to begin with; where None [inputs, 5, outputs] and, at every second restart,
+            [inputs, (3, 2), outputs] with two nodes that multiply.
         names: of the inputs in the formula; x_1, x_2, … where None.
         digits: of the formula's numbers.
         sparse, grid: of the first fit, by L-BFGS.
         grids: of the second, by Levenberg–Marquardt, after pruning by `node` and `edge`.
-        chosen, weight_simple: as in `auto_symbolic`.
-        tolerance: of the error; the first network whose formula is as good ends the search.
+        chosen: as in `auto_symbolic`.
+        weights_simple: as in `auto_symbolic`, one after the other while the formula's error is above the tolerance.
+        tolerance: of the error; a formula as good ends the search, as does one that is as good as its splines.
         restarts: networks to try, from different random numbers; of these the formula with the least error is taken.
 
     Example:
@@ -78,42 +80,51 @@ def discover(
     y = y[:, None] if y.ndim == 1 else y
     if x.ndim != 2 or len(x) != len(y):
         raise ValueError(f"kan.discover: x and y are [N, inputs] and [N, outputs], got {x.shape} and {y.shape}.")
-    widths = [x.shape[1], 5, y.shape[1]] if widths is None else list(widths)
+    usual = [x.shape[1], 5, y.shape[1]], [x.shape[1], (3, 2), y.shape[1]]
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     units = _Units.of(x.astype(dtype), y.astype(dtype))
     x, y = units.inside(x.astype(dtype), y.astype(dtype))
+    error = lambda params: float(jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2)))
     best: Discovery | None = None
     with log.progress("discovering", enabled=progress, fields=("step", "error")) as bar:
-        task = bar.add_task("discover", total=4 * restarts, step="sparse fit", error="–")
-
-        def done(step: str) -> None:
-            bar.update(task, advance=1, step=step, error="–" if best is None else f"{best.error:.1e}")
-
+        task = bar.add_task("discover", total=restarts, step="–", error="–")
         for number in range(restarts):
-            # Without base functions, which could not be written in other units.
-            params = init(jax.random.fold_in(key, number), widths, grid=grid, base="zero", dtype=dtype)
-            for _ in range(SPARSE_FITS):
-                before = params.widths
-                params, _ = fit(params, x, y, sparse=sparse)
-                params = prune(params, x, node=node, edge=edge)
-                if params.widths == before or all(layer.width[0] == 1 for layer in params.layers[1:]):
+            bar.update(task, step="splines")
+            one = jax.random.fold_in(key, number)
+            splines = _sparse(one, usual[number % 2] if widths is None else widths, x, y, sparse, grid, (node, edge))
+            splines, _ = fit(splines, x, y, grids=grids, steps=20)
+            for weight in weights_simple:
+                bar.update(task, step="functions")
+                params, told = symbolic.auto_symbolic(splines, x, chosen=chosen, weight_simple=weight)
+                params, _ = fit(params, x, y, update_grids=False)
+                found = Discovery([], error(params), params, splines, error(splines), told)
+                best = found if best is None or _is_better(found, best) else best
+                bar.update(task, error=f"{best.error:.1e}")
+                if found.error <= tolerance:
                     break
-            done("finer fit")
-            params, _ = fit(params, x, y, grids=grids, steps=20)
-            done("functions")
-            named, told = symbolic.auto_symbolic(params, x, chosen=chosen, weight_simple=weight_simple)
-            done("numbers")
-            named, _ = fit(named, x, y, update_grids=False)
-            named = symbolic.simplify(named)
-            of = lambda params: float(jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2)))
-            found = Discovery([], of(named), named, params, of(params), told)
-            if best is None or found.error < best.error:
-                best = found
-            done("sparse fit")
-            if best.error <= tolerance:
+            bar.update(task, advance=1)
+            if best.error <= max(tolerance, 1.1 * best.splines_error if best.splines_error < 0.1 else 0):
                 break
+        bar.update(task, completed=restarts, step="done")
     params, splines = symbolic.simplify(units.outside(best.params)), units.outside(best.splines)
     return best._replace(params=params, splines=splines, formulas=symbolic.formula(params, names, digits=digits))
+
+
+def _sparse(key: Array, widths, x: Array, y: Array, sparse: float, grid: int, least: tuple[float, float]) -> KAN:
+    """A network of few edges; without base functions, which could not be written in other units."""
+    params = init(key, widths, grid=grid, base="zero", dtype=x.dtype)
+    for _ in range(SPARSE_FITS):
+        before = params.widths
+        params, _ = fit(params, x, y, sparse=sparse)
+        params = prune(params, x, node=least[0], edge=least[1])
+        if params.widths == before or all(layer.width[0] == 1 for layer in params.layers[1:]):
+            break
+    return params
+
+
+def _is_better(new: Discovery, old: Discovery) -> bool:
+    cost = lambda found: sum(s.complexity for *_, s in found.edges)
+    return new.error < (0.9 if cost(new) >= cost(old) else 1.1) * old.error
 
 
 class _Units(NamedTuple):

@@ -205,11 +205,12 @@ def suggest(
     *,
     chosen: Library = None,
     top: int = 5,
-    weight_simple: float = 0.8,
+    weight_simple: float | None = 0.8,
 ) -> list[Suggestion]:
     """The functions that stand best for an edge, the best first.
 
-    The score is weight_simple · complexity + (1 − weight_simple) · log2(1 + 1e-5 − r²).
+    The score is weight_simple · complexity + (1 − weight_simple) · log2(1 + 1e-5 − r²). Without a weight_simple it is
+    the complexity of those whose 1 − r² is at most twice the least one, and more than that of all others.
 
     Args:
         x: samples of the network's inputs; the fit is at the values that the edge's input takes.
@@ -251,13 +252,17 @@ def samples(params: KAN, x: Float[Array, "... I"]) -> list[tuple[Array, Array]]:
     return out
 
 
-def _ranked(x: Array, y: Array, functions: dict[str, Function], weight_simple: float) -> list[Suggestion]:
+def _ranked(x: Array, y: Array, functions: dict[str, Function], weight_simple: float | None) -> list[Suggestion]:
     numbers, errors = jax.device_get(_fitted(x, y, tuple(functions.values())))
     out = []
     for f, four, error in zip(functions.values(), numbers, errors):
         if not np.isfinite(error):
             continue
-        score = weight_simple * f.complexity + (1 - weight_simple) * math.log2(1e-5 + max(float(error), 0.0))
+        if weight_simple is None:
+            is_good = error <= 2 * np.min(errors) + 1e-9
+            score = float(f.complexity if is_good else 10 + error)
+        else:
+            score = weight_simple * f.complexity + (1 - weight_simple) * math.log2(1e-5 + max(float(error), 0.0))
         four = f.simpler(tuple(float(n) for n in four))
         out.append(Suggestion(f.name, max(1 - float(error), 0.0), f.complexity, score, four))
     return sorted(out, key=lambda s: round(s.score, 2))  # equal ones stay in the library's order
@@ -444,7 +449,7 @@ def auto_symbolic(
     x: Float[Array, "... I"],
     *,
     chosen: Library = None,
-    weight_simple: float = 0.8,
+    weight_simple: float | None = 0.8,
     least_r2: float = 0.0,
 ) -> tuple[KAN, list[tuple[int, int, int, Suggestion]]]:
     """The network with the best function on every edge that still has a spline.

@@ -1,0 +1,124 @@
+"""Columns of a CSV file, and a sentence for everything about them that a fit would trip over."""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxml.axes import Float
+
+FAR = 20.0  # interquartile ranges from the median: an outlier
+MISSING = ("", "na", "nan", "null", "none", "n/a", "?")
+
+
+class Table(NamedTuple):
+    """Numbers to fit, and what was done to get them."""
+
+    x: Float[np.ndarray, "N I"]
+    y: Float[np.ndarray, "N"]
+    names: list[str]  # of x's columns
+    notes: list[str]
+
+
+def read(path: str | Path, target: str, features: Sequence[str] | None = None, *, drop_outliers: bool = False) -> Table:
+    """The target and the features of a CSV file with a header line.
+
+    Rows with missing or infinite values are left out, as are constant columns; columns of anything but numbers are
+    left out, or an error where they were named. Each of these is told in `notes`.
+
+    Args:
+        target: the column to predict.
+        features: the columns to predict it from; all others where None.
+        drop_outliers: leave out rows with a value further than `FAR` interquartile ranges from its column's median.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no header, no rows, columns that do not exist or are not numbers, too few rows left.
+    """
+    header, rows = _rows(Path(path))
+    wanted = [target, *(features if features is not None else [n for n in header if n != target])]
+    unknown = [n for n in wanted if n not in header]
+    if unknown:
+        raise ValueError(f"{path}: no column {', '.join(map(repr, unknown))}; there are {', '.join(header)}.")
+    if target in wanted[1:]:
+        raise ValueError(f"{path}: {target!r} is the target and cannot be a feature.")
+    notes, columns = [], {}
+    for name in wanted:
+        at = header.index(name)
+        values, words = _numbers([row[at] for row in rows])
+        if not words:
+            columns[name] = values
+        elif name == target or features is not None:
+            raise ValueError(f"{path}: column {name!r} has values that are no numbers, the first {words[0]!r} "
+                             f"({len(words)} of {len(rows)}). Correct or leave out these rows.")  # fmt: skip
+        else:
+            notes.append(f"column {name} is left out: {len(words)} of {len(rows)} values are no numbers, the first "
+                         f"{words[0]!r}.")  # fmt: skip
+    data = np.stack(list(columns.values()), axis=1)
+    whole = np.isfinite(data).all(axis=1)
+    if not whole.all():
+        holes = [f"{name} {int((~np.isfinite(v)).sum())}" for name, v in columns.items() if not np.isfinite(v).all()]
+        notes.append(f"{int((~whole).sum())} of {len(data)} rows are left out: values are missing or infinite "
+                     f"({', '.join(holes)}).")  # fmt: skip
+    data, names = data[whole], list(columns)
+    data = _without_outliers(data, names, notes, drop_outliers)
+    if len(data) < 10:
+        raise ValueError(f"{path}: a fit needs at least 10 rows without missing values, got {len(data)}.")
+    constant = [n for n, column in enumerate(data.T) if n and np.ptp(column) == 0]
+    for n in constant:
+        notes.append(f"column {names[n]} is left out: it is {data[0, n]:g} in every row.")
+    if np.ptp(data[:, 0]) == 0:
+        raise ValueError(f"{path}: the target {target!r} is {data[0, 0]:g} in every row; there is nothing to predict.")
+    kept = [n for n in range(1, len(names)) if n not in constant]
+    if not kept:
+        raise ValueError(f"{path}: no column of numbers is left to predict {target!r} from.")
+    return Table(data[:, kept], data[:, 0], [names[n] for n in kept], notes)
+
+
+def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            sample = file.read(4096)
+            file.seek(0)
+            delimiter = max(",;\t", key=sample.split("\n", 1)[0].count)
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: a table is text in UTF-8 with commas, semicolons or tabs ({error}).") from error
+    if len(rows) < 2:
+        raise ValueError(f"{path}: a table has a line of column names and lines of values, got {len(rows)} lines.")
+    header, rows = rows[0], rows[1:]
+    twice = sorted({n for n in header if header.count(n) > 1})
+    if twice:
+        raise ValueError(f"{path}: every column has its own name, got {', '.join(map(repr, twice))} more than once.")
+    for n, row in enumerate(rows):
+        if len(row) != len(header):
+            raise ValueError(f"{path}: line {n + 2} has {len(row)} values, the header {len(header)}.")
+    return header, rows
+
+
+def _numbers(cells: list[str]) -> tuple[np.ndarray, list[str]]:
+    """(values, NaN where missing; the cells that are no numbers)."""
+    out, words = [], []
+    for cell in cells:
+        try:
+            out.append(math.nan if cell.lower() in MISSING else float(cell))
+        except ValueError:
+            words.append(cell)
+    return np.asarray(out), words
+
+
+def _without_outliers(data: np.ndarray, names: list[str], notes: list[str], drop: bool) -> np.ndarray:
+    is_far = np.zeros(data.shape, bool)
+    for n, column in enumerate(data.T):
+        low, middle, high = np.quantile(column, [0.25, 0.5, 0.75]) if len(column) else (0, 0, 0)
+        if high > low:
+            is_far[:, n] = np.abs(column - middle) > FAR * (high - low)
+    for n in np.flatnonzero(is_far.any(axis=0)):
+        worst = data[np.argmax(np.abs(data[:, n] - np.median(data[:, n]))), n]
+        what = "their rows are left out" if drop else "the grid stretches to them (--drop-outliers leaves them out)"
+        notes.append(f"column {names[n]} has {int(is_far[:, n].sum())} values more than {FAR:g} interquartile ranges "
+                     f"from its median, the furthest {worst:g}: {what}.")  # fmt: skip
+    return data[~is_far.any(axis=1)] if drop else data
