@@ -542,7 +542,7 @@ def rounded(expression: Any, digits: int) -> Any:
     sympy = need("sympy", "symbolic")
     if expression.is_Float:
         value = float(f"{float(expression):.{digits}g}")
-        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 10**digits else sympy.Float(value, 15)
+        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 1e15 else sympy.Float(value, 15)
     if not expression.args:
         return expression
     parts = expression.args
@@ -581,8 +581,7 @@ def function(expressions: Any, names: Sequence[str]) -> Callable[[Array], Array]
     if unknown:
         raise ValueError(f"kan.function: every symbol is an input, got {', '.join(unknown)} beside {list(names)}.")
     arguments = [known.get(name, sympy.Symbol(name)) for name in names]
-    table = {"Abs": jnp.abs, "asin": jnp.arcsin, "acos": jnp.arccos, "atan": jnp.arctan, "atanh": jnp.arctanh}
-    call = sympy.lambdify(arguments, expressions, modules=[table, jnp], cse=True)
+    call = sympy.lambdify(arguments, expressions, modules="jax", cse=True)
 
     def evaluate(x: Float[Array, "... I"]) -> Float[Array, "... O"]:
         columns = [x[..., n] for n in range(len(names))]

@@ -1,0 +1,70 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxml import kan
+from jaxml.kan import file
+from jaxml.kan.network import Affine
+from jaxml.kan.symbolic import Function
+
+X = jax.random.normal(jax.random.key(0), (20, 2))
+
+
+def a_network():
+    params = kan.init(jax.random.key(1), [2, (1, [2, 3]), 1], grid=7, order=2, outside="clamp")
+    params = kan.fix(params, 0, 1, 2, "sin", numbers=[2.0, 0.0, 1.0, 0.5])
+    affine = Affine(jnp.full(6, 1.1), jnp.full(6, 0.1), jnp.full(3, 0.9), jnp.full(3, -0.1))
+    return kan.KAN(params.layers, (affine, ()), params.arities)
+
+
+def test_a_network_comes_back_as_it_was(tmp_path):
+    params = a_network()
+    kan.save(tmp_path / "net.npz", params, {"seed": 3})
+    again = kan.load(tmp_path / "net.npz")
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    np.testing.assert_array_equal(kan.apply(again, X), kan.apply(params, X))
+    assert file.about_of(tmp_path / "net.npz") == {"seed": 3}
+    assert [p.name for p in tmp_path.iterdir()] == ["net.npz"]
+
+
+def test_functions_of_ones_own_are_handed_over(tmp_path):
+    cosh = Function("cosh", jnp.cosh, lambda s, u: s.cosh(u), 3)
+    params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, cosh)
+    kan.save(tmp_path / "net.npz", params)
+    with pytest.raises(ValueError, match="'cosh' is not in the library"):
+        kan.load(tmp_path / "net.npz")
+    assert kan.load(tmp_path / "net.npz", {"cosh": cosh}).layers[0].fixed[0].function is cosh
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+def test_damaged_files_are_told(tmp_path, damage):
+    path = tmp_path / "net.npz"
+    kan.save(path, a_network())
+    content = {"cut": path.read_bytes()[:900], "empty": b"", "text": b"hello, this is no network" * 9}
+    if damage == "other":
+        np.savez(path, a=np.zeros(3))
+    else:
+        path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match=r"net\.npz"):
+        kan.load(path)
+
+
+def test_bfloat16_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="bfloat16"):
+        kan.save(tmp_path / "net.npz", kan.with_dtype(a_network(), jnp.bfloat16))
+
+
+def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path):
+    x = jax.random.uniform(jax.random.key(0), (100, 2), minval=-1.0)
+    y = x[:, 0] + x[:, 1] ** 2
+    params = kan.init(jax.random.key(1), [2, 1], grid=3)
+    options = dict(grids=[3, 5], steps=3, held_out=(x[:20], y[:20]))
+    whole, told = kan.fit(params, x, y, **options)
+    kan.fit(params, x, y, **options, checkpoint=tmp_path)
+    (tmp_path / "0-5.npz").unlink()
+    again, told_again = kan.fit(params, x, y, **options, checkpoint=tmp_path)
+    np.testing.assert_allclose(kan.apply(again, x), kan.apply(whole, x), atol=1e-5)
+    assert told_again["train"] == pytest.approx(told["train"], rel=1e-3)
+    with pytest.raises(ValueError, match="of another fit"):
+        kan.fit(params, x, 2 * y, **options, checkpoint=tmp_path)

@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+
+from jaxml.cli.main import main
+from jaxml.kan import table
+
+ROWS = [f"{n / 20 - 1},{'x' if n % 2 else 'y'},4,{2 * (n / 20 - 1) + 1}" for n in range(40)]
+
+
+def written(tmp_path, lines, name="d.csv"):
+    path = tmp_path / name
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_what_is_left_out_is_told(tmp_path):
+    lines = ["a,word,same,y", *ROWS, "NA,x,4,1", "1e9,x,4,1", "inf,x,4,2"]
+    found = table.read(written(tmp_path, lines), "y", drop_outliers=True)
+    assert found.names == ["a"] and found.x.shape == (40, 1)
+    text = " ".join(found.notes)
+    for part in (
+        "column word is left out: 43 of 43",
+        "2 of 43 rows",
+        "a has 1 values more than 20",
+        "same is left out: it is 4",
+    ):
+        assert part in text
+    assert table.read(written(tmp_path, lines), "y").x.shape == (41, 1)
+
+
+@pytest.mark.parametrize(
+    "lines,target,match",
+    [
+        ([], "y", "got 0 lines"),
+        (["a,y"], "y", "got 1 lines"),
+        (["a,y", "1,2", "3"], "y", "line 3 has 1 values"),
+        (["a,a,y", "1,2,3"], "y", "'a' more than once"),
+        (["a,y", "1,2"], "z", "no column 'z'"),
+        (["a,y", "1,2"], "y", "at least 10 rows"),
+        (["a,word,same,y", *ROWS], "word", "are no numbers"),
+        (["a,word,same,y", *ROWS], "same", "nothing to predict"),
+    ],
+)
+def test_tables_that_cannot_be_fitted_are_told(tmp_path, lines, target, match):
+    path = tmp_path / "d.csv"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=match):
+        table.read(path, target)
+
+
+def test_semicolons_and_byte_order_marks_are_read(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_bytes(b"\xef\xbb\xbfa;y\n" + b"\n".join(f"{n};{n}".encode() for n in range(12)))
+    assert table.read(path, "y").names == ["a"]
+    path.write_bytes(b"\xff\xfe\x00a\x00")
+    with pytest.raises(ValueError, match="UTF-8"):
+        table.read(path, "y")
+
+
+def test_the_command_finds_a_formula_and_writes_its_files(tmp_path, capsys):
+    path = written(tmp_path, ["a,word,same,y", *ROWS])
+    out = tmp_path / "out"
+    options = "--target y --hidden 1 --restarts 1 --grids 5 --functions x sin".split()
+    assert main(["kan", "fit", str(path), *options, "--out", str(out)]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [
+        "formula.npz", "formula.png", "found.json", "splines.npz", "splines.png",
+    ]  # fmt: skip
+    told = json.loads((out / "found.json").read_text())
+    assert told["held_out_error"]["formula"] < 1e-3 and told["features"] == ["a"]
+    assert "y = 2*a + 1" in capsys.readouterr().out
+    assert np.isfinite(told["held_out_error"]["splines"])
+
+
+def test_wrong_options_are_told(tmp_path, capsys):
+    path = written(tmp_path, ["a,word,same,y", *ROWS])
+    for extra, text in (
+        (["--held-out", "2"], "between 0 and 1"),
+        (["--functions", "sine"], "got 'sine'"),
+        (["--features", "b"], "no column 'b'"),
+        (["--out", str(path)], "--out is a folder"),
+    ):
+        assert main(["kan", "fit", str(path), "--target", "y", *extra]) == 2
+        assert text in capsys.readouterr().err
