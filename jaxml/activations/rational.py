@@ -62,7 +62,8 @@ def _rational(x, a, b, version):
     x = jnp.clip(x, -limit, limit)
     top = horner(a, x)
     if version == "A":
-        return top / (1 + jnp.abs(x) * horner(jnp.abs(b), jnp.abs(x)))
+        # |b| with slope 1 at 0: a coefficient that starts there can leave.
+        return top / (1 + jnp.abs(x) * horner(jnp.where(b >= 0, b, -b), jnp.abs(x)))
     return top / (1 + jnp.abs(x * horner(b, x)))
 
 
