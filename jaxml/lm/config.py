@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+FEED_FORWARDS = ("gated", "kan", "rational")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 GEMMA = ("gemma2", "gemma3_text")
 REQUIRED = object()  # the default of a key that a file must have
@@ -43,6 +44,8 @@ class DecoderConfig:
     hidden_dim: int  # F
     max_length: int
     activation: str = "silu"  # or "gelu_tanh"
+    feed_forward: str = "gated"  # or "kan", "rational" (`lm.feed_forward`)
+    kan_grid: int = 5  # cells of "kan"
     norm_eps: float = 1e-5
     norm_plus_one: bool = False  # RMSNorm multiplies by 1 + weight
     post_norms: bool = False  # a norm after attention and feed-forward as well
@@ -68,6 +71,9 @@ class DecoderConfig:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"DecoderConfig: family is one of {', '.join(FAMILIES)}, got {self.family!r}.")
+        if self.feed_forward not in FEED_FORWARDS:
+            known = ", ".join(FEED_FORWARDS)
+            raise ValueError(f"DecoderConfig: feed_forward is one of {known}, got {self.feed_forward!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig: num_heads is a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}."

@@ -195,6 +195,8 @@ def _layers_from_hf(take, config, family: str, num_layers: int) -> dict[str, Any
 
 
 def write(c: DecoderConfig) -> dict[str, Any]:
+    if c.feed_forward != "gated":
+        raise ValueError(f"DecoderConfig.to_hf: config.json has no feed-forward of kind {c.feed_forward!r}.")
     rope: dict[str, Any] = {"rope_type": "default"}
     if c.rope_scaling:
         if c.rope_scaling.kind == "factors":

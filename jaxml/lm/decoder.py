@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxml.attention import flash_attention
 from jaxml.axes import Array, Float, Int, Params, wide
+from jaxml.lm import feed_forward
 from jaxml.lm.cache import EMPTY, Cache
 from jaxml.lm.config import DecoderConfig, RopeScaling
 from jaxml.weights import dot, is_node
@@ -21,7 +22,7 @@ from jaxml.weights import dot, is_node
 
 def shapes(config: DecoderConfig) -> dict[str, Any]:
     """The shape of every parameter, as a tree of tuples."""
-    c, L, D, F = config, config.num_layers, config.width, config.hidden_dim
+    c, L, D = config, config.num_layers, config.width
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layers = {
         "attn_norm": (L, D),
@@ -30,16 +31,12 @@ def shapes(config: DecoderConfig) -> dict[str, Any]:
         "v": (L, D, KH),
         "o": (L, NH, D),
         "mlp_norm": (L, D),
-        "gate": (L, D, F),
-        "up": (L, D, F),
-        "down": (L, F, D),
+        **feed_forward.shapes(c),
     }
     if c.qkv_bias:
         layers |= {"q_bias": (L, NH), "k_bias": (L, KH), "v_bias": (L, KH)}
     if c.o_bias:
         layers |= {"o_bias": (L, D)}
-    if c.mlp_bias:
-        layers |= {"gate_bias": (L, F), "up_bias": (L, F), "down_bias": (L, D)}
     if c.qk_norm:
         layers |= {"q_norm": (L, c.head_dim), "k_norm": (L, c.head_dim)}
     if c.post_norms:
@@ -68,6 +65,9 @@ def init(key: Array, config: DecoderConfig, dtype=jnp.float32) -> Params:
             return jnp.full(shape, 0.0 if config.norm_plus_one else 1.0, dtype)
         if name.endswith("bias"):
             return jnp.zeros(shape, dtype)
+        start = feed_forward.init(k, config, name, shape)
+        if start is not None:
+            return start.astype(dtype)
         return (0.02 * jax.random.normal(k, shape)).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, tree, is_leaf=lambda s: isinstance(s, tuple))
@@ -212,7 +212,7 @@ def _layers(params, config, x, positions, attend, kv, length, remat=False):
 def _layer(layer, config, x, rotary, attend, kv, i, length, kind):
     y, kv = _attention(layer, config, _norm(x, layer["attn_norm"], config), rotary, attend, kv, i, length, kind)
     x = x + (_norm(y, layer["post_attn_norm"], config) if config.post_norms else y)
-    y = _feed_forward(layer, config, _norm(x, layer["mlp_norm"], config))
+    y = feed_forward.apply(layer, config, _norm(x, layer["mlp_norm"], config), _dense)
     return x + (_norm(y, layer["post_mlp_norm"], config) if config.post_norms else y), kv
 
 
@@ -242,12 +242,6 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
         **attend,
     )
     return _dense(layer, "o", out.reshape(B, T, -1)), kv
-
-
-def _feed_forward(layer, config, x):
-    gate = _dense(layer, "gate", x)
-    gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return _dense(layer, "down", gate * _dense(layer, "up", x))
 
 
 def _dense(layer, name, x):
