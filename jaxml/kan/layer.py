@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from jaxml.axes import Array, Float, wide
 from jaxml.kan import bases
@@ -152,19 +153,80 @@ def _sums(spec: Spec, implementation: str | None, *arguments: Array) -> Array:
 
 
 def _split(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
-    values = bases.BASES[spec.basis].each(x, points, spec)
-    y = _times(BASE_FUNCTIONS[spec.base](x), base) if spec.base != "zero" else 0
-    for value, c in zip(values, coef):
-        y = y + _times(value.astype(x.dtype), c)
-    return y
+    sums = lambda x: _basis_sum(spec, False, x, coef, points)
+    blocks = _blocks(x, spec.size)
+    if blocks > 1:
+        y = jax.lax.map(jax.checkpoint(sums), x.reshape(blocks, -1, x.shape[1])).reshape(len(x), -1)
+    else:
+        y = sums(x)
+    return _base(spec, x, base) + y
+
+
+def _blocks(x: Array, size: int) -> int:
+    """How many blocks of rows, one after the other, keep what a gradient needs below 32 MiB.
+
+    From there on malloc asks the system for new pages in each step, and touching them costs a third of its time
+    (`benchmarks/kan.py`, width 256, grid 20).
+    """
+    blocks, needed = 1, 2 * size * x.size * wide(x.dtype).itemsize
+    if needed > 24 * 2**20:
+        while needed > blocks * 14 * 2**20 and len(x) % (2 * blocks) == 0:
+            blocks *= 2
+    return blocks
 
 
 def _fused(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
-    values = bases.BASES[spec.basis].values(x, points, spec)
-    y = _times(BASE_FUNCTIONS[spec.base](x), base) if spec.base != "zero" else 0
-    return y + jnp.einsum(
-        "bki,kio->bo", values.astype(x.dtype), coef.astype(x.dtype), preferred_element_type=wide(x.dtype)
-    )
+    sums = _basis_sum if spec.size <= MOST_SPLIT else _sum_of_basis
+    return _base(spec, x, base) + sums(spec, True, x, coef, points)
+
+
+def _base(spec: Spec, x: Array, base: Array) -> Array | int:
+    return _times(BASE_FUNCTIONS[spec.base](x), base) if spec.base != "zero" else 0
+
+
+def _sum_of_basis(spec: Spec, fused: bool, x: Array, coef: Array, points: Array) -> Array:
+    """Σ_k B_k(x) C_k."""
+    basis = bases.BASES[spec.basis]
+    if not fused:
+        return sum(_times(value.astype(x.dtype), c) for value, c in zip(basis.each(x, points, spec), _each(coef)))
+    values = basis.values(x, points, spec).astype(x.dtype)
+    return jnp.einsum("bki,kio->bo", values, coef.astype(x.dtype), preferred_element_type=wide(x.dtype))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _basis_sum(spec: Spec, fused: bool, x: Array, coef: Array, points: Array) -> Array:
+    """The same, whose tangent by x is Σ_k (B'_k(x) dx) C_k: transposed, no array [..., K, in] of cotangents is made."""
+    return _sum_of_basis(spec, fused, x, coef, points)
+
+
+def _basis_sum_jvp(spec, fused, primals, tangents):
+    x, coef, points = primals
+    dx, dcoef, dpoints = tangents
+    is_zero = lambda t: isinstance(t, SymbolicZero)
+    y = _sum_of_basis(spec, fused, x, coef, points)
+    out = jnp.zeros_like(y)
+    if not is_zero(dx):
+        out = out + _moved(spec, x, dx, coef, points)
+    if not is_zero(dcoef):
+        out = out + _sum_of_basis(spec, fused, x, dcoef, points)
+    if not is_zero(dpoints):
+        out = out + jax.jvp(lambda points: _sum_of_basis(spec, fused, x, coef, points), (points,), (dpoints,))[1]
+    return y, out
+
+
+def _moved(spec: Spec, x: Array, dx: Array, coef: Array, points: Array) -> Array:
+    """Σ_k (B'_k(x) dx) C_k."""
+    each = lambda x: tuple(bases.BASES[spec.basis].each(x, points, spec))
+    slopes = jax.jvp(each, (x,), (jnp.ones_like(x),))[1]
+    return sum(_times(slope.astype(x.dtype) * dx, c) for slope, c in zip(slopes, _each(coef)))
+
+
+def _each(coef: Float[Array, "K I O"]) -> list[Float[Array, "I O"]]:
+    """Its K parts by one `split`, whose transpose is one concatenation; that of K slices adds up K padded arrays."""
+    return [c[0] for c in jax.lax.split(coef, [1] * len(coef))]
+
+
+_basis_sum.defjvp(_basis_sum_jvp, symbolic_zeros=True)
 
 
 def _times(a: Array, b: Array) -> Array:
