@@ -1,0 +1,341 @@
+"""Kolmogorov–Arnold layers against pykan, efficient-kan, jaxKAN and an MLP layer: time, memory, TPU schedule.
+
+    python benchmarks/kan.py                     # ten minutes; rivals that are not installed are left out, by name
+    python benchmarks/kan.py --subjects layer    # one of layer, parameters, symbolic, regularizer, tpu
+    python benchmarks/kan.py --table             # the tables of the newest results
+
+Times are of the process (all threads), the median of rounds in which every subject runs once, so that a busy machine
+hits all alike. Gradients are of the trained parameters and of the input.
+
+layer: one layer, batch 1024, forward and backward, as a multiple of a dense layer silu(x W + b) of the same width.
+parameters: a layer 1000 → 1000 of 9 million parameters against an MLP 1000 → 4500 → 1000, batch 100.
+symbolic: functions for the three edges of a [2, 1, 1] network of exp(sin(πx) + y²).
+regularizer: value and gradient of pykan's penalty, one layer, batch 1024.
+tpu: forward and backward at batch 8192, 1024 × 1024, grid 5, bfloat16, compiled for v5e: the compiler's own cycles
+against the time that the products take at the chip's peak, and temporary memory.
+
+efficient-kan is not on PyPI: put its folder `efficient_kan` on PYTHONPATH.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib
+import io
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml import kan
+from jaxml.kan import attribution
+from jaxml.kan import layer as layers
+
+RESULTS = Path(__file__).parent / "results"
+SUBJECTS = ("layer", "parameters", "symbolic", "regularizer", "tpu")
+SHAPES = ((64, 5), (64, 20), (256, 5), (256, 20))  # (width, grid)
+AIMS = {5: 9.0, 20: 25.0}
+BATCH, ROUNDS = 1024, 11
+V5E = {"flops": 197e12, "hertz": 1.5e9}  # bfloat16, one chip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest results and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = RESULTS / f"kan-{kind}-{datetime.date.today().isoformat()}.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report["date"], report["jax"] = datetime.date.today().isoformat(), jax.__version__
+    report["device"] = jax.devices()[0].device_kind
+    for subject in options.subjects:
+        report[subject] = globals()[subject]()
+        path.write_text(json.dumps(report, indent=1) + "\n")
+    print(table())
+
+
+def installed(module: str):
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return importlib.import_module(module)
+    except ImportError:
+        print(f"{module} is not installed: left out", flush=True)
+        return None
+
+
+def timed(subjects: dict, seconds: float = 0.08, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Process seconds of each subject in each of the rounds."""
+    repeats = {}
+    for name, run in subjects.items():
+        run()
+        start = time.process_time()
+        run()
+        repeats[name] = max(1, round(seconds / max(time.process_time() - start, 1e-6)))
+    out = {name: [] for name in subjects}
+    for _ in range(rounds):
+        for name, run in subjects.items():
+            start = time.process_time()
+            for _ in range(repeats[name]):
+                run()
+            out[name].append((time.process_time() - start) / repeats[name])
+    return out
+
+
+def compiled(function, *arguments):
+    """(a call that waits for its result, MiB of temporary memory)."""
+    ready = jax.jit(function).lower(*arguments).compile()
+    memory = ready.memory_analysis()
+    return lambda: jax.block_until_ready(ready(*arguments)), memory.temp_size_in_bytes / 2**20 if memory else None
+
+
+# ---- layers ------------------------------------------------------------------------------------------
+
+
+def ours(width: tuple[int, int], grid: int, x, basis: str = "bspline"):
+    layer = layers.init(jax.random.key(0), width, layers.Spec(grid, basis=basis))
+
+    def loss(trained, x):
+        return jnp.sum(layers.apply(dataclasses.replace(layer, coef=trained[0], base=trained[1]), x) ** 2)
+
+    return compiled(jax.grad(loss, (0, 1)), (layer.coef, layer.base), x)
+
+
+def dense(widths: tuple[int, ...], x):
+    keys = jax.random.split(jax.random.key(0), len(widths) - 1)
+    draw = lambda key, i, o: (jax.random.normal(key, (i, o)) / i**0.5, jnp.zeros((1, o)))
+    params = [draw(key, i, o) for key, i, o in zip(keys, widths, widths[1:])]
+
+    def loss(params, x):
+        for weight, bias in params:
+            x = jax.nn.silu(x @ weight + bias)
+        return jnp.sum(x**2)
+
+    return compiled(jax.grad(loss, (0, 1)), params, x)
+
+
+def of_jaxkan(width: int, grid: int, x):
+    from flax import nnx
+
+    module = installed("jaxkan.layers")
+    if module is None:
+        return None
+    layer = module.SplineLayer(n_in=width, n_out=width, k=3, G=grid)
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params, rest)(x) ** 2)
+
+    return compiled(jax.grad(loss, (0, 1)), params, x)
+
+
+def of_torch(make, x):
+    import torch
+
+    layer, x = make(torch), torch.tensor(np.asarray(x), requires_grad=True)
+
+    def run():
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        (y**2).sum().backward()
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+
+    return run, None
+
+
+def layer() -> list[dict]:
+    rows = []
+    pykan, efficient = installed("kan"), installed("efficient_kan")
+    for width, grid in SHAPES:
+        x = jax.random.uniform(jax.random.key(1), (BATCH, width), minval=-1.0)
+        subjects = {"dense": dense((width, width), x), "jaxml": ours((width, width), grid, x)}
+        subjects["jaxkan"] = of_jaxkan(width, grid, x)
+        if efficient is not None:
+            subjects["efficient-kan"] = of_torch(lambda _: efficient.KANLinear(width, width, grid_size=grid), x)
+        if pykan is not None and (width, grid) != (256, 20):  # which takes minutes a step
+            from kan.KANLayer import KANLayer
+
+            subjects["pykan"] = of_torch(lambda _: KANLayer(in_dim=width, out_dim=width, num=grid, k=3), x)
+        subjects = {name: s for name, s in subjects.items() if s is not None}
+        slow = {name: s[0] for name, s in subjects.items() if name == "pykan"}
+        quick = {name: s[0] for name, s in subjects.items() if name not in slow}
+        times = timed(quick) | (timed(slow, rounds=3) if slow else {})
+        base = statistics.median(times["dense"])
+        for name, found in times.items():
+            both = [a / b for a, b in zip(found, times["dense"])] if len(found) == ROUNDS else [f / base for f in found]
+            row = {"width": width, "grid": grid, "subject": name, "ms": 1e3 * statistics.median(found),
+                   "times_dense": statistics.median(both), "temp_mib": subjects[name][1]}  # fmt: skip
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def parameters() -> list[dict]:
+    x = jax.random.uniform(jax.random.key(1), (100, 1000), minval=-1.0)
+    subjects = {"mlp 1000-4500-1000": dense((1000, 4500, 1000), x), "jaxml 1000-1000": ours((1000, 1000), 5, x)}
+    times = timed({name: s[0] for name, s in subjects.items()})
+    return [{"subject": name, "ms": 1e3 * statistics.median(t)} for name, t in times.items()]
+
+
+# ---- formulas ----------------------------------------------------------------------------------------
+
+
+def symbolic() -> list[dict]:
+    x = jax.random.uniform(jax.random.key(0), (1000, 2), minval=-1.0)
+    y = jnp.exp(jnp.sin(jnp.pi * x[:, 0]) + x[:, 1] ** 2)
+    params, _ = kan.fit(kan.init(jax.random.key(1), [2, 1, 1]), x, y, grids=[5, 10])
+    rows = []
+    for what in ("first call", "later calls"):
+        start = time.process_time()
+        _, told = kan.auto_symbolic(params, x)
+        names = [suggestion.name for *_, suggestion in told]
+        rows.append({"subject": f"jaxml, {what}", "seconds": time.process_time() - start, "functions": names})
+        print(rows[-1], flush=True)
+    if installed("kan") is not None:
+        import tempfile
+
+        import torch
+        from kan import KAN
+
+        from jaxml.kan import pykan
+
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            pykan.save(f"{folder}/m", params, x)
+            model = KAN.loadckpt(f"{folder}/m")
+            model.auto_save = False
+            model(torch.tensor(np.asarray(x)))
+            start = time.process_time()
+            model.auto_symbolic(verbose=0)
+            seconds = time.process_time() - start
+        names = [model.symbolic_fun[n].funs_name[o][i] for n, i, o in ((0, 0, 0), (0, 1, 0), (1, 0, 0))]
+        rows.append({"subject": "pykan", "seconds": seconds, "functions": names})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def regularizer() -> list[dict]:
+    rows = []
+    for width in (64, 256):
+        x = jax.random.uniform(jax.random.key(1), (BATCH, width), minval=-1.0)
+        params = kan.init(jax.random.key(0), [width, width])
+        trained, rest = kan.split(params)
+
+        def penalty(trained, x=x, rest=rest):
+            return attribution.regularizer(kan.combine(trained, rest), x)
+
+        subjects = {"jaxml": compiled(jax.grad(penalty), trained)}
+        if installed("kan") is not None:
+            from kan import KAN
+
+            def make(torch, width=width):
+                with contextlib.redirect_stdout(io.StringIO()):
+                    model = KAN(width=[width, width], grid=5, k=3, auto_save=False)
+                model.forward_ = model.forward
+                return model
+
+            import torch
+
+            model, data = make(torch), torch.tensor(np.asarray(x))
+
+            def run(model=model, data=data):
+                model(data)
+                model.reg("edge_forward_spline_n", 1.0, 2.0, 0.0, 0.0).backward()
+                model.zero_grad()
+
+            subjects["pykan, with its forward pass"] = run, None
+        times = timed({name: s[0] for name, s in subjects.items()}, rounds=3)
+        for name, found in times.items():
+            rows.append({"width": width, "subject": name, "ms": 1e3 * statistics.median(found),
+                         "temp_mib": subjects[name][1]})  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+# ---- TPU ---------------------------------------------------------------------------------------------
+
+
+def tpu() -> list[dict]:
+    from jaxml.testing import compile_for_tpu
+
+    rows, batch, width = [], 8192, 1024
+    for grid in (5, 20):
+        spec = layers.Spec(grid)
+        make = lambda key, spec=spec: layers.init(key, (width, width), spec, dtype=jnp.bfloat16)
+        like = jax.eval_shape(make, jax.random.key(0))
+        x = jax.ShapeDtypeStruct((batch, width), jnp.bfloat16)
+
+        def step(coef, base, points, mask, x, cotangent, spec=spec):
+            run = lambda coef, base, x: layers.apply(layers.Layer(coef, base, points, mask, (), spec), x)
+            y, vjp = jax.vjp(run, coef, base, x)
+            return y, vjp(cotangent)
+
+        ready = compile_for_tpu(step, (like.coef, like.base, like.points, like.mask, x, x), "v5e")
+        cycles = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', ready.as_text()))
+        flops = 3 * 2 * batch * width * width * (spec.size + 1)
+        seconds = cycles / V5E["hertz"]
+        rows.append({"grid": grid, "ms": 1e3 * seconds, "share_of_peak": flops / V5E["flops"] / seconds,
+                     "temp_mib": ready.memory_analysis().temp_size_in_bytes / 2**20})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+TITLES = {
+    "parameters": "Equal parameters (9.0 million), batch 100",
+    "symbolic": "Functions of three edges, seconds of process time",
+    "regularizer": "Penalty and gradient of one layer, batch 1024",
+    "tpu": "TPU v5e, compiled: batch 8192, 1024 × 1024, bfloat16",
+}
+
+
+def table() -> str:
+    """Markdown, of the newest results."""
+    report = json.loads(max(RESULTS.glob("kan-*-????-??-??.json")).read_text())
+    where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+    parts = [_layers(report["layer"], where)] if "layer" in report else []
+    for key, title in TITLES.items():
+        if key in report:
+            columns = list(report[key][0])
+            rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
+            parts.append(f"{title}, {where}:\n\n" + _markdown([c.replace("_", " ") for c in columns], rows))
+    return "\n\n".join(parts)
+
+
+def _layers(rows: list[dict], where: str) -> str:
+    names = list(dict.fromkeys(row["subject"] for row in rows))
+    lines = []
+    for width, grid in SHAPES:
+        here = {row["subject"]: row for row in rows if (row["width"], row["grid"]) == (width, grid)}
+        memory = lambda row: f" ({row['temp_mib']:.1f})" if row["temp_mib"] else ""
+        cells = [f"{here[n]['times_dense']:.1f}{memory(here[n])}" if n in here else "" for n in names]
+        lines.append([f"{width}, {grid}", f"{AIMS[grid]:.0f}", *cells])
+    title = f"One layer forward and backward, batch {BATCH}, {where}; multiples of a dense layer (temporary MiB):"
+    return f"{title}\n\n" + _markdown(["width, grid", "aim", *names], lines)
+
+
+def _shown(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(value)
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+if __name__ == "__main__":
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]  # pykan's module is `kan` too
+    main()
