@@ -1,6 +1,7 @@
 """Kolmogorov–Arnold networks: functions on edges, as pure functions over one pytree."""
 
 from jaxml.kan.attribution import Attribution, attribute, interactions, regularizer
+from jaxml.kan.compile import from_formula, loosen
 from jaxml.kan.discover import Discovery, discover
 from jaxml.kan.file import load, save
 from jaxml.kan.fit import fit, with_dtype
@@ -12,7 +13,7 @@ from jaxml.kan.symbolic import Function, auto_symbolic, fix, formula, function, 
 
 __all__ = [
     "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "discover",
-    "fit", "fix", "formula", "function", "init", "interactions", "keep", "latex", "load", "plot", "prune",
-    "prune_edges", "prune_inputs", "prune_nodes", "refine", "regularizer", "save", "simplify", "split",
-    "suggest", "unfix", "update", "with_dtype",
+    "fit", "fix", "formula", "from_formula", "function", "init", "interactions", "keep", "latex", "load",
+    "loosen", "plot", "prune", "prune_edges", "prune_inputs", "prune_nodes", "refine", "regularizer", "save",
+    "simplify", "split", "suggest", "unfix", "update", "with_dtype",
 ]  # fmt: skip

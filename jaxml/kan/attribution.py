@@ -76,7 +76,7 @@ def features(layer: Layer, x: Float[Array, "N I"]) -> tuple[Float[Array, "K1 I O
     f = jnp.concatenate([values, base[:, None]], axis=1)
     f = f - jnp.mean(f, axis=0, keepdims=True)
     covariance = jnp.einsum("nki,nli->ikl", f, f, precision="highest") / max(1, len(x) - 1)
-    a = jnp.concatenate([layer.coef, layer.base[None]]) * layer.mask[None]
+    a = layer.masked(jnp.concatenate([layer.coef, layer.base[None]]))
     return a.astype(covariance.dtype), covariance
 
 

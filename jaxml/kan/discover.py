@@ -162,8 +162,8 @@ class _Units(NamedTuple):
             affine = Affine(jnp.ones(n), jnp.zeros(n), self.deviation, self.mean)
             return dataclasses.replace(params, affine=(*params.affine[:-1], affine))
         # The mean goes to one edge of each sum; a sum of splines holds it since they add up to 1.
-        live = jnp.argmax(last.mask > 0, axis=0)
-        takes = jnp.any(last.mask > 0, axis=0)
+        live = jnp.argmax(last.kept > 0, axis=0)
+        takes = jnp.any(last.kept > 0, axis=0)
         coef = last.coef * self.deviation[None, None]
         coef = coef.at[:, live, jnp.arange(last.width[1])].add(jnp.where(takes, self.mean, 0)[None])
         given, fixed = set(np.flatnonzero(np.asarray(takes)).tolist()), []

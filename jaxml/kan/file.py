@@ -48,7 +48,8 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
     arrays, told = {}, []
     for n, (layer, affine) in enumerate(zip(params.layers, params.affine)):
         for name in ("coef", "base", "points", "mask"):
-            arrays[f"{n}.{name}"] = getattr(layer, name)
+            if getattr(layer, name) is not None:
+                arrays[f"{n}.{name}"] = getattr(layer, name)
         for name in AFFINE if affine else ():
             arrays[f"{n}.{name}"] = getattr(affine, name)
         for m, edge in enumerate(layer.fixed):
@@ -90,8 +91,8 @@ def load(path: str | Path, functions: Mapping[str, symbolic.Function] | None = N
                 symbolic.Edge(arrays[f"{n}.fixed.{m}"], into, out, known[name])
                 for m, (into, out, name) in enumerate(told["fixed"])
             ]
-            four = (arrays[f"{n}.{name}"] for name in ("coef", "base", "points", "mask"))
-            layers.append(Layer(*four, tuple(fixed), Spec(**told["spec"])))
+            three = (arrays[f"{n}.{name}"] for name in ("coef", "base", "points"))
+            layers.append(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"])))
             affine.append(Affine(*(arrays[f"{n}.{name}"] for name in AFFINE)) if told["affine"] else ())
         return KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"]))
     except (KeyError, TypeError, ValueError) as error:

@@ -40,6 +40,7 @@ def fit(
     sparse: float = 0.0,
     entropy: float = 2.0,
     update_grids: bool = True,
+    padded: bool = False,
     batch_size: int | None = None,
     held_out: tuple[Array, Array] | None = None,
     patience: int | None = None,
@@ -60,6 +61,8 @@ def fit(
             "lm", whose penalties are squares.
         entropy: of the regularizer.
         update_grids: let every grid follow its input's range, between grids and thrice on the first one.
+        padded: give all grids the shape of the finest one, so that one program serves all (`kan.update`'s `cells`):
+            where compiling takes longer than fitting.
         batch_size: samples a step of an optimizer; all where None.
         held_out: (x, y) whose error is told as well and decides: between restarts, and with `patience`.
         patience: stop after so many grids without a lower error on `held_out`, and return the grid of the lowest.
@@ -95,6 +98,8 @@ def fit(
         raise ValueError("kan.fit: patience looks at held_out, got none. Give held_out=(x, y).")
     key = jax.random.key(0) if key is None else key
     plan = [params.layers[0].spec.grid] if grids is None else list(grids)
+    if padded and not update_grids:
+        raise ValueError("kan.fit: padded grids follow their input, got update_grids=False.")
     folder = checkpoint and Path(checkpoint)
     options = dict(method=method, steps=steps, smooth=smooth, sparse=sparse, entropy=entropy, batch_size=batch_size)
     identity = [list(map(str, params.widths)), plan, restarts, len(x), float(jnp.sum(x)), float(jnp.sum(y))]
@@ -111,7 +116,8 @@ def fit(
                 else:
                     seed = jax.random.fold_in(key, 1000 * number + n)
                     rounds = ROUNDS if update_grids and n == 0 else 1
-                    network, losses = _on_grid(network, cells, rounds, update_grids, x, y, seed, options)
+                    shape = max(plan) if padded else cells
+                    network, losses = _on_grid(network, shape, cells, rounds, update_grids, x, y, seed, options)
                     errors = float(_error(network, x, y)), None if test is None else float(_error(network, *test))
                     row = {"grids": cells, "train": errors[0], "held_out": errors[1], "losses": losses}
                     if path:
@@ -147,10 +153,11 @@ def _again(path: Path, identity: list[Any]) -> tuple[KAN, dict[str, Any]]:
     return file.load(path), about["row"]
 
 
-def _on_grid(network: KAN, cells: int, rounds: int, update_grids: bool, x, y, key, options) -> tuple[KAN, list[float]]:
-    network, losses = grids_.refine(network, cells), []
+def _on_grid(network: KAN, shape: int, cells: int, rounds: int, update_grids: bool, x, y, key, options):
+    """(the network with grids of `shape` cells, `cells` of them over the samples; losses)."""
+    network, losses = grids_.refine(network, shape), []
     for turn in range(rounds):
-        network = grids_.update(network, x) if update_grids else network
+        network = grids_.update(network, x, cells=cells if cells < shape else None) if update_grids else network
         network, some = _stage(network, x, y, key=jax.random.fold_in(key, turn), **options)
         losses += np.asarray(some).tolist()
     return network, losses
@@ -212,7 +219,7 @@ def roughness(params: KAN) -> Float[Array, "Q"]:
     parts = []
     for layer in params.layers:
         if layer.spec.basis == "bspline":
-            coef = layer.coef * layer.mask[None]
+            coef = layer.masked(layer.coef)
             parts.append(jnp.diff(coef, n=min(layer.spec.order + 1, len(coef) - 1), axis=0).ravel())
     return jnp.concatenate(parts) if parts else jnp.zeros(0, params.layers[0].coef.dtype)
 

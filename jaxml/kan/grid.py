@@ -24,7 +24,15 @@ from jaxml.kan.network import KAN, nodes
 from jaxml.optim.moments import SQUARED
 
 
-def update(params: KAN, x: Float[Array, "... I"], *, eps: float = 1.0, margin: float = 0.01) -> KAN:
+def update(
+    params: KAN,
+    x: Float[Array, "... I"],
+    *,
+    eps: float = 1.0,
+    margin: float = 0.01,
+    bend: float = 0.0,
+    cells: int | None = None,
+) -> KAN:
     """The same functions on grids that reach from the least to the greatest sample, layer by layer.
 
     Args:
@@ -32,9 +40,13 @@ def update(params: KAN, x: Float[Array, "... I"], *, eps: float = 1.0, margin: f
         eps: 1 makes cells of equal width, 0 cells of equally many samples, numbers between mix (pykan's `grid_eps`;
             cells of equal width are evaluated several times faster).
         margin: beyond both ends, as a share of the range.
+        bend: share of the cells that gather where the splines bend (density ∝ √ of the mean |second derivative| over
+            the outputs); with more than 0 cells are no longer equal.
+        cells: of equal width, that reach over the samples; the other ones of the grid lie beyond the upper end. So a
+            grid grows finer without another shape, and a compiled step stays as it is.
 
     Raises:
-        ValueError: eps out of [0, 1]; other than equal cells on a periodic grid.
+        ValueError: eps or bend out of [0, 1]; other than equal cells on a periodic grid; more cells than the grid has.
 
     Example:
         >>> from jaxml import kan
@@ -43,23 +55,33 @@ def update(params: KAN, x: Float[Array, "... I"], *, eps: float = 1.0, margin: f
         >>> params.layers[0].points[0].tolist()[::5]
         [0.0, 4.0]
     """
-    if not 0 <= eps <= 1:
-        raise ValueError(f"kan.update: eps is in [0, 1], got {eps}.")
+    if not (0 <= eps <= 1 and 0 <= bend <= 1):
+        raise ValueError(f"kan.update: eps and bend are in [0, 1], got {eps} and {bend}.")
+    least = min(layer.spec.grid for layer in params.layers)
+    if cells is not None and not (1 <= cells <= least and eps == 1 and bend == 0):
+        raise ValueError(f"kan.update: cells are 1 … {least}, all equally wide, got {cells}, eps {eps}, bend {bend}.")
     out = []
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
-        new = _updated(layer, x.reshape(-1, x.shape[-1]), eps, margin)
+        new = _updated(layer, x.reshape(-1, x.shape[-1]), eps, margin, bend, cells or layer.spec.grid)
         x = nodes(layers.apply(layer, x), affine, arities)
         out.append(new)
     return dataclasses.replace(params, layers=tuple(out))
 
 
-def _updated(layer: Layer, x: Float[Array, "N I"], eps: float, margin: float) -> Layer:
+def _updated(layer: Layer, x: Float[Array, "N I"], eps: float, margin: float, bend: float, cells: int) -> Layer:
     spec = layer.spec
-    if spec.outside == "periodic" and eps < 1:
-        raise ValueError(f"kan.update: a periodic grid has cells of equal width, got eps={eps}. Take 1.")
+    if spec.outside == "periodic" and (eps < 1 or bend or cells < spec.grid):
+        raise ValueError(
+            f"kan.update: a periodic grid has cells of equal width all over, got eps={eps}, bend={bend}, cells={cells}."
+        )
     x = x.astype(layer.points.dtype)
     points = _around(x, spec.grid, eps, margin)
-    spec = dataclasses.replace(spec, uniform=eps == 1)
+    if bend:
+        points = _gathered(layer, points, bend)
+    if cells < spec.grid:
+        end = points[:, :1] + (points[:, -1:] - points[:, :1]) * (spec.grid / cells)
+        points = points[:, :1] + (end - points[:, :1]) * jnp.linspace(0.0, 1.0, spec.grid + 1, dtype=x.dtype)[None]
+    spec = dataclasses.replace(spec, uniform=eps == 1 and not bend)
     if not bases.BASES[spec.basis].has_grid:
         return dataclasses.replace(layer, points=points)  # another scale of the input; the function changes with it
     finite = jnp.where(jnp.isfinite(x), x, points[:, 0][None])
@@ -84,6 +106,24 @@ def _around(x: Float[Array, "N I"], grid: int, eps: float, margin: float) -> Flo
     by_number = jnp.where(is_empty[:, None], even, by_number.at[:, 0].set(low[:, 0]).at[:, -1].set(high[:, 0]))
     floor = max(eps, 0.01)  # of every cell, as a share of an even one
     return floor * even + (1 - floor) * by_number
+
+
+def _gathered(layer: Layer, points: Float[Array, "I G1"], bend: float) -> Float[Array, "I G1"]:
+    """Points moved so that the old cells and the root of the curvature count for 1 − bend and bend of their density."""
+    cells = points.shape[1] - 1
+    share = jnp.linspace(0.0, 1.0, 16 * cells + 1, dtype=points.dtype)
+    old = jax.vmap(lambda p: jnp.interp(share * cells, jnp.arange(cells + 1, dtype=p.dtype), p), out_axes=1)(points)
+    along = lambda f: lambda x: jax.jvp(f, (x,), (jnp.ones_like(x),))[1]
+    curvature = along(along(lambda x: layers.edges(layer, x)))(old)
+    root = jnp.sqrt(jnp.mean(jnp.abs(curvature), axis=2))  # [S, I]
+    middle = 0.5 * (root[1:] + root[:-1]) * jnp.diff(old, axis=0)
+    grown = jnp.concatenate([jnp.zeros_like(middle[:1]), jnp.cumsum(middle, axis=0)])
+    total = grown[-1:]
+    by_bend = jnp.where(total > 0, grown / jnp.where(total > 0, total, 1), share[:, None])
+    reached = (1 - bend) * share[:, None] + bend * by_bend
+    even = jnp.linspace(0.0, 1.0, cells + 1, dtype=points.dtype)
+    reached = 0.95 * reached + 0.05 * share[:, None]  # no cell is wider than twenty even ones
+    return jax.vmap(lambda r, x: jnp.interp(even, r, x), in_axes=1)(reached, old)
 
 
 @functools.partial(jax.jit, static_argnames="spec")

@@ -72,7 +72,7 @@ class Layer:
     coef: Float[Array, "K I O"]
     base: Float[Array, "I O"]
     points: Float[Array, "I G1"]  # the ends of the grid's cells
-    mask: Float[Array, "I O"]  # 1, or 0 where an edge is pruned or stands fixed
+    mask: Float[Array, "I O"] | None  # 1, or 0 where an edge is pruned or stands fixed; None: all are there
     fixed: tuple[Any, ...]  # `symbolic.Edge`s: functions that stand where an edge was
     spec: Spec = dataclasses.field(metadata=dict(static=True))
 
@@ -80,6 +80,15 @@ class Layer:
     def width(self) -> tuple[int, int]:
         """(in, out)."""
         return self.base.shape
+
+    @property
+    def kept(self) -> Float[Array, "I O"]:
+        """The mask as an array."""
+        return jnp.ones_like(self.base) if self.mask is None else self.mask
+
+    def masked(self, a: Float[Array, "... I O"]) -> Float[Array, "... I O"]:
+        """An array of all edges with 0 where an edge is not there."""
+        return a if self.mask is None else a * self.mask.astype(a.dtype).reshape((1,) * (a.ndim - 2) + self.mask.shape)
 
 
 def init(
@@ -118,7 +127,7 @@ def init(
             of_coef, of_base = (spec.size * n_in + n_out) ** -0.5, (2 / (n_in + n_out)) ** 0.5
         coef = of_coef * jax.random.normal(one, shape, dtype)
         base = of_base * jax.random.normal(two, width, dtype)
-    return Layer(coef, base, points, jnp.ones(width, dtype), (), spec)
+    return Layer(coef, base, points, None, (), spec)
 
 
 def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None = None) -> Float[Array, "... O"]:
@@ -134,7 +143,7 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     flat = x.reshape(-1, x.shape[-1])
     if implementation is None and layer.spec.size > MOST_SPLIT:
         implementation = "fused"
-    arguments = flat, layer.coef * layer.mask[None], layer.base * layer.mask, layer.points
+    arguments = flat, layer.masked(layer.coef), layer.masked(layer.base), layer.points
     y = _sums(layer.spec, implementation, *arguments)
     for edge in layer.fixed:
         y = y.at[:, edge.out].add(edge(flat[:, edge.into].astype(y.dtype)))
@@ -238,7 +247,7 @@ def edges(layer: Layer, x: Float[Array, "... I"]) -> Float[Array, "... I O"]:
     flat = x.reshape(-1, x.shape[-1])
     values = bases.BASES[layer.spec.basis].values(flat, layer.points, layer.spec)
     out = jnp.einsum("bki,kio->bio", values.astype(x.dtype), layer.coef.astype(x.dtype))
-    out = (out + BASE_FUNCTIONS[layer.spec.base](flat)[..., None] * layer.base.astype(x.dtype)[None]) * layer.mask[None]
+    out = layer.masked(out + BASE_FUNCTIONS[layer.spec.base](flat)[..., None] * layer.base.astype(x.dtype)[None])
     for edge in layer.fixed:
         out = out.at[:, edge.into, edge.out].add(edge(flat[:, edge.into]))
     return out.reshape(*x.shape[:-1], *layer.width)

@@ -168,8 +168,8 @@ def split(params: KAN) -> tuple[KAN, KAN]:
 
     Example:
         >>> trained, rest = split(init(jax.random.key(0), [2, 1]))
-        >>> [leaf.shape for leaf in jax.tree.leaves(trained)], combine(trained, rest).layers[0].mask.shape
-        ([(8, 2, 1), (2, 1)], (2, 1))
+        >>> [leaf.shape for leaf in jax.tree.leaves(trained)], combine(trained, rest).layers[0].points.shape
+        ([(8, 2, 1), (2, 1)], (2, 6))
     """
     none = lambda tree: jax.tree.map(lambda _: None, tree)
     trained = [dataclasses.replace(layer, points=None, mask=None) for layer in params.layers]

@@ -99,7 +99,7 @@ class _Net:
 
     def alive(self, n: int) -> np.ndarray:
         layer = self.params.layers[n]
-        alive = np.asarray(layer.mask) > 0
+        alive = np.asarray(layer.kept) > 0
         for edge in layer.fixed:
             alive[edge.into, edge.out] = True
         return alive

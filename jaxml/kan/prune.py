@@ -106,10 +106,11 @@ def _part(layer: Layer, into: np.ndarray, out: np.ndarray) -> Layer:
         for e in layer.fixed
         if e.into in old_into and e.out in old_out
     ]
+    mask = None if layer.mask is None else layer.mask[into][:, out]
+    mask = None if mask is None or bool(jnp.all(mask == 1)) else mask
     return Layer(
-        layer.coef[:, into][:, :, out], layer.base[into][:, out], layer.points[into], layer.mask[into][:, out],
-        tuple(fixed), layer.spec,
-    )  # fmt: skip
+        layer.coef[:, into][:, :, out], layer.base[into][:, out], layer.points[into], mask, tuple(fixed), layer.spec
+    )
 
 
 def mask(params: KAN, x: Float[Array, "... I"], kept: Sequence[Bool[Array, "I O"]]) -> KAN:
@@ -128,10 +129,12 @@ def mask(params: KAN, x: Float[Array, "... I"], kept: Sequence[Bool[Array, "I O"
 
 def _masked(layer: Layer, x: Float[Array, "N I"], kept: Bool[Array, "I O"]) -> Layer:
     kept = np.asarray(kept)
-    remains = np.asarray(layer.mask > 0) & kept
+    remains = np.asarray(layer.kept > 0) & kept
     fixed = tuple(e for e in layer.fixed if kept[e.into, e.out])
-    new = dataclasses.replace(layer, mask=layer.mask * jnp.asarray(kept, layer.mask.dtype), fixed=fixed)
-    if kept.all() or layer.spec.basis != "bspline":
+    if kept.all():
+        return layer
+    new = dataclasses.replace(layer, mask=layer.masked(jnp.asarray(kept, layer.base.dtype)), fixed=fixed)
+    if layer.spec.basis != "bspline":
         return new
     values = layers.edges(layer, x)
     lost = jnp.sum(jnp.mean(values, axis=0) * ~kept, axis=0)

@@ -90,7 +90,7 @@ def _layer(part, n: int, config: dict[str, Any], path: str | Path) -> Layer:
         jnp.asarray(np.moveaxis(coef, 2, 0)),
         jnp.asarray(part(f"act_fun.{n}.scale_base")),
         jnp.asarray(points),
-        jnp.asarray(part(f"act_fun.{n}.mask")),
+        None if np.all(part(f"act_fun.{n}.mask") == 1) else jnp.asarray(part(f"act_fun.{n}.mask")),
         tuple(fixed),
         Spec(points.shape[1] - 1, order, "bspline", BASES[config["base_fun_name"]], "zero", uniform),
     )
@@ -154,7 +154,7 @@ def _spline_state(layer: Layer) -> dict[str, Any]:
     return {
         "grid": np.concatenate([points[:, :1] - more[:, ::-1], points, points[:, -1:] + more], axis=1),
         "coef": jnp.moveaxis(layer.coef, 0, 2),
-        "mask": layer.mask,
+        "mask": layer.kept,
         "scale_base": layer.base,
         "scale_sp": jnp.ones_like(layer.base),
     }

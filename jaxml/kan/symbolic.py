@@ -416,7 +416,7 @@ def _with(params: KAN, layer: int, into: int, out: int, function: Function, numb
     old = params.layers[layer]
     edge = Edge(jnp.asarray(numbers, old.coef.dtype), into, out, function)
     fixed = *(e for e in old.fixed if (e.into, e.out) != (into, out)), edge
-    return _replaced(params, layer, dataclasses.replace(old, mask=old.mask.at[into, out].set(0), fixed=fixed))
+    return _replaced(params, layer, dataclasses.replace(old, mask=old.kept.at[into, out].set(0), fixed=fixed))
 
 
 def unfix(params: KAN, layer: int, into: int, out: int) -> KAN:
@@ -426,7 +426,9 @@ def unfix(params: KAN, layer: int, into: int, out: int) -> KAN:
     fixed = tuple(e for e in old.fixed if (e.into, e.out) != (into, out))
     if len(fixed) == len(old.fixed):
         return params
-    return _replaced(params, layer, dataclasses.replace(old, mask=old.mask.at[into, out].set(1), fixed=fixed))
+    mask = old.kept.at[into, out].set(1)
+    mask = None if bool(jnp.all(mask == 1)) else mask
+    return _replaced(params, layer, dataclasses.replace(old, mask=mask, fixed=fixed))
 
 
 def _replaced(params: KAN, layer: int, new: Layer) -> KAN:
@@ -471,7 +473,7 @@ def auto_symbolic(
     """
     functions, told, out = library(chosen), [], params
     for n, (at, values) in enumerate(samples(params, x)):
-        open_edges = np.argwhere(np.asarray(params.layers[n].mask) > 0)
+        open_edges = np.argwhere(np.asarray(params.layers[n].kept) > 0)
         for into, to in open_edges.tolist():
             best = _ranked(at[:, into], values[:, into, to], functions, weight_simple)[0]
             told.append((n, into, to, best))
@@ -501,7 +503,7 @@ def formula(params: KAN, names: Sequence[str] | None = None, *, digits: int | No
     """
     sympy = need("sympy", "symbolic")
     splines = [
-        (n, int(i), int(o)) for n, layer in enumerate(params.layers) for i, o in np.argwhere(np.asarray(layer.mask) > 0)
+        (n, int(i), int(o)) for n, layer in enumerate(params.layers) for i, o in np.argwhere(np.asarray(layer.kept) > 0)
     ]
     if splines:
         raise ValueError(f"kan.formula: every edge is a function or pruned, got splines on {len(splines)} edges "

@@ -81,4 +81,4 @@ def _spec(config: DecoderConfig) -> layers.Spec:
 def _layer(coef: Array, base: Array, config: DecoderConfig) -> Any:
     ends = jnp.linspace(-LIMIT, LIMIT, config.kan_grid + 1)
     points = jnp.broadcast_to(ends[None], (base.shape[0], ends.size))
-    return layers.Layer(coef, base, points, jnp.ones(base.shape, base.dtype), (), _spec(config))
+    return layers.Layer(coef, base, points, None, (), _spec(config))

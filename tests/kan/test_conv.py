@@ -11,11 +11,10 @@ from jaxml.kan.layer import Spec
 def by_definition(params, x, kernel):
     """Every patch through one layer of edges ("VALID", stride 1, two dimensions)."""
     spec = params.spec
-    inputs = x.shape[-1]
     points = jnp.tile(params.points, (kernel[0] * kernel[1], 1))
     flat = layers.Layer(
         params.coef.reshape(spec.size, -1, params.coef.shape[-1]), params.base.reshape(-1, params.base.shape[-1]),
-        points, jnp.ones((kernel[0] * kernel[1] * inputs, params.base.shape[-1])), (), spec,
+        points, None, (), spec,
     )  # fmt: skip
     rows, columns = x.shape[1] - kernel[0] + 1, x.shape[2] - kernel[1] + 1
     patches = [x[:, r : r + rows, c : c + columns] for r in range(kernel[0]) for c in range(kernel[1])]

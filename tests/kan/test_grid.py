@@ -102,3 +102,27 @@ def test_bad_options_are_said():
     periodic = kan.init(jax.random.key(0), [1, 1], outside="periodic")
     with pytest.raises(ValueError, match=r"cells of equal width, got eps=0\.5"):
         kan.update(periodic, jnp.ones((3, 1)), eps=0.5)
+
+
+def test_cells_gather_where_the_splines_bend():
+    """A steep step: cells that follow the bends make a grid of 12 cells ten times better."""
+    x = jnp.linspace(-1.0, 1.0, 400)[:, None]
+    y = jnp.tanh(10 * x[:, 0])
+    params, info = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, y, grids=[12])
+    for _ in range(2):
+        params, after = kan.fit(kan.update(params, x, bend=0.7), x, y, update_grids=False)
+    assert np.all(np.diff(params.layers[0].points) > 0)
+    assert after["train"][-1] < 0.1 * info["train"][-1]
+
+
+def test_padded_grids_are_as_fine_and_keep_their_shape():
+    x = jax.random.uniform(jax.random.key(0), (300, 2), minval=-1.0)
+    y = jnp.sin(3 * x[:, 0]) * x[:, 1]
+    start = kan.init(jax.random.key(1), [2, 3, 1], grid=3)
+    params, padded = kan.fit(start, x, y, grids=[3, 6, 12], padded=True)
+    _, plain = kan.fit(start, x, y, grids=[3, 6, 12])
+    assert params.layers[0].spec.grid == 12
+    assert padded["train"][-1] < 3 * plain["train"][-1]
+    assert padded["train"][0] > 2 * padded["train"][-1]  # the first one is coarse
+    with pytest.raises(ValueError, match=r"cells are 1 … 12"):
+        kan.update(params, x, cells=13)

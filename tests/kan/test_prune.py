@@ -14,7 +14,7 @@ X = jax.random.uniform(jax.random.key(0), (200, 3), minval=-1.0)
 def test_nodes_that_count_for_nothing_go_and_the_function_stays():
     params = kan.init(jax.random.key(1), [3, 4, 2])
     first, last = params.layers
-    last = dataclasses.replace(last, mask=last.mask.at[1].set(0).at[3].set(0))
+    last = dataclasses.replace(last, mask=last.kept.at[1].set(0).at[3].set(0))
     params = dataclasses.replace(params, layers=(first, last))
     smaller = kan.prune_nodes(params, X)
     assert smaller.widths == (3, 2, 2)
@@ -39,7 +39,7 @@ def test_the_mean_of_a_removed_edge_stays():
 def test_inputs_that_do_not_count_are_left_out():
     params = kan.init(jax.random.key(1), [3, 2, 1])
     first, last = params.layers
-    params = dataclasses.replace(params, layers=(dataclasses.replace(first, mask=first.mask.at[1].set(0)), last))
+    params = dataclasses.replace(params, layers=(dataclasses.replace(first, mask=first.kept.at[1].set(0)), last))
     smaller, kept = kan.prune_inputs(params, X)
     assert kept == [0, 2]
     np.testing.assert_allclose(kan.apply(smaller, X[:, [0, 2]]), kan.apply(params, X), atol=1e-6)

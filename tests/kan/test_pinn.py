@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxml import kan
+from jaxml.kan import pinn
+
+
+def test_the_laplacian_is_the_trace_of_the_hessian():
+    u = lambda x: jnp.sin(x[0]) * x[1] ** 3 + x[2]
+    x = jnp.array([0.3, 0.7, 0.1])
+    np.testing.assert_allclose(pinn.laplacian(u, x), jnp.trace(jax.hessian(u)(x)), rtol=1e-5)
+
+
+def test_an_equation_of_two_dimensions_is_solved():
+    """u_xx + u_yy = −2 sin x cos y with its values on the boundary of a square."""
+    exact = lambda x: jnp.sin(x[..., 0]) * jnp.cos(x[..., 1])
+    inside = lambda u, x: pinn.laplacian(u, x) + 2 * exact(x)
+    boundary = lambda u, x: u(x) - exact(x)
+    side, one = np.linspace(-1, 1, 12), np.ones(12)
+    edges = np.concatenate([np.stack(p, 1) for p in ((side, one), (side, -one), (one, side), (-one, side))])
+    points = jax.random.uniform(jax.random.key(0), (100, 2), minval=-1.0)
+    params = kan.init(jax.random.key(1), [2, 3, 1], grid=4)
+    params, info = pinn.solve(
+        params, [(inside, points, 0.1), (boundary, jnp.asarray(edges, jnp.float32), 1.0)], steps=20
+    )
+    test = jax.random.uniform(jax.random.key(2), (200, 2), minval=-1.0)
+    np.testing.assert_allclose(kan.apply(params, test)[:, 0], exact(test), atol=2e-2)
+    assert info["losses"][-1][-1] < 1e-3
+
+
+def test_attention_follows_the_residuals():
+    w = jnp.zeros(3)
+    for _ in range(2000):
+        w = pinn.attention_weights(w, jnp.array([1.0, 0.5, 0.0]))
+    assert w[0] > 1.9 * w[1] > 0 and w[2] == 0
+    assert np.all(np.isfinite(pinn.attention_weights(w, jnp.zeros(3))))
+
+
+def test_points_are_drawn_where_residuals_are_large():
+    x = jnp.linspace(0.0, 1.0, 1000)[:, None]
+    drawn = pinn.resample(jax.random.key(0), x, jnp.where(x[:, 0] > 0.9, 10.0, 0.01), 100, floor=0.0)
+    assert np.mean(drawn > 0.9) > 0.9 and len(np.unique(drawn)) == 100
+    with pytest.raises(ValueError, match="at most the 1000"):
+        pinn.resample(jax.random.key(0), x, x[:, 0], 1001)
+
+
+def test_later_times_wait_for_earlier_ones():
+    w = pinn.causal_weights(jnp.array([0.5, 1.0, 2.0]), 2.0)
+    np.testing.assert_allclose(w, np.exp([0.0, -1.0, -3.0]), rtol=1e-5)
+    assert np.all(jax.jacobian(pinn.causal_weights)(jnp.ones(3)) == 0)
+
+
+def test_annealed_terms_pull_equally():
+    grads = [{"a": jnp.array([30.0])}, {"a": jnp.array([0.1])}]
+    w = pinn.annealed(jnp.ones(2), grads, decay=0.0)
+    np.testing.assert_allclose(w[0] * 30, w[1] * 0.1, rtol=1e-5)
+
+
+def test_points_that_do_not_fit_are_told():
+    with pytest.raises(ValueError, match=r"points \[N, 2\]"):
+        pinn.solve(kan.init(jax.random.key(0), [2, 1]), [(lambda u, x: u(x), jnp.zeros((4, 3)), 1.0)])
