@@ -117,7 +117,7 @@ def fit(
                     seed = jax.random.fold_in(key, 1000 * number + n)
                     rounds = ROUNDS if update_grids and n == 0 else 1
                     shape = max(plan) if padded else cells
-                    network, losses = _on_grid(network, shape, cells, rounds, update_grids, x, y, seed, options)
+                    network, losses = _on_grid(network, shape, cells, rounds, update_grids, padded, x, y, seed, options)
                     errors = float(_error(network, x, y)), None if test is None else float(_error(network, *test))
                     row = {"grids": cells, "train": errors[0], "held_out": errors[1], "losses": losses}
                     if path:
@@ -153,12 +153,13 @@ def _again(path: Path, identity: list[Any]) -> tuple[KAN, dict[str, Any]]:
     return file.load(path), about["row"]
 
 
-def _on_grid(network: KAN, shape: int, cells: int, rounds: int, update_grids: bool, x, y, key, options):
+def _on_grid(network: KAN, shape: int, cells: int, rounds: int, update_grids: bool, padded: bool, x, y, key, options):
     """(the network with grids of `shape` cells, `cells` of them over the samples; losses)."""
     network, losses = grids_.refine(network, shape), []
     for turn in range(rounds):
         network = grids_.update(network, x, cells=cells if cells < shape else None) if update_grids else network
-        network, some = _stage(network, x, y, key=jax.random.fold_in(key, turn), **options)
+        reached = jnp.asarray(cells) if padded else None
+        network, some = _stage(network, x, y, key=jax.random.fold_in(key, turn), cells=reached, **options)
         losses += np.asarray(some).tolist()
     return network, losses
 
@@ -197,9 +198,9 @@ def _error(params: KAN, x: Array, y: Array) -> Array:
     return jnp.sqrt(jnp.mean((apply(params, x) - y) ** 2))
 
 
-def _stage(params: KAN, x, y, *, method, steps, smooth, sparse, entropy, batch_size, key) -> tuple[KAN, Array]:
+def _stage(params: KAN, x, y, *, method, steps, smooth, sparse, entropy, batch_size, key, cells) -> tuple[KAN, Array]:
     """One grid's steps: (the network, the loss after each)."""
-    penalty = dict(smooth=smooth, sparse=sparse, entropy=entropy)
+    penalty = dict(smooth=smooth, sparse=sparse, entropy=entropy, cells=cells)
     if method == "lm":
         count = sum(leaf.size for leaf in jax.tree.leaves(split(params)[0]))
         if count > MOST_PARAMETERS:
@@ -207,20 +208,28 @@ def _stage(params: KAN, x, y, *, method, steps, smooth, sparse, entropy, batch_s
                 f"kan.fit: method 'lm' trains at most {MOST_PARAMETERS} numbers, got {count}. "
                 "Take method='lbfgs' or an Optax optimizer."
             )
-        return _by_lm(params, x, y, steps=steps or STEPS["lm"], smooth=smooth)
+        return _by_lm(params, x, y, steps=steps or STEPS["lm"], smooth=smooth, cells=cells)
     if method == "lbfgs":
         return _by_lbfgs(params, x, y, steps=steps or STEPS["lbfgs"], **penalty)
     size = min(batch_size or len(x), len(x))
     return _by_optax(params, x, y, key, tx=method, steps=steps or -(-len(x) // size), size=size, **penalty)
 
 
-def roughness(params: KAN) -> Float[Array, "Q"]:
-    """The differences of order + 1 of every edge's coefficients along the grid; of a polynomial they are 0."""
+def roughness(params: KAN, cells: Array | None = None) -> Float[Array, "Q"]:
+    """The differences of order + 1 of every edge's coefficients along the grid; of a polynomial they are 0.
+
+    Args:
+        cells: how many from the left lie over samples; what reaches further is 0.
+    """
     parts = []
     for layer in params.layers:
         if layer.spec.basis == "bspline":
             coef = layer.masked(layer.coef)
-            parts.append(jnp.diff(coef, n=min(layer.spec.order + 1, len(coef) - 1), axis=0).ravel())
+            n = min(layer.spec.order + 1, len(coef) - 1)
+            d = jnp.diff(coef, n=n, axis=0)
+            if cells is not None:
+                d = jnp.where((jnp.arange(len(d)) + n < cells + layer.spec.order)[:, None, None], d, 0)
+            parts.append(d.ravel())
     return jnp.concatenate(parts) if parts else jnp.zeros(0, params.layers[0].coef.dtype)
 
 
@@ -231,7 +240,7 @@ def _scale(y: Array) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "smooth"))
-def _by_lm(params: KAN, x, y, *, steps: int, smooth: float) -> tuple[KAN, Array]:
+def _by_lm(params: KAN, x, y, *, steps: int, smooth: float, cells: Array | None) -> tuple[KAN, Array]:
     trained, rest = split(params)
     theta, unravel = ravel_pytree(trained)
     whole = lambda theta: combine(unravel(theta), rest)
@@ -240,16 +249,16 @@ def _by_lm(params: KAN, x, y, *, steps: int, smooth: float) -> tuple[KAN, Array]
     def residuals(theta, row):
         return scale * (apply(whole(theta), row[None, :inputs], implementation="fused")[0] - row[inputs:])
 
-    penalty = lambda theta: smooth**0.5 * roughness(whole(theta))
+    penalty = lambda theta: smooth**0.5 * roughness(whole(theta), cells)
     state, losses = levenberg.minimize(residuals, penalty, theta, jnp.concatenate([x, y], axis=1), steps=steps)
     return whole(state.theta), losses
 
 
-def _loss(trained, rest, x, y, scale, smooth, sparse, entropy, count):
+def _loss(trained, rest, x, y, scale, smooth, sparse, entropy, cells, count):
     """The mean over `count` samples, estimated from those here."""
     params = combine(trained, rest)
     total = jnp.sum((scale * (apply(params, x) - y)) ** 2) / len(x)
-    total = total + smooth / count * jnp.sum(roughness(params) ** 2)
+    total = total + smooth / count * jnp.sum(roughness(params, cells) ** 2)
     return total + sparse * attribution.regularizer(params, x, entropy=entropy) if sparse else total
 
 

@@ -95,7 +95,7 @@ def test_the_optimizers_state_follows_as_gradients_do():
 
 def test_bad_options_are_said():
     params = kan.init(jax.random.key(0), [1, 1])
-    with pytest.raises(ValueError, match=r"eps is in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"eps and bend are in \[0, 1\], got 2"):
         kan.update(params, jnp.ones((3, 1)), eps=2)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         kan.refine(params, 0)
@@ -118,7 +118,7 @@ def test_cells_gather_where_the_splines_bend():
 def test_padded_grids_are_as_fine_and_keep_their_shape():
     x = jax.random.uniform(jax.random.key(0), (300, 2), minval=-1.0)
     y = jnp.sin(3 * x[:, 0]) * x[:, 1]
-    start = kan.init(jax.random.key(1), [2, 3, 1], grid=3)
+    start = kan.init(jax.random.key(2), [2, 3, 1], grid=3)
     params, padded = kan.fit(start, x, y, grids=[3, 6, 12], padded=True)
     _, plain = kan.fit(start, x, y, grids=[3, 6, 12])
     assert params.layers[0].spec.grid == 12
