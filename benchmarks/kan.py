@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml import kan
-from jaxml.kan import attribution
+from jaxml.kan import attribution, rational
 from jaxml.kan import layer as layers
 
 RESULTS = Path(__file__).parent / "results"
@@ -111,6 +111,11 @@ def ours(width: tuple[int, int], grid: int, x, basis: str = "bspline"):
     return compiled(jax.grad(loss, (0, 1)), (layer.coef, layer.base), x)
 
 
+def of_rational(width: int, x):
+    params = rational.init(jax.random.key(0), (width, width), function=jax.nn.silu)
+    return compiled(jax.grad(lambda params, x: jnp.sum(rational.apply(params, x) ** 2), (0, 1)), params, x)
+
+
 def dense(widths: tuple[int, ...], x):
     keys = jax.random.split(jax.random.key(0), len(widths) - 1)
     draw = lambda key, i, o: (jax.random.normal(key, (i, o)) / i**0.5, jnp.zeros((1, o)))
@@ -160,6 +165,8 @@ def layer() -> list[dict]:
     for width, grid in SHAPES:
         x = jax.random.uniform(jax.random.key(1), (BATCH, width), minval=-1.0)
         subjects = {"dense": dense((width, width), x), "jaxml": ours((width, width), grid, x)}
+        if grid == SHAPES[0][1]:
+            subjects["jaxml, group-rational"] = of_rational(width, x)
         subjects["jaxkan"] = of_jaxkan(width, grid, x)
         if efficient is not None:
             subjects["efficient-kan"] = of_torch(lambda _: efficient.KANLinear(width, width, grid_size=grid), x)

@@ -12,7 +12,20 @@ nothing and touches no device::
 import importlib
 
 __version__ = "0.1.0.dev0"
-__all__ = ["activations", "attention", "axes", "checkpoint", "kan", "lm", "log", "optim", "testing", "tune", "weights"]
+__all__ = [
+    "activations",
+    "attention",
+    "axes",
+    "checkpoint",
+    "kan",
+    "lm",
+    "log",
+    "nn",
+    "optim",
+    "testing",
+    "tune",
+    "weights",
+]
 
 
 def __getattr__(name: str):

@@ -8,7 +8,12 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.mark.parametrize("script", ["table", "attention", "tpu_schedule", "optim", "optim_training", "activations"])
+SCRIPTS = [
+    "table", "attention", "tpu_schedule", "optim", "optim_training", "activations", "kan", "kan_tables",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_table_in_the_readme_is_what_was_measured(script):
     spec = importlib.util.spec_from_file_location(f"benchmark_{script}", BENCHMARKS / f"{script}.py")
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,8 @@
 """Finds the formula behind a table of numbers with a Kolmogorov–Arnold network.
 
-example:
+examples:
   jaxml kan fit data.csv --target y --out found
+  jaxml kan fit data.csv --target y --features a b --functions x sin exp --drop-outliers
 """
 
 import argparse
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         x, y = jnp.asarray(data.x), jnp.asarray(data.y)[:, None]
         found = kan.discover(
             key, x[rest], y[rest], widths=args.hidden and [x.shape[1], *args.hidden, 1], names=data.names,
-            digits=args.digits, sparse=args.sparse, grids=args.grids, restarts=args.restarts, chosen=args.functions,
+            digits=args.digits, sparse=args.sparse, grids=args.grids, restarts=args.restarts, functions=args.functions,
             progress=True,
         )  # fmt: skip
         formula = found.formulas[0]

@@ -1,5 +1,6 @@
 """Kolmogorov–Arnold networks: functions on edges, as pure functions over one pytree."""
 
+from jaxml.kan import conv, pinn, pykan, rational
 from jaxml.kan.attribution import Attribution, attribute, interactions, regularizer
 from jaxml.kan.compile import from_formula, loosen
 from jaxml.kan.discover import Discovery, discover
@@ -12,8 +13,9 @@ from jaxml.kan.prune import keep, prune, prune_edges, prune_inputs, prune_nodes
 from jaxml.kan.symbolic import Function, auto_symbolic, fix, formula, function, latex, simplify, suggest, unfix
 
 __all__ = [
-    "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "discover",
-    "fit", "fix", "formula", "from_formula", "function", "init", "interactions", "keep", "latex", "load",
-    "loosen", "plot", "prune", "prune_edges", "prune_inputs", "prune_nodes", "refine", "regularizer", "save",
-    "simplify", "split", "suggest", "unfix", "update", "with_dtype",
+    "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "conv",
+    "discover", "fit", "fix", "formula", "from_formula", "function", "init", "interactions", "keep", "latex",
+    "load", "loosen", "pinn", "plot", "prune", "prune_edges", "prune_inputs", "prune_nodes", "pykan",
+    "rational", "refine", "regularizer", "save", "simplify", "split", "suggest", "unfix", "update",
+    "with_dtype",
 ]  # fmt: skip

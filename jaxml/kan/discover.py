@@ -47,7 +47,7 @@ def discover(
     grids: Sequence[int] = (10, 20),
     node: float = 1e-2,
     edge: float = 3e-2,
-    chosen: symbolic.Library = None,
+    functions: symbolic.Library = None,
     weights_simple: Sequence[float | None] = (0.8, None),
     tolerance: float = 1e-3,
     restarts: int = 4,
@@ -66,7 +66,7 @@ def discover(
         digits: of the formula's numbers.
         sparse, grid: of the first fit, by L-BFGS.
         grids: of the second, by Levenberg–Marquardt, after pruning by `node` and `edge`.
-        chosen: as in `auto_symbolic`.
+        functions: as in `auto_symbolic`.
         weights_simple: as in `auto_symbolic`, one after the other while the formula's error is above the tolerance.
         tolerance: of the error; a formula as good ends the search, as does one that is as good as its splines.
         restarts: networks to try, from different random numbers; of these the formula with the least error is taken.
@@ -95,7 +95,7 @@ def discover(
             splines, _ = fit(splines, x, y, grids=grids, steps=20)
             for weight in weights_simple:
                 bar.update(task, step="functions")
-                params, told = symbolic.auto_symbolic(splines, x, chosen=chosen, weight_simple=weight)
+                params, told = symbolic.auto_symbolic(splines, x, functions=functions, weight_simple=weight)
                 params, _ = fit(params, x, y, update_grids=False)
                 found = Discovery([], error(params), params, splines, error(splines), told)
                 best = found if best is None or _is_better(found, best) else best

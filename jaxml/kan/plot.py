@@ -53,7 +53,7 @@ def plot(
         ValueError: another number of names, another style.
 
     Example:
-        >>> import tempfile
+        >>> import jax, tempfile
         >>> from jaxml import kan
         >>> params = kan.init(jax.random.key(0), [2, 5, 1])
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ def prune(params: KAN, x: Float[Array, "... I"], *, node: float = 1e-2, edge: fl
     Example:
         >>> from jaxml import kan
         >>> params = kan.init(jax.random.key(0), [2, 5, 1])
-        >>> kan.prune(params, jax.random.normal(jax.random.key(1), (50, 2)), node=0.15).widths
+        >>> kan.prune(params, jax.random.normal(jax.random.key(1), (50, 2)), node=0.3).widths
         (2, 3, 1)
     """
     return prune_edges(prune_nodes(params, x, node), x, edge)

@@ -165,7 +165,7 @@ ALIASES = {"x^0.5": "sqrt", "1/x^0.5": "1/sqrt(x)"}
 Library = Mapping[str, Function] | Sequence[str | Function] | None
 
 
-def library(chosen: Library = None) -> dict[str, Function]:
+def library(functions: Library = None) -> dict[str, Function]:
     """The functions to choose from: names of `LIBRARY`, functions of one's own, or all of it.
 
     Raises:
@@ -175,11 +175,11 @@ def library(chosen: Library = None) -> dict[str, Function]:
         >>> list(library(["x", "sin", Function("cosh", jnp.cosh, lambda s, u: s.cosh(u), 3)]))
         ['x', 'sin', 'cosh']
     """
-    if chosen is None:
+    if functions is None:
         return LIBRARY
-    if isinstance(chosen, Mapping):
-        return dict(chosen)
-    return {f.name: f for f in (_function(f) for f in chosen)}
+    if isinstance(functions, Mapping):
+        return dict(functions)
+    return {f.name: f for f in (_function(f) for f in functions)}
 
 
 def _function(name: str | Function) -> Function:
@@ -203,7 +203,7 @@ def suggest(
     into: int,
     out: int,
     *,
-    chosen: Library = None,
+    functions: Library = None,
     top: int = 5,
     weight_simple: float | None = 0.8,
 ) -> list[Suggestion]:
@@ -215,7 +215,7 @@ def suggest(
     Args:
         x: samples of the network's inputs; the fit is at the values that the edge's input takes.
         layer, into, out: the edge's layer, its input and its sum, from 0.
-        chosen: the functions to try, as `library` takes them.
+        functions: to try, as `library` takes them.
 
     Raises:
         ValueError: an edge that does not exist.
@@ -229,7 +229,7 @@ def suggest(
     """
     _edge(params, layer, into, out)
     at, values = samples(params, x)[layer]
-    return _ranked(at[:, into], values[:, into, out], library(chosen), weight_simple)[:top]
+    return _ranked(at[:, into], values[:, into, out], library(functions), weight_simple)[:top]
 
 
 def _edge(params: KAN, layer: int, into: int, out: int) -> None:
@@ -450,7 +450,7 @@ def auto_symbolic(
     params: KAN,
     x: Float[Array, "... I"],
     *,
-    chosen: Library = None,
+    functions: Library = None,
     weight_simple: float | None = 0.8,
     least_r2: float = 0.0,
 ) -> tuple[KAN, list[tuple[int, int, int, Suggestion]]]:
@@ -458,7 +458,7 @@ def auto_symbolic(
 
     Args:
         x: samples of the network's inputs.
-        chosen, weight_simple: as in `suggest`.
+        functions, weight_simple: as in `suggest`.
         least_r2: edges that no function fits as well as this keep their spline.
 
     Returns:
@@ -471,14 +471,14 @@ def auto_symbolic(
         >>> [(n, i, o, s.name) for n, i, o, s in auto_symbolic(params, x)[1]]
         [(0, 0, 0, 'exp')]
     """
-    functions, told, out = library(chosen), [], params
+    known, told, out = library(functions), [], params
     for n, (at, values) in enumerate(samples(params, x)):
         open_edges = np.argwhere(np.asarray(params.layers[n].kept) > 0)
         for into, to in open_edges.tolist():
-            best = _ranked(at[:, into], values[:, into, to], functions, weight_simple)[0]
+            best = _ranked(at[:, into], values[:, into, to], known, weight_simple)[0]
             told.append((n, into, to, best))
             if best.r2 >= least_r2:
-                out = _with(out, n, into, to, functions[best.name], best.numbers)
+                out = _with(out, n, into, to, known[best.name], best.numbers)
     return out, told
 
 

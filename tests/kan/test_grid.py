@@ -100,7 +100,7 @@ def test_bad_options_are_said():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         kan.refine(params, 0)
     periodic = kan.init(jax.random.key(0), [1, 1], outside="periodic")
-    with pytest.raises(ValueError, match=r"cells of equal width, got eps=0\.5"):
+    with pytest.raises(ValueError, match=r"cells of equal width all over, got eps=0\.5"):
         kan.update(periodic, jnp.ones((3, 1)), eps=0.5)
 
 
