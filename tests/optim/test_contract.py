@@ -26,9 +26,11 @@ TRANSFORMS = {
         optim.adamw8bit(rate, min_size=16), rank=4, gap=2, basis_dtype="int8", adaptive=0.4
     ),
     "fira": lambda rate: galore(optax.adam(rate), rank=4, gap=2, mode="fira"),
+    "apollo": lambda rate: galore(optax.adam(rate), rank=4, gap=2, mode="apollo"),
     "apollo-mini": lambda rate: galore(optax.adam(rate), gap=2, mode="apollo-mini"),
     "lora": lambda rate: optax.chain(lora(rank=2), optim.adam(rate)),
     "adam8bit": lambda rate: optim.adam8bit(rate, min_size=16, stochastic=True),
+    "lion8bit": lambda rate: optim.lion8bit(rate, min_size=16),
     "offload": lambda rate: optim.offload(optax.chain(galore(rank=4, gap=2), optim.adam(rate)), min_size=64),
 }
 FAST = ("galore in a chain", "lora", "adam8bit")
