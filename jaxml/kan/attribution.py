@@ -55,8 +55,8 @@ def spreads(params: KAN, x: Float[Array, "... I"]) -> list[Spread]:
         edges = splines
         for edge in layer.fixed:
             # Beside a fixed function an edge has no spline left, unless both were asked for.
-            whole = layers.edges(layer, x)[:, edge.into, edge.out]
-            edges = edges.at[edge.into, edge.out].set(jnp.std(whole, ddof=1).astype(edges.dtype))
+            whole = layers.edges(layer, x)[:, edge.into, edge.out, None]
+            edges = edges.at[edge.into, edge.out].set(_deviation(whole)[0].astype(edges.dtype))
         out.append(Spread(_deviation(x), splines, edges, _deviation(sums)))
         x = nodes(sums, affine, arities)
     return out
