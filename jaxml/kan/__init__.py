@@ -7,10 +7,11 @@ from jaxml.kan.discover import Discovery, discover
 from jaxml.kan.file import load, save
 from jaxml.kan.fit import fit, with_dtype
 from jaxml.kan.grid import refine, update
+from jaxml.kan.library import Function
 from jaxml.kan.network import KAN, apply, combine, init, split
 from jaxml.kan.plot import plot
 from jaxml.kan.prune import keep, prune, prune_edges, prune_inputs, prune_nodes
-from jaxml.kan.symbolic import Function, auto_symbolic, fix, formula, function, latex, simplify, suggest, unfix
+from jaxml.kan.symbolic import auto_symbolic, fix, formula, function, latex, simplify, suggest, unfix
 
 __all__ = [
     "KAN", "Attribution", "Discovery", "Function", "apply", "attribute", "auto_symbolic", "combine", "conv",

@@ -18,8 +18,9 @@ from jaxml.kan import bases
 from jaxml.kan import grid as grids
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import Layer, Spec
+from jaxml.kan.library import LIBRARY, Function, Numbers
 from jaxml.kan.network import KAN, nodes
-from jaxml.kan.symbolic import LIBRARY, Edge, Function, Numbers
+from jaxml.kan.symbolic import Edge
 
 NAMES = {"Abs": "abs", "sign": "sgn", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "atanh": "arctanh"}
 POWERS = {"1/2": "sqrt", "3/2": "x^1.5", "-1/2": "1/sqrt(x)"}

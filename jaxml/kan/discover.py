@@ -16,6 +16,7 @@ from jaxml import log
 from jaxml.axes import Array, Float
 from jaxml.kan import symbolic
 from jaxml.kan.fit import fit
+from jaxml.kan.library import Library
 from jaxml.kan.network import KAN, Affine, Width, apply, init
 from jaxml.kan.prune import prune
 
@@ -47,7 +48,7 @@ def discover(
     grids: Sequence[int] = (10, 20),
     node: float = 1e-2,
     edge: float = 3e-2,
-    functions: symbolic.Library = None,
+    functions: Library = None,
     weights_simple: Sequence[float | None] = (0.8, None),
     tolerance: float = 1e-3,
     restarts: int = 4,

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxml.kan import symbolic
 from jaxml.kan.layer import Layer, Spec
+from jaxml.kan.library import LIBRARY, Function
 from jaxml.kan.network import KAN, Affine
 
 FORMAT = 1
@@ -69,7 +70,7 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
     os.replace(temporary, path)
 
 
-def load(path: str | Path, functions: Mapping[str, symbolic.Function] | None = None) -> KAN:
+def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> KAN:
     """Reads a network.
 
     Args:
@@ -80,7 +81,7 @@ def load(path: str | Path, functions: Mapping[str, symbolic.Function] | None = N
         ValueError: a file that is no network or is damaged; a function that is not known.
     """
     arrays, header = _read(path)
-    known = {**symbolic.LIBRARY, **(functions or {})}
+    known = {**LIBRARY, **(functions or {})}
     layers, affine = [], []
     try:
         for n, told in enumerate(header["layers"]):

@@ -14,6 +14,7 @@ import numpy as np
 from jaxml.extras import need
 from jaxml.kan import symbolic
 from jaxml.kan.layer import Layer, Spec
+from jaxml.kan.library import ALIASES, LIBRARY
 from jaxml.kan.network import KAN, Affine
 
 BASES = {"silu": "silu", "identity": "identity", "zero": "zero"}  # pykan's base_fun_name → ours
@@ -79,12 +80,12 @@ def _layer(part, n: int, config: dict[str, Any], path: str | Path) -> Layer:
     numbers, mask = part(f"symbolic_fun.{n}.affine"), part(f"symbolic_fun.{n}.mask")
     fixed = []
     for out, into in np.argwhere(mask != 0).tolist():
-        name = symbolic.ALIASES.get(names[out][into], names[out][into])
-        if name not in symbolic.LIBRARY:
+        name = ALIASES.get(names[out][into], names[out][into])
+        if name not in LIBRARY:
             raise ValueError(f"{path}: the function {name!r} of edge ({n}, {into}, {out}) is not in the library.")
         a, b, c, d = numbers[out, into]
         scale = mask[out, into]
-        edge = symbolic.Edge(jnp.asarray([a, b, c * scale, d * scale]), into, out, symbolic.LIBRARY[name])
+        edge = symbolic.Edge(jnp.asarray([a, b, c * scale, d * scale]), into, out, LIBRARY[name])
         fixed.append(edge)
     return Layer(
         jnp.asarray(np.moveaxis(coef, 2, 0)),
@@ -165,7 +166,7 @@ def _symbolic_state(layer: Layer) -> tuple[list[list[str]], np.ndarray, np.ndarr
     names: list[list[str]] = [["0"] * inputs for _ in range(sums)]
     numbers, mask = np.zeros((sums, inputs, 4)), np.zeros((sums, inputs))
     for edge in layer.fixed:
-        if symbolic.LIBRARY.get(edge.function.name) is not edge.function:
+        if LIBRARY.get(edge.function.name) is not edge.function:
             raise ValueError(f"pykan.save: pykan's library has no function {edge.function.name!r}.")
         names[edge.out][edge.into] = edge.function.name
         numbers[edge.out, edge.into], mask[edge.out, edge.into] = np.asarray(edge.numbers), 1

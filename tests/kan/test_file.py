@@ -5,8 +5,8 @@ import pytest
 
 from jaxml import kan
 from jaxml.kan import file
+from jaxml.kan.library import Function
 from jaxml.kan.network import Affine
-from jaxml.kan.symbolic import Function
 
 X = jax.random.normal(jax.random.key(0), (20, 2))
 

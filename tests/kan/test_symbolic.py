@@ -5,27 +5,28 @@ import pytest
 
 from jaxml import kan
 from jaxml.kan import symbolic
+from jaxml.kan.library import LIBRARY
 
 sympy = pytest.importorskip("sympy")
 X = jnp.linspace(-1.0, 1.0, symbolic.POINTS)
 INSIDE = {"sqrt": 1.3, "x^1.5": 1.2, "1/sqrt(x)": 1.4, "log": 1.5, "arcsin": 0.0, "arccos": 0.0, "arctanh": 0.0}
 
 
-@pytest.mark.parametrize("name", [n for n in symbolic.LIBRARY if n not in ("0", "sgn")])
+@pytest.mark.parametrize("name", [n for n in LIBRARY if n not in ("0", "sgn")])
 def test_the_function_itself_is_found_with_its_numbers(name):
-    f = symbolic.LIBRARY[name]
+    f = LIBRARY[name]
     a, b = (0.8, INSIDE.get(name, 0.0 if "1/" not in name else 2.0) + 0.1)
     y = 1.7 * f.call(a * X + b) - 0.4
-    ranked = symbolic._ranked(X, y, symbolic.LIBRARY, 0.0)
+    ranked = symbolic._ranked(X, y, LIBRARY, 0.0)
     found = next(s for s in ranked if s.name == name)
     assert 1 - found.r2 < 1e-6
     a, b, c, d = found.numbers
     np.testing.assert_allclose(c * f.call(a * X + b) + d, y, atol=2e-3 * float(jnp.std(y)))
 
 
-@pytest.mark.parametrize("name", list(symbolic.LIBRARY))
+@pytest.mark.parametrize("name", list(LIBRARY))
 def test_plainer_numbers_are_the_same_function(name):
-    f = symbolic.LIBRARY[name]
+    f = LIBRARY[name]
     for a, b, c, d in ((0.7, 1.1, 2.0, -1.0), (-0.7, 1.1, -2.0, 0.5), (0.3, 0.6, 1.0, 0.0)):
         one = c * f.call(a * X + b) + d
         a, b, c, d = f.simpler((a, b, c, d))
@@ -33,21 +34,21 @@ def test_plainer_numbers_are_the_same_function(name):
         np.testing.assert_allclose(other, one, rtol=2e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", list(symbolic.LIBRARY))
+@pytest.mark.parametrize("name", list(LIBRARY))
 def test_expression_and_function_agree(name):
-    f, x = symbolic.LIBRARY[name], sympy.Symbol("x", real=True)
+    f, x = LIBRARY[name], sympy.Symbol("x", real=True)
     at = jnp.array([0.3, 0.6, 0.9])
     np.testing.assert_allclose(kan.function(f.expression(sympy, x), ["x"])(at[:, None])[:, 0], f.call(at), rtol=1e-5)
 
 
 def test_simplest_of_those_that_are_as_good_as_the_best_wins_without_a_weight():
     y = jnp.tanh(X)
-    assert symbolic._ranked(X, y, symbolic.LIBRARY, None)[0].name == "tanh"
-    assert symbolic._ranked(X, y, symbolic.LIBRARY, 0.8)[0].name == "sin"  # pykan's score prefers it
+    assert symbolic._ranked(X, y, LIBRARY, None)[0].name == "tanh"
+    assert symbolic._ranked(X, y, LIBRARY, 0.8)[0].name == "sin"  # pykan's score prefers it
 
 
 def test_functions_without_a_value_on_the_range_are_left_out():
-    names = [s.name for s in symbolic._ranked(jnp.linspace(-1e30, 1e30, symbolic.POINTS), X, symbolic.LIBRARY, 0.8)]
+    names = [s.name for s in symbolic._ranked(jnp.linspace(-1e30, 1e30, symbolic.POINTS), X, LIBRARY, 0.8)]
     assert "x" in names
 
 
