@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 
 from jaxml.extras import version
+from jaxml.target import target
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"full": 2048, "causal": 4096}
@@ -173,7 +174,7 @@ def of_ours(parts, length: int, width: int, chip: str, kind: str, mask: str) -> 
     """How many bundles our kernel runs through, from its blocks and the order of its code."""
     from jaxml.attention import blocks, tpu_arrays
 
-    with blocks.target(f"TPU {chip}"):
+    with target(f"TPU {chip}"):
         c = tpu_arrays.cut(1, 1, 1, length, length, width, width, 2, 0, backward=kind == "backward")
         together = blocks.limits().together if kind == "forward" else 1
     steps = c.rows * c.parts

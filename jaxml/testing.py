@@ -87,14 +87,14 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
     """
     from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
 
-    from jaxml.attention import blocks
+    from jaxml.target import target
 
     device = _tpus(chip)[0]
     sharding = SingleDeviceSharding(device)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
-    with use_abstract_mesh(mesh), blocks.target(f"TPU {chip}"):
+    with use_abstract_mesh(mesh), target(f"TPU {chip}"):
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, tuple(arguments))).compile()
 
 

@@ -4,51 +4,11 @@ A TPU kernel works on a block of query rows, cut into chunks of columns of the t
 of their own. Both are multiples of 128 and cut a length evenly, so that any length costs little more than itself.
 """
 
-import contextlib
-import contextvars
 import dataclasses
 
-import jax
+from jaxml.target import INTERPRET, generation, platform
 
 LANES = 128
-
-_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
-
-INTERPRET = "interpret"
-
-
-@contextlib.contextmanager
-def target(device_kind: str):
-    """Choose backends and blocks for that kind of device, whatever this machine has.
-
-    For compilation ahead of time ("TPU v5e", …), and for tests: "interpret" runs the TPU kernels on any platform.
-
-    Example:
-        >>> with target("TPU v6e"):
-        ...     generation()
-        'v6e'
-    """
-    token = _target.set(device_kind)
-    try:
-        yield
-    finally:
-        _target.reset(token)
-
-
-def platform() -> str:
-    """Where the computation is going to run: "cpu", "gpu", "tpu" or "interpret"."""
-    kind = _target.get()
-    if kind is None:
-        return jax.default_backend()
-    return kind if kind == INTERPRET else "tpu"
-
-
-def generation() -> str:
-    """The row of the table: "v4", "v5e", "v5p", "v6e", "tpu7x"; the device's own name where there is none."""
-    kind = _target.get() or jax.devices()[0].device_kind
-    kind = kind.lower().replace("tpu", "").strip()
-    names = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x", "v7x": "tpu7x"}
-    return names.get(kind, kind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml.attention import masks, tiles
-from jaxml.attention.linear import vary, varying_axes
 from jaxml.attention.masks import Grid, Lengths
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, Float, wide
+from jaxml.linear import vary, varying_axes
 
 
 def supports(rules: Rules, x: Inputs) -> str | None:

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxml.attention import blockwise
-from jaxml.attention.linear import linear
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array
+from jaxml.linear import linear
 
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sinks", "data")
 

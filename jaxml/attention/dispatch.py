@@ -6,11 +6,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blocks, blockwise, masks, pallas_tpu, reference, tiles
+from jaxml.attention import blockwise, masks, pallas_tpu, reference, tiles
 from jaxml.attention.derivatives import Backend, attend
 from jaxml.attention.masks import Mask
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, Bool, Float, Int, wide
+from jaxml.target import platform
 
 BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwise.backward)
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
@@ -144,7 +145,7 @@ def _refused(rules: Rules, x: Inputs) -> dict[str, str]:
 
 def _first(rules: Rules, x: Inputs) -> Backend:
     """The first in the platform's order that can."""
-    order = ORDER.get(blocks.platform(), ("blockwise",))
+    order = ORDER.get(platform(), ("blockwise",))
     return next(BACKENDS[name] for name in order if BACKENDS[name].supports(rules, x) is None)
 
 

@@ -13,9 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blocks, tiles, tpu_paged
+from jaxml.attention import tiles, tpu_paged
 from jaxml.attention.dispatch import flash_attention
 from jaxml.axes import Array, Float, Int
+from jaxml.target import platform
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +134,7 @@ def paged_attention(
         raise ValueError(f"paged_attention: implementation is one of blockwise, mosaic_tpu, got {implementation!r}.")
     if implementation == "mosaic_tpu" and reason is not None:
         raise NotImplementedError(f"paged_attention: mosaic_tpu cannot do this: {reason}. blockwise can.")
-    kernel = implementation != "blockwise" and reason is None and (blocks.platform() == "tpu" or implementation)
+    kernel = implementation != "blockwise" and reason is None and (platform() == "tpu" or implementation)
     attend = _by_kernel if kernel else _gathered
     out, lse = attend(rules, query, pages.key, pages.value, table, lengths)
     if sinks is not None:

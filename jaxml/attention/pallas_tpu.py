@@ -6,6 +6,7 @@ from jaxml.attention import blocks, tiles
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.attention.tpu_backward import backward
 from jaxml.attention.tpu_forward import forward
+from jaxml.target import INTERPRET, platform
 
 __all__ = ["backward", "forward", "supports"]
 
@@ -14,7 +15,7 @@ def supports(rules: Rules, x: Inputs) -> str | None:
     """Why the kernels cannot compute the call, or None."""
     if reason := blocks.unsupported():
         return reason
-    if x.query.dtype == jnp.float64 and blocks.platform() != blocks.INTERPRET:
+    if x.query.dtype == jnp.float64 and platform() != INTERPRET:
         return "TPUs have no float64"
     if rules.score_mod is not None and tiles.needs_arrays(rules.score_mod):
         return "score_mod looks something up in an array by query, key or score; kernels can only compute with them"

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from jaxml.attention import blockwise, derivatives, dispatch
 from jaxml.attention.derivatives import Backend
-from jaxml.attention.linear import linear
 from jaxml.attention.tiles import Inputs, Rules, add_sinks
 from jaxml.axes import Array, Float, Int, wide
+from jaxml.linear import linear
 
 
 def ring_attention(

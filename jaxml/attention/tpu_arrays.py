@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, masks, tiles
-from jaxml.attention.linear import vary, varying_axes
 from jaxml.attention.masks import Mask, Tile
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, wide
+from jaxml.linear import vary, varying_axes
 
 LOG2E = 1.4426950408889634
 HIDDEN = -tiles.NOTHING  # a logit that nobody sees

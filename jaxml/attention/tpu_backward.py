@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, blockwise
-from jaxml.attention.linear import vary
 from jaxml.attention.tiles import NOTHING, Inputs, Rules, keep
 from jaxml.attention.tpu_arrays import (
     HIDDEN,
@@ -30,6 +29,8 @@ from jaxml.attention.tpu_arrays import (
 )
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array
+from jaxml.linear import vary
+from jaxml.target import INTERPRET, platform
 
 
 def backward(
@@ -140,7 +141,7 @@ def _call(p: Layout, rows: list[Array], ct: Array, *, queries: bool, keys: bool)
             transcendentals=places,
             bytes_accessed=p.dtype.itemsize * (2 * inputs[0].size + 2 * ct.size + 4 * inputs[1].size),
         ),
-        interpret=blocks.platform() == blocks.INTERPRET,
+        interpret=platform() == INTERPRET,
         name="flash_attention_backward" + ("" if queries and keys else "_queries" if queries else "_keys"),
     )(*vary([*ranges.arrays, *inputs, *(o.array for o in operands)], p.axes))
 

@@ -14,11 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
-from jaxml.attention.linear import vary
 from jaxml.attention.tiles import Inputs, Rules, add_sinks, keep
 from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, Layout, Place, divide, dot, shape_logits, unfold
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array, Float
+from jaxml.linear import vary
+from jaxml.target import INTERPRET, platform
 
 
 def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
@@ -88,7 +89,7 @@ def attend(p: Layout) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
             transcendentals=places,
             bytes_accessed=itemsize * (query.size + (key.size + value.size) * c.rows + out_shape[0].size),
         ),
-        interpret=blocks.platform() == blocks.INTERPRET,
+        interpret=platform() == INTERPRET,
         name="flash_attention_forward",
     )(*vary([*ranges.arrays, query, key, value, *(o.array for o in operands)], p.axes))
     out, lse = out[:, :, : p.true_T, : p.H2], lse[:, :, 0, : p.true_T]

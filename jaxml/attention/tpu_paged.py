@@ -17,9 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, tiles
-from jaxml.attention.linear import vary, varying_axes
 from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, dot, shape_logits
 from jaxml.axes import Array, Float, Int, wide
+from jaxml.linear import vary, varying_axes
+from jaxml.target import INTERPRET, platform
 
 KEYS = 512  # of a grid step, where VMEM has room for them
 MOST_WORDS = 2**17  # of 32 bits, in scalar memory
@@ -37,7 +38,7 @@ def supports(query, key, value, table) -> str | None:
     """Why the kernel cannot compute the call, or None."""
     if reason := blocks.unsupported():
         return reason
-    if jnp.float64 in (query.dtype, key.dtype) and blocks.platform() != blocks.INTERPRET:
+    if jnp.float64 in (query.dtype, key.dtype) and platform() != INTERPRET:
         return "TPUs have no float64"
     if query.shape[1] * query.shape[2] > 1024:
         return f"it takes at most 1024 queries of all heads of a row together, here are {query.shape[1:3]}"
@@ -98,7 +99,7 @@ def attend(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=blocks.limits().vmem + 8 * blocks.MiB
         ),
-        interpret=blocks.platform() == blocks.INTERPRET,
+        interpret=platform() == INTERPRET,
         name="paged_attention",
     )(*vary([*work, q, *[key] * per, *[value] * per], axes))
     turn = lambda a: a[:, : T * N].reshape(B, K, T, N // K, -1).swapaxes(1, 2).reshape(B, T, N, -1)

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxml.attention.linear import vary, varying_axes
 from jaxml.axes import Array, Float, wide
+from jaxml.linear import vary, varying_axes
 from jaxml.optim import basis, packed, refresh
 from jaxml.optim import inner as inners
 from jaxml.optim import rounding as rounds

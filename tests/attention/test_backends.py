@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxml.attention import Causal, blocks, blockwise, flash_attention
+from jaxml.attention import Causal, blockwise, flash_attention
 from jaxml.attention.cases import CASES
+from jaxml.target import INTERPRET, target
 from jaxml.testing import tolerance
 
 BACKENDS = ("blockwise", "mosaic_tpu")
@@ -25,7 +26,7 @@ def small_tiles(monkeypatch):
     """So that the small cases have many tiles, whole, crossed and empty ones; TPU kernels are interpreted."""
     tiles = lambda x: (min(32, x.query.shape[1]), min(16, x.key.shape[1]))
     monkeypatch.setattr(blockwise, "_blocks", tiles)
-    with blocks.target(blocks.INTERPRET):
+    with target(INTERPRET):
         yield
 
 

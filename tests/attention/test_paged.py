@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxml.attention import Pages, blocks, flash_attention, paged, paged_attention
+from jaxml.attention import Pages, flash_attention, paged, paged_attention
+from jaxml.target import INTERPRET, target
 
 BACKENDS = ("blockwise", "mosaic_tpu")
 
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with blocks.target(blocks.INTERPRET):
+    with target(INTERPRET):
         yield
 
 
@@ -174,7 +175,7 @@ def test_what_the_kernel_cannot_do_is_said():
     q, pages, table, lengths, _, _ = Shape(page=12).arrays(jnp.float32)
     with pytest.raises(NotImplementedError, match="pages hold a multiple of 8 tokens, these 12"):
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
-    with blocks.target("cpu"), pytest.raises(NotImplementedError, match="this is 'cpu'"):
+    with target("cpu"), pytest.raises(NotImplementedError, match="this is 'cpu'"):
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
     with pytest.raises(ValueError, match="one of blockwise, mosaic_tpu, got 'cudnn'"):
         paged_attention(q, pages, table, lengths, implementation="cudnn")

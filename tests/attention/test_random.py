@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 
-from jaxml.attention import Fn, Prefix, blocks, blockwise, flash_attention
+from jaxml.attention import Fn, Prefix, blockwise, flash_attention
+from jaxml.target import INTERPRET, target
 
 EXAMPLES = {"blockwise": 20, "mosaic_tpu": 6}
 
@@ -74,5 +75,5 @@ def test_random_calls_equal_the_definition(backend, part, monkeypatch):
         for a, b in zip(jax.tree.leaves(run(backend)), jax.tree.leaves(run("reference")), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-9, rtol=1e-9)
 
-    with jax.enable_x64(True), blocks.target(blocks.INTERPRET):
+    with jax.enable_x64(True), target(INTERPRET):
         check()

@@ -11,6 +11,7 @@ from jaxml.attention import Causal, Fn, Segments, blocks, explain, flash_attenti
 from jaxml.attention.blocks import cut_evenly
 from jaxml.attention.cases import CASES
 from jaxml.attention.tpu_arrays import cut
+from jaxml.target import INTERPRET, target
 from jaxml.testing import tolerance
 
 by_name = {case.name: case for case in CASES}
@@ -29,7 +30,7 @@ SMALL_MEMORY = blocks.Limits(vmem=2 * 2**20, chunk=128, rows=256, rows_backward=
 
 @pytest.fixture(autouse=True)
 def interpreted():
-    with blocks.target(blocks.INTERPRET):
+    with target(INTERPRET):
         yield
 
 
@@ -37,7 +38,7 @@ def interpreted():
 @pytest.mark.parametrize("name", [n if n == "causal" else pytest.param(n, marks=pytest.mark.slow) for n in LARGE])
 def test_several_blocks_equal_the_definition(name, parts, monkeypatch):
     if parts == "keys in parts":
-        monkeypatch.setitem(blocks.TABLE, blocks.INTERPRET, SMALL_MEMORY)
+        monkeypatch.setitem(blocks.TABLE, INTERPRET, SMALL_MEMORY)
     case = by_name[name].scaled(**LARGE[name])
     with jax.enable_x64(True):
         kwargs = case.kwargs(jnp.float64)
@@ -103,14 +104,14 @@ def test_what_a_kernel_cannot_do_it_refuses_with_the_reason(options, reason):
     x = jnp.ones((1, 20, 2, 8))
     with pytest.raises(NotImplementedError, match=reason):
         flash_attention(x, x, x, **options, implementation="mosaic_tpu")
-    with blocks.target("TPU v6e"):
+    with target("TPU v6e"):
         explained = explain(x, x, x, **options)
     assert explained.chosen == "blockwise" and reason in explained.refused["mosaic_tpu"]
 
 
 def test_without_a_tpu_it_says_so_and_with_one_it_comes_first():
     x = jnp.ones((1, 20, 2, 8))
-    with blocks.target("TPU v5e"):
+    with target("TPU v5e"):
         assert explain(x, x, x, mask=Causal() & Segments(jnp.zeros((1, 20), int))).chosen == "mosaic_tpu"
         with jax.enable_x64(True):
             double = jnp.ones((1, 20, 2, 8), jnp.float64)

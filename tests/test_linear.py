@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from jaxml.attention.linear import linear
+from jaxml.linear import linear
 
 calls = []
 
