@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.lm.config import DecoderConfig
+from jaxml.target import target
 
 
 def tolerance(dtype, reduction: int = 1) -> float:
@@ -77,7 +78,7 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
     """`function` compiled for one chip of a TPU generation, on any machine that has libtpu (`jaxml[tpu]`).
 
     Args:
-        function: a pure function of `arguments`; calls of `flash_attention` in it take the TPU's backends and blocks.
+        function: a pure function of `arguments`; kernels in it are those for TPUs, with that chip's blocks.
         arguments: a sequence of pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
         chip: "v4", "v5e", "v5p", "v6e" or "tpu7x".
         donate: numbers of the arguments whose memory the results may take.
@@ -85,17 +86,35 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
     Returns:
         What `jit(function).lower(...).compile()` returns: `memory_analysis()`, `cost_analysis()`, `as_text()`.
     """
-    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding, use_abstract_mesh
-
-    from jaxml.target import target
+    from jax.sharding import SingleDeviceSharding
 
     device = _tpus(chip)[0]
     sharding = SingleDeviceSharding(device)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    abstract = AbstractDevice(device_kind=device.device_kind, num_cores=1, platform="tpu")
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=abstract)
-    with use_abstract_mesh(mesh), target(f"TPU {chip}"):
+    with _as_on(device.device_kind, 1, "tpu"), target(f"TPU {chip}"):
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, tuple(arguments))).compile()
+
+
+def lower_for_gpu(function, arguments):
+    """`function` lowered for an NVIDIA H100, on any machine: what jaxml's kernels become, before CUDA's own compiler.
+
+    Args:
+        function: a pure function of `arguments`; kernels in it are those for GPUs.
+        arguments: a sequence of pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
+
+    Returns:
+        What `jit(function).lower(...)` returns: `as_text()`.
+    """
+    with _as_on("NVIDIA H100", 132, "gpu"), target("NVIDIA H100"):
+        return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def _as_on(device_kind: str, cores: int, platform: str):
+    """A context in which JAX lowers kernels for a device that is not there."""
+    from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+
+    device = AbstractDevice(device_kind=device_kind, num_cores=cores, platform=platform)
+    return use_abstract_mesh(AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device))
 
 
 def tpu_mesh(chip: str, axis_name: str) -> jax.sharding.Mesh:

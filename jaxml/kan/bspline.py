@@ -15,7 +15,9 @@ Reference:
 """
 
 import math
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -95,11 +97,14 @@ def _power(x: Array, n: int) -> Array:
 
 
 def _place(x: Array, points: Array, order: int, outside: str) -> tuple[Array, Array, Array]:
-    """(u within the grid, how far before and after it x lies in cells)."""
-    cells = points.shape[-1] - 1
-    low, high = points[:, 0], points[:, -1]
-    shape = (1,) * (x.ndim - 1) + low.shape
-    u = order + (x - low.reshape(shape)) * (cells / (high - low)).reshape(shape)
+    shape = (1,) * (x.ndim - 1) + points.shape[:1]
+    low, high = points[:, 0].reshape(shape), points[:, -1].reshape(shape)
+    return place(x, low, high, points.shape[-1] - 1, order, outside)
+
+
+def place(x: Array, low: Array, high: Array, cells: int, order: int, outside: str) -> tuple[Array, Array, Array]:
+    """(u within the grid from low to high, how far before and after it x lies in cells)."""
+    u = order + (x - low) * (cells / (high - low))
     zero = jnp.zeros_like(u)
     if outside == "periodic":
         if cells <= order:
@@ -116,22 +121,62 @@ def _place(x: Array, points: Array, order: int, outside: str) -> tuple[Array, Ar
 
 def _one(place: tuple[Array, Array, Array], j: np.ndarray, cells: int, order: int, outside: str) -> Array:
     """Basis function j, or all of them where j is a column."""
-    u, before, after = place
-    shift = lambda j: u - (j if j.ndim == 0 else jnp.asarray(j, u.dtype).reshape((1,) * (u.ndim - 2) + j.shape))
-    out = cardinal(shift(j), order)
-    if outside == "periodic":
-        wraps = j < order
-        return out + jnp.where(wraps, cardinal(shift(j + cells), order), 0) if wraps.any() else out
-    if outside != "linear" or order == 0:
-        return out
-    end = cells + order if order > 1 else cells + order - 1e-9  # a slope that jumps is taken from within
-    for beyond, at in ((before, order), (after, end)):
-        slope = _np_cardinal(at - j, order - 1) - _np_cardinal(at - j - 1, order - 1)
-        if slope.ndim:
-            out = out + beyond * jnp.asarray(slope, u.dtype).reshape((1,) * (u.ndim - 2) + slope.shape)
-        elif slope:
-            out = out + beyond * float(slope)
+    as_column = lambda a: jnp.asarray(a, place[0].dtype).reshape((1,) * (place[0].ndim - 2) + a.shape)
+    number = as_column if j.ndim else lambda a: float(a)
+    wraps = outside == "periodic" and bool((j < order).any())
+    ends = [number(s) if s.any() else None for s in slopes(j, cells, order, outside)]
+    return one(place, number(j), ends, order, cells if wraps else None)
+
+
+def one(
+    place: tuple[Array, Array, Array],
+    j: Array | float,
+    ends: Sequence[Array | float | None],
+    order: int,
+    wrap: int | None,
+) -> Array:
+    """Basis function j at a place.
+
+    Args:
+        ends: its slopes at the grid's ends (`slopes`), by which it goes on beyond them; None for 0.
+        wrap: cells of a periodic grid, whose first functions come again at its end.
+    """
+    u, *beyond = place
+    out = cardinal(u - j, order)
+    if wrap is not None:
+        out = out + cardinal(u - (j + wrap), order)
+    for distance, slope in zip(beyond, ends):
+        if slope is not None:
+            out = out + distance * slope
     return out
+
+
+def slopes(j: np.ndarray, cells: int, order: int, outside: str) -> tuple[np.ndarray, np.ndarray]:
+    """The slopes of functions j at the grid's first and last point, a cell being 1; 0 where nothing goes on beyond."""
+    if outside != "linear" or order == 0:
+        return np.zeros(j.shape), np.zeros(j.shape)
+    end = cells + order if order > 1 else cells + order - 1e-9  # a slope that jumps is taken from within
+    at = lambda u: _np_cardinal(u - j, order - 1) - _np_cardinal(u - j - 1, order - 1)
+    return at(order), at(end)
+
+
+def function(spec, j: Array, at_ends: tuple[Array, Array], low: Array, high: Array) -> Callable[[Array], Array]:
+    """Basis function j of a `layer.Spec`, for kernels that know j and its `ends` when they run."""
+    wrap = spec.grid if spec.outside == "periodic" else None
+    return lambda x: one(place(x, low, high, spec.grid, spec.order, spec.outside), j, at_ends, spec.order, wrap)
+
+
+def ends(spec) -> np.ndarray:
+    """[2, K]: the slopes of all functions at the grid's ends."""
+    return np.stack(slopes(np.arange(spec.size), spec.grid, spec.order, spec.outside))
+
+
+def derivative(function: Callable[[Array], Array], n: int) -> Callable[[Array], Array]:
+    """The n-th derivative of a function that acts on each number by itself."""
+    if n == 0:
+        return function
+    lower = derivative(function, n - 1)
+    return lambda x: jax.jvp(lower, (x,), (jnp.ones_like(x),))[1]
 
 
 def _below(value: float, dtype) -> float:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxml.axes import Array, Float, wide
-from jaxml.kan import bases
+from jaxml.kan import bases, kernel
 
 BASE_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -30,7 +30,7 @@ BASE_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 STARTS = ("power", "pykan", "glorot")
-IMPLEMENTATIONS = ("split", "fused")
+IMPLEMENTATIONS = ("split", "fused", "kernel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,11 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     """The layer's outputs, in x's dtype; basis functions are float32 or wider, products x's dtype with wide sums.
 
     Args:
-        implementation: "split" (one product a basis function) or "fused" (one contraction); by platform where None.
+        implementation: "split" (one product a basis function), "fused" (one contraction) or "kernel" (the basis is
+            never stored: GPU, `jaxml.kan.kernel`); split on CPU and fused elsewhere where None.
+
+    Raises:
+        NotImplementedError: the kernel cannot run here; says why.
     """
     if x.shape[-1] != layer.width[0]:
         raise ValueError(f"kan: the last axis of x is the layer's {layer.width[0]} inputs, got shape {x.shape}.")
@@ -144,7 +148,10 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     if implementation is None and layer.spec.size > MOST_SPLIT:
         implementation = "fused"
     arguments = flat, layer.masked(layer.coef), layer.masked(layer.base), layer.points
-    y = _sums(layer.spec, implementation, *arguments)
+    if implementation == "kernel":
+        y = _by_kernel(layer.spec, *arguments)
+    else:
+        y = _sums(layer.spec, implementation, *arguments)
     for edge in layer.fixed:
         y = y.at[:, edge.out].add(edge(flat[:, edge.into].astype(y.dtype)))
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
@@ -159,6 +166,12 @@ def _sums(spec: Spec, implementation: str | None, *arguments: Array) -> Array:
     if implementation is None:
         return jax.lax.platform_dependent(*arguments, cpu=split, default=fused)
     return (split if implementation == "split" else fused)(*arguments)
+
+
+def _by_kernel(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:
+    if reason := kernel.unsupported(spec, x.dtype):
+        raise NotImplementedError(f"kan: the kernel cannot run here: {reason}. Take another implementation, or None.")
+    return _base(spec, x, base) + kernel.sums(spec, x, coef, points)
 
 
 def _split(spec: Spec, x: Array, coef: Array, base: Array, points: Array) -> Array:

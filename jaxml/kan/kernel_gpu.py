@@ -1,0 +1,170 @@
+"""The three maps of `kernel.py` on GPUs: Pallas kernels for Triton.
+
+A program holds one tile of the result and walks over the tiles that sum up to it. A function is computed from x in
+registers and goes straight into the tensor cores. Sums are float32; the operands of products have x's dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from jaxml.axes import Array
+from jaxml.kan import bspline
+from jaxml.target import INTERPRET_GPU, platform
+
+SIDE, STEP = 128, 32  # of a program's tile, and how much of a summed axis it takes at once
+SIDE_COLLECT = 64  # whose tile of functions stays in registers too: without spills in code for H100
+PROGRAMS = 264  # that keep a large GPU busy
+
+
+def spread(spec, n, x, weight, coef, points):
+    (B, n_in), (K, _, n_out) = x.shape, coef.shape
+    rows, columns, step = _tile(B, SIDE), _tile(n_out, SIDE), _tile(n_in, STEP)
+    of_rows = [_pad(a, rows, step) for a in (x, weight) if a is not None]
+    of_all = [*_grid(points, step), _ends(spec)]
+    coef = _pad(coef.astype(x.dtype), 1, step, columns)
+    width = coef.shape[1]
+
+    def kernel(low, high, ends, coef, *refs):
+        *x_and_weight, y = refs
+
+        def inputs(s, total):
+            at = pl.ds(s * step, step)
+            values = _values(spec, n, ends, low[:, at], high[:, at], *[a[:, at] for a in x_and_weight])
+            add = lambda k, total: total + _dot(values(k).astype(x.dtype), coef[k, at, :])
+            return jax.lax.fori_loop(0, K, add, total)
+
+        y[...] = jax.lax.fori_loop(0, width // step, inputs, jnp.zeros(y.shape, y.dtype))
+
+    run = _call(
+        kernel,
+        name="kan_spread",
+        grid=(of_rows[0].shape[0] // rows, coef.shape[2] // columns),
+        in_specs=[
+            *[pl.BlockSpec(a.shape, lambda i, j: (0, 0)) for a in of_all],
+            pl.BlockSpec((K, width, columns), lambda i, j: (0, 0, j)),
+            *[pl.BlockSpec((rows, width), lambda i, j: (i, 0)) for _ in of_rows],
+        ],
+        out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
+        shape=(of_rows[0].shape[0], coef.shape[2]),
+    )
+    return run(*of_all, coef, *of_rows)[:B, :n_out]
+
+
+def collect(spec, n, x, coef, g, points):
+    (B, n_in), (K, _, n_out) = x.shape, coef.shape
+    rows, columns, step = _tile(B, SIDE_COLLECT), _tile(n_in, SIDE_COLLECT), _tile(n_out, STEP)
+    x, of_inputs = _pad(x, rows, columns), _grid(points, columns)
+    coef, g = _pad(coef.astype(x.dtype), 1, columns, step), _pad(g.astype(x.dtype), rows, step)
+
+    def kernel(low, high, ends, coef, x, g, d):
+        values = _values(spec, n, ends, low[...], high[...], x[...])
+
+        def functions(k, total):
+            def outputs(s, of_k):
+                at = pl.ds(s * step, step)
+                return of_k + _dot(g[:, at], coef[k, :, at].T)
+
+            of_k = jax.lax.fori_loop(0, g.shape[1] // step, outputs, jnp.zeros(d.shape, d.dtype))
+            return total + of_k * values(k)
+
+        d[...] = jax.lax.fori_loop(0, K, functions, jnp.zeros(d.shape, d.dtype))
+
+    run = _call(
+        kernel,
+        name="kan_collect",
+        grid=(x.shape[0] // rows, x.shape[1] // columns),
+        in_specs=[
+            *[pl.BlockSpec((1, columns), lambda i, j: (0, j)) for _ in of_inputs],
+            pl.BlockSpec((2, K), lambda i, j: (0, 0)),
+            pl.BlockSpec((K, columns, g.shape[1]), lambda i, j: (0, j, 0)),
+            pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
+            pl.BlockSpec((rows, g.shape[1]), lambda i, j: (i, 0)),
+        ],
+        out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
+        shape=x.shape,
+    )
+    return run(*of_inputs, _ends(spec), coef, x, g)[:B, :n_in]
+
+
+def outer(spec, n, x, weight, g, points):
+    (B, n_in), n_out, K = x.shape, g.shape[1], spec.size
+    rows, columns, step = _tile(n_in, SIDE), _tile(n_out, SIDE), _tile(B, STEP)
+    across, tiles = pl.cdiv(n_in, rows), pl.cdiv(n_in, rows) * pl.cdiv(n_out, columns)
+    parts = max(1, min(PROGRAMS // (K * tiles), pl.cdiv(B, 8 * step)))  # of the batch, summed afterwards
+    steps = pl.cdiv(B, parts * step)
+    batch = parts * steps * step
+    of_rows = [_pad(a, batch, rows) for a in (x, weight) if a is not None]
+    g, of_inputs = _pad(g.astype(x.dtype), batch, columns), _grid(points, rows)
+
+    def kernel(low, high, ends, g, *refs):
+        *x_and_weight, c = refs
+        k = pl.program_id(1)
+
+        def add(s, total):
+            at = pl.ds(s * step, step)
+            b = _values(spec, n, ends, low[...], high[...], *[a[at, :] for a in x_and_weight])(k)
+            return total + _dot(b.astype(x.dtype).T, g[at, :])
+
+        c[...] = jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), c.dtype))[None, None]
+
+    run = _call(
+        kernel,
+        name="kan_outer",
+        grid=(parts, K, tiles),
+        in_specs=[
+            *[pl.BlockSpec((1, rows), lambda p, k, t: (0, t % across)) for _ in of_inputs],
+            pl.BlockSpec((2, K), lambda p, k, t: (0, 0)),
+            pl.BlockSpec((steps * step, columns), lambda p, k, t: (p, t // across)),
+            *[pl.BlockSpec((steps * step, rows), lambda p, k, t: (p, t % across)) for _ in of_rows],
+        ],
+        out_specs=pl.BlockSpec((1, 1, rows, columns), lambda p, k, t: (p, k, t % across, t // across)),
+        shape=(parts, K, of_rows[0].shape[1], g.shape[1]),
+    )
+    return run(*of_inputs, _ends(spec), g, *of_rows).sum(axis=0)[:, :n_in, :n_out]
+
+
+def _values(spec, n: int, ends, low: Array, high: Array, x: Array, weight: Array | None = None):
+    """k ↦ the n-th derivative of function k at a tile of inputs, times their weights."""
+
+    def values(k):
+        function = bspline.function(spec, k.astype(jnp.float32), (ends[0, k], ends[1, k]), low, high)
+        b = bspline.derivative(function, n)(x.astype(jnp.float32))
+        return b if weight is None else b * weight.astype(jnp.float32)
+
+    return values
+
+
+def _dot(a: Array, b: Array) -> Array:
+    return jnp.dot(a, b, preferred_element_type=jnp.float32)
+
+
+def _tile(size: int, most: int) -> int:
+    """A power of two, 16 at least: what tensor cores take."""
+    return max(16, min(most, pl.next_power_of_2(size)))
+
+
+def _pad(a: Array, *multiples: int) -> Array:
+    """With zeros at the ends of its axes, up to multiples of those sizes."""
+    return jnp.pad(a, [(0, -size % m) for size, m in zip(a.shape, multiples)])
+
+
+def _grid(points: Array, step: int) -> list[Array]:
+    """Its first and last points as rows [1, I]; those of inputs that are not there are 0 and 1."""
+    row = lambda a, fill: jnp.pad(a.astype(jnp.float32), (0, -len(a) % step), constant_values=fill)[None]
+    return [row(points[:, 0], 0.0), row(points[:, -1], 1.0)]
+
+
+def _ends(spec) -> Array:
+    return jnp.asarray(bspline.ends(spec), jnp.float32)
+
+
+def _call(kernel, *, shape, **kwargs):
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        interpret=platform() == INTERPRET_GPU,
+        **kwargs,
+    )
