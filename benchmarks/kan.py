@@ -1,7 +1,7 @@
 """Kolmogorov–Arnold layers against pykan, efficient-kan, jaxKAN and an MLP layer: time, memory, TPU schedule.
 
     python benchmarks/kan.py                     # ten minutes; rivals that are not installed are left out, by name
-    python benchmarks/kan.py --subjects layer    # one of layer, parameters, symbolic, regularizer, tpu
+    python benchmarks/kan.py --subjects layer    # some of layer, parameters, symbolic, regularizer, tpu, kernel
     python benchmarks/kan.py --table             # the tables of the newest results
 
 Times are of the process (all threads), the median of rounds in which every subject runs once, so that a busy machine
@@ -13,6 +13,7 @@ symbolic: functions for the three edges of a [2, 1, 1] network of exp(sin(πx) +
 regularizer: value and gradient of pykan's penalty, one layer, batch 1024.
 tpu: forward and backward at batch 8192, 1024 × 1024, grid 5, bfloat16, compiled for v5e: the compiler's own cycles
 against the time that the products take at the chip's peak, and temporary memory.
+kernel: on a GPU, the layer by the kernel against the contraction by XLA: errors against float64, time, memory.
 
 efficient-kan is not on PyPI: put its folder `efficient_kan` on PYTHONPATH.
 """
@@ -21,6 +22,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib
 import io
 import json
@@ -36,10 +38,11 @@ import numpy as np
 
 from jaxml import kan
 from jaxml.kan import attribution, rational
+from jaxml.kan import kernel as kernel_of_layer
 from jaxml.kan import layer as layers
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("layer", "parameters", "symbolic", "regularizer", "tpu")
+SUBJECTS = ("layer", "parameters", "symbolic", "regularizer", "tpu", "kernel")
 SHAPES = ((64, 5), (64, 20), (256, 5), (256, 20))  # (width, grid)
 AIMS = {5: 9.0, 20: 25.0}
 BATCH, ROUNDS = 1024, 11
@@ -60,6 +63,9 @@ def main() -> None:
     report["date"], report["jax"] = datetime.date.today().isoformat(), jax.__version__
     report["device"] = jax.devices()[0].device_kind
     for subject in options.subjects:
+        if subject == "kernel" and (reason := kernel_of_layer.unsupported(layers.Spec(), jnp.float32)):
+            print(f"kernel is left out: {reason}", flush=True)
+            continue
         report[subject] = globals()[subject]()
         path.write_text(json.dumps(report, indent=1) + "\n")
     print(table())
@@ -297,6 +303,47 @@ def tpu() -> list[dict]:
     return rows
 
 
+# ---- GPU ---------------------------------------------------------------------------------------------
+
+
+def kernel() -> list[dict]:
+    rows, batch = [], 8192
+    for width, grid, dtype in [(w, g, d) for d in ("float32", "bfloat16") for w in (256, 1024) for g in (5, 20, 100)]:
+        spec = layers.Spec(grid)
+        drawn = layers.init(jax.random.key(0), (width, width), spec, dtype=dtype)
+        x, cotangent = (jax.random.normal(jax.random.key(k), (batch, width), dtype) / 2 for k in (1, 2))
+
+        def step(coef, base, x, cotangent, implementation, layer=drawn):
+            run = lambda coef, base, x: layers.apply(
+                dataclasses.replace(layer, coef=coef, base=base), x, implementation=implementation
+            )
+            y, vjp = jax.vjp(run, coef, base, x)
+            return y, *vjp(cotangent)
+
+        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+            few = slice(0, 256)  # rows whose outputs are looked at
+            exact = jax.jit(functools.partial(step, implementation="fused"))(
+                *[np.asarray(a, np.float64) for a in (drawn.coef, drawn.base, x[few], cotangent[few])]
+            )
+        row = {"width": width, "grid": grid, "dtype": dtype}
+        for name in ("kernel", "fused"):
+            run = functools.partial(step, implementation=name)
+            found = jax.jit(run)(drawn.coef, drawn.base, x[few], cotangent[few])
+            errors = [
+                float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()) for a, b in zip(found, exact)
+            ]
+            row[f"{name}_error"] = max(errors)
+            call, row[f"{name}_temp_mib"] = compiled(run, drawn.coef, drawn.base, x, cotangent)
+            call()
+            start = time.perf_counter()
+            for _ in range(10):
+                call()
+            row[f"{name}_ms"] = 1e2 * (time.perf_counter() - start)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 # ---- tables ------------------------------------------------------------------------------------------
 
 
@@ -304,6 +351,7 @@ TITLES = {
     "parameters": "Equal parameters (9.0 million), batch 100",
     "symbolic": "Functions of three edges, seconds of process time",
     "regularizer": "Penalty and gradient of one layer, batch 1024",
+    "kernel": "The kernel against XLA, forward and backward, batch 8192",
     "tpu": "TPU v5e, compiled: batch 8192, 1024 × 1024, bfloat16",
 }
 
