@@ -8,7 +8,7 @@
     True
 
 - Fixed: `activations.gelu(x)` and the rest; `activations.CATALOGUE` says what is known of each.
-- Gated, of two arrays: `activations.swiglu(gate, value)`.
+- Gated, of two arrays: `activations.swiglu(gate, value)`; with its products, `gated_feed_forward(x, gate, up, down)`.
 - Learnable: `activations.learnable.snake.init((D,))`, `.apply(params, x)`.
 - To the simplex: `activations.sparsemax(x)`. With noise: `activations.noisy.rrelu(key, x)`.
 - `activations.activation` makes one of a formula and its derivative.
@@ -21,6 +21,7 @@ from jax.nn import identity, leaky_relu, log1mexp, relu, relu6, standardize
 
 from jaxml.activations import catalogue, gated, learnable, noisy, rational, simplex
 from jaxml.activations.catalogue import CATALOGUE, gain
+from jaxml.activations.feed_forward import gated_feed_forward
 from jaxml.activations.gated import (
     bilinear,
     clamped_swiglu,
@@ -108,6 +109,7 @@ __all__ = [
     "fit_rational",
     "gain",
     "gated",
+    "gated_feed_forward",
     "gaussian",
     "gcu",
     "geglu",

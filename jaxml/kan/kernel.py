@@ -21,16 +21,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxml.axes import Array, Float, wide
-from jaxml.kan import bspline, kernel_gpu
+from jaxml.kan import bspline
 from jaxml.linear import linear
 from jaxml.target import INTERPRET_GPU, platform
-
-KERNELS = {"gpu": kernel_gpu, INTERPRET_GPU: kernel_gpu}
 
 
 def unsupported(spec, dtype) -> str | None:
     """Why the kernels cannot run here with such a layer and input, or None."""
-    if platform() not in KERNELS:
+    if platform() not in ("gpu", INTERPRET_GPU):
         return f"it needs a GPU, this is {platform()!r}"
     if spec.basis != "bspline":
         return f"it knows B-splines on uniform grids, the basis is {spec.basis!r}"
@@ -75,19 +73,25 @@ def define_outer(spec, n, x, weight, g, points):
 # ---- kernels and their derivatives -------------------------------------------------------------------
 
 
+def _kernels():
+    from jaxml.kan import kernel_gpu  # where it is used: Pallas takes its time to import
+
+    return kernel_gpu
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def spread(spec, n: int, x, weight, coef, points) -> Float[Array, "B O"]:
-    return KERNELS[platform()].spread(spec, n, x, weight, coef, points)
+    return _kernels().spread(spec, n, x, weight, coef, points)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def collect(spec, n: int, x, coef, g, points) -> Float[Array, "B I"]:
-    return KERNELS[platform()].collect(spec, n, x, coef, g, points)
+    return _kernels().collect(spec, n, x, coef, g, points)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def outer(spec, n: int, x, weight, g, points) -> Float[Array, "K I O"]:
-    return KERNELS[platform()].outer(spec, n, x, weight, g, points)
+    return _kernels().outer(spec, n, x, weight, g, points)
 
 
 def _times(weight, dx):
