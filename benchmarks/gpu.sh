@@ -21,5 +21,7 @@ step attention python3 benchmarks/attention.py --lengths 1024 4096 8192
 step optim python3 benchmarks/optim.py --subjects refresh compile
 step optim_time python3 benchmarks/optim.py --subjects time --size 350M
 step kan python3 benchmarks/kan.py --subjects layer parameters
+step kan_kernel python3 benchmarks/kan.py --subjects kernel
+step feed_forward python3 benchmarks/feed_forward.py --subjects gpu
 step optim_training python3 benchmarks/optim_training.py --minutes 8
 exit $failed

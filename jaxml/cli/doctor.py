@@ -42,6 +42,9 @@ def run(args):
     print("\nattention backends")
     for name, why in report["attention"].items():
         print(f"  {name:18} {why}")
+    print("\nother kernels")
+    for name, why in report["kernels"].items():
+        print(f"  {name:18} {why}")
     print("\nmodels")
     for name, where in report["models"].items():
         print(f"  {name:18} {where}")
@@ -69,6 +72,7 @@ def examine() -> dict:
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in jax.devices()],
         "default_backend": jax.default_backend(),
         "attention": _attention(),
+        "kernels": _kernels(),
         "models": models,
     }
 
@@ -83,3 +87,18 @@ def _attention() -> dict[str, str]:
     explained = explain(q, q, q, is_causal=True)
     runs = {explained.chosen: f"runs on {jax.default_backend()}"}
     return runs | explained.refused | {"reference": "the definition; runs where it is asked for by name"}
+
+
+def _kernels() -> dict[str, str]:
+    """Part that has a kernel beside XLA's products → whether it could run on this machine, in float32."""
+    import jax
+
+    from jaxml.activations import feed_forward
+    from jaxml.kan import kernel, layer
+
+    reasons = {
+        "kan": kernel.unsupported(layer.Spec(), "float32"),
+        "gated_feed_forward": feed_forward.unsupported("float32"),
+    }
+    may = f'runs on {jax.default_backend()} where implementation="kernel"; XLA otherwise'
+    return {name: may if why is None else f"XLA; no kernel: {why}" for name, why in reasons.items()}
