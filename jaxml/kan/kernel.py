@@ -7,7 +7,7 @@ Three maps, each linear in its arrays, hold all of it. With B_k^(n) the n-th der
     outer   c_kio = Σ_b  B_k^(n)(x_bi) w_bi g_bo      its gradient by the coefficients (n = 0)
 
 The tangent of each is a sum of these, one n up where x moves, and so is the transpose: all orders, both modes. The
-functions below define them in plain JAX; `kernel_gpu.py` computes them tile by tile.
+functions below define them in plain JAX; `kernel_gpu.py` and `kernel_tpu.py` compute them tile by tile.
 
 They pay where the basis, K times as large as x, is what takes the time: large grids, wide batches. They stay a choice
 (`layer.apply(..., implementation="kernel")`): XLA shards its own products over devices, a kernel only within
@@ -23,25 +23,25 @@ from jax.custom_derivatives import SymbolicZero
 from jaxml.axes import Array, Float, wide
 from jaxml.kan import bspline
 from jaxml.linear import linear
-from jaxml.target import INTERPRET_GPU, platform
+from jaxml.target import INTERPRET, INTERPRET_GPU, platform
 
 
 def unsupported(spec, dtype) -> str | None:
     """Why the kernels cannot run here with such a layer and input, or None."""
-    if platform() not in ("gpu", INTERPRET_GPU):
-        return f"it needs a GPU, this is {platform()!r}"
+    if platform() not in ("gpu", "tpu", INTERPRET, INTERPRET_GPU):
+        return f"it needs a GPU or TPU, this is {platform()!r}"
     if spec.basis != "bspline":
         return f"it knows B-splines on uniform grids, the basis is {spec.basis!r}"
     if not spec.uniform:
         return "it knows B-splines on uniform grids, this grid is not uniform"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
-    return None
+    return _kernels().unsupported()
 
 
 def sums(spec, x: Float[Array, "B I"], coef: Float[Array, "K I O"], points: Float[Array, "I G1"]) -> Array:
-    """Σ_ik B_k(x_i) c_kio, in float32."""
-    return spread(spec, 0, x, None, coef, points)
+    """Σ_ik B_k(x_i) c_kio, summed in float32, in x's dtype."""
+    return spread(spec, 0, x.dtype, x, None, coef, points)
 
 
 # ---- definitions -------------------------------------------------------------------------------------
@@ -74,24 +74,25 @@ def define_outer(spec, n, x, weight, g, points):
 
 
 def _kernels():
-    from jaxml.kan import kernel_gpu  # where it is used: Pallas takes its time to import
+    """The module for the device, imported where it is used: Pallas takes its time."""
+    from jaxml.kan import kernel_gpu, kernel_tpu
 
-    return kernel_gpu
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def spread(spec, n: int, x, weight, coef, points) -> Float[Array, "B O"]:
-    return _kernels().spread(spec, n, x, weight, coef, points)
+    return kernel_gpu if platform() in ("gpu", INTERPRET_GPU) else kernel_tpu
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def collect(spec, n: int, x, coef, g, points) -> Float[Array, "B I"]:
-    return _kernels().collect(spec, n, x, coef, g, points)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def spread(spec, n: int, dtype, x, weight, coef, points) -> Float[Array, "B O"]:
+    return _kernels().spread(spec, n, dtype, x, weight, coef, points)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def outer(spec, n: int, x, weight, g, points) -> Float[Array, "K I O"]:
-    return _kernels().outer(spec, n, x, weight, g, points)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def collect(spec, n: int, dtype, x, coef, g, points) -> Float[Array, "B I"]:
+    return _kernels().collect(spec, n, dtype, x, coef, g, points)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def outer(spec, n: int, dtype, x, weight, g, points) -> Float[Array, "K I O"]:
+    return _kernels().outer(spec, n, dtype, x, weight, g, points)
 
 
 def _times(weight, dx):
@@ -99,57 +100,57 @@ def _times(weight, dx):
 
 
 @functools.partial(spread.defjvp, symbolic_zeros=True)
-def _(spec, n, primals, tangents):
+def _(spec, n, dtype, primals, tangents):
     def forward(primals, dot):
         x, w, c, points = primals
-        yield "x", lambda: spread(spec, n + 1, x, _times(w, dot["x"]), c, points)
-        yield "w", lambda: spread(spec, n, x, dot["w"], c, points)
-        yield "c", lambda: spread(spec, n, x, w, dot["c"], points)
+        yield "x", lambda: spread(spec, n + 1, dtype, x, _times(w, dot["x"]), c, points)
+        yield "w", lambda: spread(spec, n, dtype, x, dot["w"], c, points)
+        yield "c", lambda: spread(spec, n, dtype, x, w, dot["c"], points)
 
     def transpose(primals, g):
         x, w, c, points = primals
-        yield "x", lambda: _times(w, collect(spec, n + 1, x, c, g, points))
-        yield "w", lambda: collect(spec, n, x, c, g, points)
-        yield "c", lambda: outer(spec, n, x, w, g, points)
+        yield "x", lambda: _times(w, collect(spec, n + 1, x.dtype, x, c, g, points))
+        yield "w", lambda: collect(spec, n, w.dtype, x, c, g, points)
+        yield "c", lambda: outer(spec, n, c.dtype, x, w, g, points)
 
     define = functools.partial(define_spread, spec, n)
-    return _rule(functools.partial(spread, spec, n), define, "xwc", primals, tangents, forward, transpose)
+    return _rule(functools.partial(spread, spec, n, dtype), define, "xwc", primals, tangents, forward, transpose)
 
 
 @functools.partial(collect.defjvp, symbolic_zeros=True)
-def _(spec, n, primals, tangents):
+def _(spec, n, dtype, primals, tangents):
     def forward(primals, dot):
         x, c, g, points = primals
-        yield "x", lambda: dot["x"] * collect(spec, n + 1, x, c, g, points)
-        yield "c", lambda: collect(spec, n, x, dot["c"], g, points)
-        yield "g", lambda: collect(spec, n, x, c, dot["g"], points)
+        yield "x", lambda: dot["x"] * collect(spec, n + 1, dtype, x, c, g, points)
+        yield "c", lambda: collect(spec, n, dtype, x, dot["c"], g, points)
+        yield "g", lambda: collect(spec, n, dtype, x, c, dot["g"], points)
 
     def transpose(primals, h):
         x, c, g, points = primals
-        yield "x", lambda: h * collect(spec, n + 1, x, c, g, points)
-        yield "c", lambda: outer(spec, n, x, h, g, points)
-        yield "g", lambda: spread(spec, n, x, h, c, points)
+        yield "x", lambda: h * collect(spec, n + 1, x.dtype, x, c, g, points)
+        yield "c", lambda: outer(spec, n, c.dtype, x, h, g, points)
+        yield "g", lambda: spread(spec, n, g.dtype, x, h, c, points)
 
     define = functools.partial(define_collect, spec, n)
-    return _rule(functools.partial(collect, spec, n), define, "xcg", primals, tangents, forward, transpose)
+    return _rule(functools.partial(collect, spec, n, dtype), define, "xcg", primals, tangents, forward, transpose)
 
 
 @functools.partial(outer.defjvp, symbolic_zeros=True)
-def _(spec, n, primals, tangents):
+def _(spec, n, dtype, primals, tangents):
     def forward(primals, dot):
         x, w, g, points = primals
-        yield "x", lambda: outer(spec, n + 1, x, _times(w, dot["x"]), g, points)
-        yield "w", lambda: outer(spec, n, x, dot["w"], g, points)
-        yield "g", lambda: outer(spec, n, x, w, dot["g"], points)
+        yield "x", lambda: outer(spec, n + 1, dtype, x, _times(w, dot["x"]), g, points)
+        yield "w", lambda: outer(spec, n, dtype, x, dot["w"], g, points)
+        yield "g", lambda: outer(spec, n, dtype, x, w, dot["g"], points)
 
     def transpose(primals, c):
         x, w, g, points = primals
-        yield "x", lambda: _times(w, collect(spec, n + 1, x, c, g, points))
-        yield "w", lambda: collect(spec, n, x, c, g, points)
-        yield "g", lambda: spread(spec, n, x, w, c, points)
+        yield "x", lambda: _times(w, collect(spec, n + 1, x.dtype, x, c, g, points))
+        yield "w", lambda: collect(spec, n, w.dtype, x, c, g, points)
+        yield "g", lambda: spread(spec, n, g.dtype, x, w, c, points)
 
     define = functools.partial(define_outer, spec, n)
-    return _rule(functools.partial(outer, spec, n), define, "xwg", primals, tangents, forward, transpose)
+    return _rule(functools.partial(outer, spec, n, dtype), define, "xwg", primals, tangents, forward, transpose)
 
 
 def _rule(function, define, names, primals, tangents, forward, transpose):

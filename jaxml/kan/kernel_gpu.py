@@ -18,7 +18,12 @@ SIDE_COLLECT = 64  # whose tile of functions stays in registers too: without spi
 PROGRAMS = 264  # that keep a large GPU busy
 
 
-def spread(spec, n, x, weight, coef, points):
+def unsupported() -> str | None:
+    """Why the kernels cannot run on this GPU, or None."""
+    return None
+
+
+def spread(spec, n, dtype, x, weight, coef, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
     rows, columns, step = _tile(B, SIDE), _tile(n_out, SIDE), _tile(n_in, STEP)
     of_rows = [_pad(a, rows, step) for a in (x, weight) if a is not None]
@@ -35,7 +40,8 @@ def spread(spec, n, x, weight, coef, points):
             add = lambda k, total: total + _dot(values(k).astype(x.dtype), coef[k, at, :])
             return jax.lax.fori_loop(0, K, add, total)
 
-        y[...] = jax.lax.fori_loop(0, width // step, inputs, jnp.zeros(y.shape, y.dtype))
+        total = jax.lax.fori_loop(0, width // step, inputs, jnp.zeros(y.shape, jnp.float32))
+        y[...] = total.astype(y.dtype)
 
     run = _call(
         kernel,
@@ -47,12 +53,12 @@ def spread(spec, n, x, weight, coef, points):
             *[pl.BlockSpec((rows, width), lambda i, j: (i, 0)) for _ in of_rows],
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
-        shape=(of_rows[0].shape[0], coef.shape[2]),
+        out_shape=jax.ShapeDtypeStruct((of_rows[0].shape[0], coef.shape[2]), dtype),
     )
     return run(*of_all, coef, *of_rows)[:B, :n_out]
 
 
-def collect(spec, n, x, coef, g, points):
+def collect(spec, n, dtype, x, coef, g, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
     rows, columns, step = _tile(B, SIDE_COLLECT), _tile(n_in, SIDE_COLLECT), _tile(n_out, STEP)
     x, of_inputs = _pad(x, rows, columns), _grid(points, columns)
@@ -66,10 +72,11 @@ def collect(spec, n, x, coef, g, points):
                 at = pl.ds(s * step, step)
                 return of_k + _dot(g[:, at], coef[k, :, at].T)
 
-            of_k = jax.lax.fori_loop(0, g.shape[1] // step, outputs, jnp.zeros(d.shape, d.dtype))
+            of_k = jax.lax.fori_loop(0, g.shape[1] // step, outputs, jnp.zeros(d.shape, jnp.float32))
             return total + of_k * values(k)
 
-        d[...] = jax.lax.fori_loop(0, K, functions, jnp.zeros(d.shape, d.dtype))
+        total = jax.lax.fori_loop(0, K, functions, jnp.zeros(d.shape, jnp.float32))
+        d[...] = total.astype(d.dtype)
 
     run = _call(
         kernel,
@@ -83,12 +90,12 @@ def collect(spec, n, x, coef, g, points):
             pl.BlockSpec((rows, g.shape[1]), lambda i, j: (i, 0)),
         ],
         out_specs=pl.BlockSpec((rows, columns), lambda i, j: (i, j)),
-        shape=x.shape,
+        out_shape=jax.ShapeDtypeStruct(x.shape, dtype),
     )
     return run(*of_inputs, _ends(spec), coef, x, g)[:B, :n_in]
 
 
-def outer(spec, n, x, weight, g, points):
+def outer(spec, n, dtype, x, weight, g, points):
     (B, n_in), n_out, K = x.shape, g.shape[1], spec.size
     rows, columns, step = _tile(n_in, SIDE), _tile(n_out, SIDE), _tile(B, STEP)
     across, tiles = pl.cdiv(n_in, rows), pl.cdiv(n_in, rows) * pl.cdiv(n_out, columns)
@@ -107,7 +114,8 @@ def outer(spec, n, x, weight, g, points):
             b = _values(spec, n, ends, low[...], high[...], *[a[at, :] for a in x_and_weight])(k)
             return total + _dot(b.astype(x.dtype).T, g[at, :])
 
-        c[...] = jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), c.dtype))[None, None]
+        total = jax.lax.fori_loop(0, steps, add, jnp.zeros((rows, columns), jnp.float32))
+        c[...] = total.astype(c.dtype)[None, None]
 
     run = _call(
         kernel,
@@ -120,9 +128,11 @@ def outer(spec, n, x, weight, g, points):
             *[pl.BlockSpec((steps * step, rows), lambda p, k, t: (p, t % across)) for _ in of_rows],
         ],
         out_specs=pl.BlockSpec((1, 1, rows, columns), lambda p, k, t: (p, k, t % across, t // across)),
-        shape=(parts, K, of_rows[0].shape[1], g.shape[1]),
+        out_shape=jax.ShapeDtypeStruct(
+            (parts, K, of_rows[0].shape[1], g.shape[1]), jnp.float32 if parts > 1 else dtype
+        ),
     )
-    return run(*of_inputs, _ends(spec), g, *of_rows).sum(axis=0)[:, :n_in, :n_out]
+    return run(*of_inputs, _ends(spec), g, *of_rows).sum(axis=0)[:, :n_in, :n_out].astype(dtype)
 
 
 def _values(spec, n: int, ends, low: Array, high: Array, x: Array, weight: Array | None = None):
@@ -160,10 +170,9 @@ def _ends(spec) -> Array:
     return jnp.asarray(bspline.ends(spec), jnp.float32)
 
 
-def _call(kernel, *, shape, **kwargs):
+def _call(kernel, **kwargs):
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
         compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
         interpret=platform() == INTERPRET_GPU,
         **kwargs,

@@ -1,4 +1,4 @@
-"""The kernels that never store the basis, interpreted, against their definitions; and lowered for CUDA."""
+"""The kernels that never store the basis, interpreted, against their definitions; lowered and compiled."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ import pytest
 from jaxml import kan
 from jaxml.kan import kernel
 from jaxml.kan import layer as layers
-from jaxml.target import INTERPRET_GPU, target
-from jaxml.testing import lower_for_gpu, tolerance
+from jaxml.target import INTERPRET, INTERPRET_GPU, target
+from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu, lower_for_gpu, tolerance
 
 # Warned of by newer JAX, wherever the kernel is lowered; `kernel_gpu.py` is the only file that a successor changes.
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
@@ -22,7 +22,11 @@ SPECS = {
     "pykan's end": layers.Spec(3, order=1, outside="zero"),
     "steps": layers.Spec(4, order=0, outside="clamp"),
     "quintic": layers.Spec(9, order=5),
+    "fine": layers.Spec(40),  # more functions than a step of the TPU's kernel takes
 }
+DEVICES = (INTERPRET_GPU, INTERPRET)
+MAPS = [(INTERPRET_GPU, name, n) for name in SPECS for n in (0, 1, 2)]
+MAPS += [(INTERPRET, name, n) for name, n in (("cubic", 0), ("cubic", 1), ("periodic", 2), ("steps", 0), ("fine", 1))]
 ROWS, N_IN, N_OUT = 150, 37, 19
 
 
@@ -39,22 +43,23 @@ def close(got, want, dtype=jnp.float32, terms: int = 256):
     np.testing.assert_allclose(got / scale, want / scale, atol=4 * tolerance(dtype, terms))
 
 
-@pytest.mark.parametrize("n", [0, 1, 2])
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_the_maps_are_their_definitions(spec, n):
+@pytest.mark.parametrize(("device", "name", "n"), MAPS)
+def test_the_maps_are_their_definitions(device, name, n):
+    spec = SPECS[name]
     layer, x, weight, g = draw(spec)
     arguments = {
         "spread": (x, weight, layer.coef, layer.points),
         "collect": (x, layer.coef, g, layer.points),
         "outer": (x, weight, g, layer.points),
     }
-    with target(INTERPRET_GPU):
+    with target(device):
         for name, given in arguments.items():
-            close(getattr(kernel, name)(spec, n, *given), getattr(kernel, f"define_{name}")(spec, n, *given))
+            close(getattr(kernel, name)(spec, n, x.dtype, *given), getattr(kernel, f"define_{name}")(spec, n, *given))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_layer_and_its_gradients_are_those_of_the_contraction(dtype):
+def test_a_layer_and_its_gradients_are_those_of_the_contraction(dtype, device):
     layer, x, _, g = draw(SPECS["cubic"], dtype)
 
     def run(implementation):
@@ -63,14 +68,15 @@ def test_a_layer_and_its_gradients_are_those_of_the_contraction(dtype):
 
         return jax.value_and_grad(value, (0, 1), allow_int=True)(layer, x)
 
-    with target(INTERPRET_GPU):
+    with target(device):
         got, want = run("kernel"), run("fused")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert a.dtype == b.dtype
         close(a.astype(jnp.float32), b.astype(jnp.float32), dtype)
 
 
-def test_second_derivatives_in_every_mode():
+@pytest.mark.parametrize("device", DEVICES)
+def test_second_derivatives_in_every_mode(device):
     layer, x, *_ = draw(SPECS["cubic"])
     x = x[:4]
 
@@ -84,7 +90,7 @@ def test_second_derivatives_in_every_mode():
         twice = jax.jvp(jax.grad(value), (layer.coef, x, layer.points), (layer.coef, x, 0 * layer.points))[1]
         return moved, of_gradient, twice, jax.grad(value, 2)(layer.coef, x, layer.points)
 
-    with target(INTERPRET_GPU):
+    with target(device):
         got, want = total("kernel"), total("fused")
     jax.tree.map(close, got, want)
 
@@ -104,7 +110,7 @@ def test_a_batch_axis_of_layers():
 def test_where_it_cannot_run_it_says_why():
     params = kan.init(jax.random.key(0), [2, 1])
     x = jnp.zeros((3, 2))
-    with pytest.raises(NotImplementedError, match="needs a GPU, this is 'cpu'"):
+    with pytest.raises(NotImplementedError, match="needs a GPU or TPU, this is 'cpu'"):
         kan.apply(params, x, implementation="kernel")
     with target(INTERPRET_GPU):
         with pytest.raises(NotImplementedError, match="knows B-splines on uniform grids, the basis is 'rbf'"):
@@ -113,17 +119,35 @@ def test_where_it_cannot_run_it_says_why():
             kan.apply(params, x.astype("float64"), implementation="kernel")
 
 
+def gradients(spec, n_in: int, n_out: int, dtype):
+    """(gradients by coefficients and inputs, their arguments)."""
+    like = jax.eval_shape(lambda key: layers.init(key, (n_in, n_out), spec, dtype=dtype), jax.random.key(0))
+
+    def total(coef, x, base, points):
+        layer = layers.Layer(coef, base, points, None, (), spec)
+        return jnp.sum(layers.apply(layer, x, implementation="kernel").astype(jnp.float32) ** 2)
+
+    return jax.grad(total, (0, 1)), (like.coef, jax.ShapeDtypeStruct((1024, n_in), dtype), like.base, like.points)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("grid", [5, 100])
 def test_lowers_for_cuda_with_its_gradients(grid, dtype):
     spec = layers.Spec(grid)
-    like = jax.eval_shape(lambda key: layers.init(key, (300, 64), spec, dtype=dtype), jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1024, 300), dtype)
-
-    def step(coef, x, base, points):
-        layer = layers.Layer(coef, base, points, None, (), spec)
-        return jnp.sum(layers.apply(layer, x, implementation="kernel").astype(jnp.float32) ** 2)
-
-    text = lower_for_gpu(jax.grad(step, (0, 1)), (like.coef, x, like.base, like.points)).as_text()
+    text = lower_for_gpu(*gradients(spec, 300, 64, dtype)).as_text()
     assert all(name in text for name in ("kan_spread", "kan_collect", "kan_outer"))
     assert f"1024x{spec.size}x300" not in text and f"1024x300x{spec.size}" not in text  # the basis
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "grid"),
+    [("v5e", "bfloat16", 5)]
+    + [pytest.param(c, d, 5, marks=pytest.mark.slow) for c in TPU_TOPOLOGIES for d in ("bfloat16", "float32")]
+    + [pytest.param("v4", "float32", 100, marks=pytest.mark.slow)],
+)
+def test_compiles_for_tpus_and_needs_no_memory_beside_its_results(chip, dtype, grid):
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
+    compiled = compile_for_tpu(*gradients(layers.Spec(grid), 256, 256, dtype), chip)
+    y_and_its_cotangent = 2 * 4 * 1024 * 256
+    coefficients = 4 * (grid + 4) * 256 * 256  # made up to what a step takes
+    assert compiled.memory_analysis().temp_size_in_bytes <= y_and_its_cotangent + (coefficients * 2 if grid > 20 else 0)
