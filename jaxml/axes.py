@@ -34,4 +34,10 @@ def wide(dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-__all__ = ["Array", "Bool", "Float", "Int", "Params", "wide"]
+def floating(x, dtype) -> Array:
+    """x as an array of floating point numbers; integers and booleans in that dtype."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
+
+
+__all__ = ["Array", "Bool", "Float", "Int", "Params", "floating", "wide"]

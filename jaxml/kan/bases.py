@@ -12,8 +12,10 @@ Reference:
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -38,9 +40,9 @@ def check(spec) -> None:
     """Raises where no basis is as the spec says."""
     if spec.basis not in BASES:
         raise ValueError(f"kan: basis is one of {', '.join(BASES)}, got {spec.basis!r}.")
-    if not isinstance(spec.grid, int) or spec.grid < 1:
+    if not isinstance(spec.grid, Integral) or spec.grid < 1:
         raise ValueError(f"kan: grid is a number of cells, at least 1, got {spec.grid!r}.")
-    if spec.order not in bspline.ORDERS:
+    if not isinstance(spec.order, Integral) or spec.order not in bspline.ORDERS:
         raise ValueError(f"kan: order is in 0 … {max(bspline.ORDERS)}, got {spec.order!r}.")
     if spec.outside not in bspline.OUTSIDE:
         raise ValueError(f"kan: outside is one of {', '.join(bspline.OUTSIDE)}, got {spec.outside!r}.")
@@ -133,6 +135,7 @@ BASES: dict[str, Basis] = {
 
 def through(spec) -> Float[Array, "K G1"]:
     """The matrix that takes values at the ends of the cells to coefficients of least norm that go through them."""
-    points = jnp.linspace(-1.0, 1.0, spec.grid + 1)[None]
-    values = BASES[spec.basis].values(points.T, points, spec)
-    return jnp.asarray(np.linalg.pinv(np.asarray(values)[..., 0], rcond=1e-6))
+    with jax.ensure_compile_time_eval():
+        points = jnp.linspace(-1.0, 1.0, spec.grid + 1)[None]
+        values = BASES[spec.basis].values(points.T, points, spec)
+        return jnp.asarray(np.linalg.pinv(np.asarray(values)[..., 0], rcond=1e-6))

@@ -77,11 +77,13 @@ def cardinal(t: Array, order: int, where=jnp.where) -> Array:
     """N(t): the B-spline on the knots 0, 1, …, order + 1; with `numpy.where` of arrays of numpy."""
     if order == 0:
         return where((t >= 0) & (t < 1), 0 * t + 1, 0)
-    # Selections rather than minima and maxima, whose derivatives are halved where both sides are equal.
-    s = where(t < (order + 1) / 2, t, order + 1 - t)
+    # Selections rather than minima and maxima, whose derivatives are halved where both sides are equal. Where pieces
+    # meet, derivatives are those of the right one.
+    rising = t < (order + 1) / 2
+    s = where(rising, t, order + 1 - t)
     total = 0.0
     for i in range((order + 2) // 2):
-        part = where(s > i, s - i, 0)
+        part = where(where(rising, s >= i, s > i), s - i, 0)
         total = total + (-1) ** i * math.comb(order + 1, i) * _power(part, order)
     return total / math.factorial(order)
 
@@ -109,11 +111,12 @@ def place(x: Array, low: Array, high: Array, cells: int, order: int, outside: st
     if outside == "periodic":
         if cells <= order:
             raise ValueError(f"bspline: a periodic grid has more cells than its order {order}, got {cells}.")
-        return order + jnp.mod(u - order, cells), zero, zero
+        turned = jnp.mod(u - order, cells)
+        return order + jnp.where(turned < cells, turned, 0), zero, zero  # rounded up to a whole turn
     if outside == "zero":
         return u, zero, zero
     end = order + cells
-    inside = jnp.clip(u, order, _below(end, u.dtype) if order == 0 else end)
+    inside = _from_within(u, order, end, float(_below(end, u.dtype)))
     if outside == "clamp":
         return inside, zero, zero
     return inside, jnp.where(u < order, u - order, 0), jnp.where(u > end, u - end, 0)
@@ -179,8 +182,14 @@ def derivative(function: Callable[[Array], Array], n: int) -> Callable[[Array], 
     return lambda x: jax.jvp(lower, (x,), (jnp.ones_like(x),))[1]
 
 
-def _below(value: float, dtype) -> float:
-    return float(np.nextafter(np.asarray(value, jnp.finfo(dtype).dtype), np.asarray(0, jnp.finfo(dtype).dtype)))
+def _below(value: float, dtype) -> np.ndarray:
+    return np.nextafter(np.asarray(value, jnp.finfo(dtype).dtype), np.asarray(0, jnp.finfo(dtype).dtype))
+
+
+def _from_within(x: Array, low: Array | float, high: Array | float, below_high: Array | float) -> Array:
+    """x held within a grid, its slope 1 at both ends, and at the upper one in the last cell rather than beyond it."""
+    held = jnp.where(x < low, low, jnp.where(x > high, high, x))
+    return jnp.where(held < high, held, held - (high - below_high))
 
 
 def _np_cardinal(t, order: int) -> np.ndarray:
@@ -216,7 +225,7 @@ def _general(x: Array, points: Array, order: int, outside: str) -> Array:
     at = x
     if outside != "zero":
         low, high = t[..., order, :], t[..., -1 - order, :]
-        at = jnp.clip(x, low, jnp.nextafter(high, low) if order == 0 else high)
+        at = _from_within(x, low, high, jnp.nextafter(high, low))
     beyond, at = (x - at)[..., None, :], at[..., None, :]
     b = jnp.where((at >= t[..., :-1, :]) & (at < t[..., 1:, :]), 1.0, 0.0).astype(x.dtype)
     narrower = b

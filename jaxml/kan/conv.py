@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxml.axes import Array, Float, wide
+from jaxml.axes import Array, Float, floating, wide
 from jaxml.kan import bases
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import BASE_FUNCTIONS, Spec
@@ -60,6 +60,8 @@ def init(
         >>> apply(params, jnp.zeros((2, 16, 16, 3)), strides=2).shape
         (2, 8, 8, 8)
     """
+    if isinstance(kernel, int):
+        raise ValueError(f"kan.conv: kernel has an extent for each spatial axis, got {kernel}. Write {(kernel,) * 2}.")
     kernel = tuple(kernel)
     if not 1 <= len(kernel) <= 3 or min(kernel) < 1:
         raise ValueError(f"kan.conv: kernel has one to three extents of at least 1, got {kernel}.")
@@ -92,6 +94,7 @@ def apply(
         ValueError: another number of axes or channels.
     """
     spec, (*kernel, inputs, outputs) = params.spec, params.base.shape
+    x = floating(x, params.coef.dtype)
     if x.ndim != len(kernel) + 2 or x.shape[-1] != inputs * groups:
         raise ValueError(f"kan.conv: x is [N, {len(kernel)} spatial axes, {inputs * groups}], got {x.shape}.")
     values = bases.BASES[spec.basis].values(x, params.points, spec).astype(x.dtype)  # [N, …, K, C]

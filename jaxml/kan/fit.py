@@ -6,6 +6,7 @@ have P² elements for P trained numbers; from some thousand on, take "lbfgs" or 
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from jax.flatten_util import ravel_pytree
 
 from jaxml import log
 from jaxml.axes import Array, Float
-from jaxml.kan import attribution, file, levenberg
+from jaxml.kan import attribution, bases, file, levenberg
 from jaxml.kan import grid as grids_
 from jaxml.kan.network import KAN, apply, combine, split
 
 METHODS = ("lm", "lbfgs")
 MOST_PARAMETERS = 6000  # of "lm": JᵀJ in float64 then takes 288 MB
-STEPS = {"lm": 40, "lbfgs": 200}
+STEPS = {"lm": 40, "lbfgs": 200, "optimizer": 1000}
 ROUNDS = 3  # of the first grid, whose range still moves
 
 
@@ -54,16 +55,17 @@ def fit(
     Args:
         method: "lm" (Levenberg–Marquardt), "lbfgs", or any Optax optimizer; where None "lm", with `sparse` "lbfgs".
         grids: numbers of cells, one after the other, each from where the last one ended; the network's own where None.
-        steps: on each grid; 40 of "lm", 200 of "lbfgs", one pass over the samples of an optimizer where None.
+        steps: on each grid; 40 of "lm", 200 of "lbfgs", 1000 of an optimizer where None.
         smooth: weight of Σ (differences of order + 1 of each edge's coefficients)² beside the sum of squared errors in
             units of y's variance; keeps a fine grid's cells without samples in line with their neighbours.
         sparse: weight of `regularizer` (pykan's `lamb`) beside the mean squared error in units of y's variance; not of
             "lm", whose penalties are squares.
         entropy: of the regularizer.
-        update_grids: let every grid follow its input's range, between grids and thrice on the first one.
+        update_grids: let every grid follow its input's range, between grids and thrice on the first one. Grids whose
+            cells are not equally wide (`kan.update` with eps or bend) stay as they are.
         padded: give all grids the shape of the finest one, so that one program serves all (`kan.update`'s `cells`):
             where compiling takes longer than fitting.
-        batch_size: samples a step of an optimizer; all where None.
+        batch_size: samples a step of an Optax optimizer; all where None.
         held_out: (x, y) whose error is told as well and decides: between restarts, and with `patience`.
         patience: stop after so many grids without a lower error on `held_out`, and return the grid of the lowest.
         restarts: how many networks to fit, from different random numbers; the best is kept.
@@ -76,8 +78,8 @@ def fit(
         the best restart), "losses" (of every step).
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, too many parameters for "lm", a checkpoint of
-            another fit.
+        ValueError: shapes that do not fit, values that are not finite (samples, or the network on them), arguments that
+            contradict each other, too many parameters for "lm", a checkpoint of another fit.
 
     Example:
         >>> from jaxml import kan
@@ -89,20 +91,19 @@ def fit(
     """
     x, y = _checked(params, x, y, "x and y")
     test = None if held_out is None else _checked(params, *held_out, "held_out")
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"kan.fit: method is one of {', '.join(METHODS)} or an Optax optimizer, got {method!r}.")
-    if method == "lm" and sparse:
-        raise ValueError("kan.fit: sparse is no sum of squares, got it with method='lm'. Take 'lbfgs' or an optimizer.")
-    method = method or ("lbfgs" if sparse else "lm")
     if patience is not None and test is None:
         raise ValueError("kan.fit: patience looks at held_out, got none. Give held_out=(x, y).")
-    key = jax.random.key(0) if key is None else key
-    plan = [params.layers[0].spec.grid] if grids is None else list(grids)
     if padded and not update_grids:
         raise ValueError("kan.fit: padded grids follow their input, got update_grids=False.")
+    if restarts < 1:
+        raise ValueError(f"kan.fit: restarts is how many networks are fitted, at least 1, got {restarts}.")
+    options = _options(params, method, steps, float(smooth), float(sparse), float(entropy), batch_size)
+    plan = _plan(params, grids)
+    key = jax.random.key(0) if key is None else key
     folder = checkpoint and Path(checkpoint)
-    options = dict(method=method, steps=steps, smooth=smooth, sparse=sparse, entropy=entropy, batch_size=batch_size)
-    identity = [list(map(str, params.widths)), plan, restarts, len(x), float(jnp.sum(x)), float(jnp.sum(y))]
+    told = [plan, restarts, update_grids, padded, patience, repr([layer.spec for layer in params.layers])]
+    told += [value if isinstance(value, int | float | str | None) else "an optimizer" for value in options.values()]
+    identity = folder and [*told, _digest(params, x, y, test, jax.random.key_data(key))]
     best = None
     with log.progress("fitting", enabled=progress, fields=("grid", "error")) as bar:
         task = bar.add_task("fit", total=restarts * len(plan), grid="–", error="–")
@@ -110,9 +111,9 @@ def fit(
             network = params if number == 0 else _anew(params, jax.random.fold_in(key, number))
             found: list[tuple[KAN, dict[str, Any]]] = []
             for n, cells in enumerate(plan):
-                path = folder and folder / f"{number}-{cells}.npz"
+                path = folder and folder / f"{number}-{n}-{cells}.npz"
                 if path and path.exists():
-                    network, row = _again(path, identity)
+                    network, row = _again(path, identity, params)
                 else:
                     seed = jax.random.fold_in(key, 1000 * number + n)
                     rounds = ROUNDS if update_grids and n == 0 else 1
@@ -131,7 +132,12 @@ def fit(
             score = _score(found[end][1])
             if best is None or not score >= best[0]:
                 best = score, found[end][0], [row for _, row in found]
-    _, network, rows = best
+    score, network, rows = best
+    if not np.isfinite(score):
+        raise ValueError(
+            f"kan.fit: the network has finite values on the samples, got an error of {score}. A function fixed on an "
+            "edge (log, sqrt, 1/x) leaves its domain there: fix another, or shift its input."
+        )
     return network, {name: [row[name] for row in rows] for name in rows[0]}
 
 
@@ -143,21 +149,67 @@ def _lowest(found: list[tuple[KAN, dict[str, Any]]]) -> int:
     return int(np.argmin([_score(row) for _, row in found]))
 
 
-def _again(path: Path, identity: list[Any]) -> tuple[KAN, dict[str, Any]]:
+def _again(path: Path, identity: list[Any], params: KAN) -> tuple[KAN, dict[str, Any]]:
     """What was found on a grid before."""
     about = file.about_of(path)
     if about.get("fit") != identity:
         raise ValueError(
-            f"kan.fit: {path} is of another fit (other widths, grids, restarts or samples). Name another folder."
+            f"kan.fit: {path} is of another fit (another network, samples or arguments). Name another folder."
         )
-    return file.load(path), about["row"]
+    own = {edge.function.name: edge.function for layer in params.layers for edge in layer.fixed}
+    return file.load(path, own), about["row"]
+
+
+def _digest(*trees: Any) -> str:
+    """One number of all arrays' bits."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(trees):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _plan(params: KAN, grids: Sequence[int] | None) -> list[int]:
+    """Numbers of cells, one after the other."""
+    own = params.layers[0].spec
+    plan = [own.grid] if grids is None else list(map(int, grids))
+    if not plan or min(plan) < 1:
+        raise ValueError(f"kan.fit: grids are numbers of cells, one at least, got {plan}.")
+    if not bases.BASES[own.basis].has_grid and plan != [own.grid]:
+        raise ValueError(
+            f"kan.fit: the basis {own.basis!r} has no grid to refine, got grids={plan}. Leave them out; the grid of "
+            "`kan.init` is its number of functions."
+        )
+    return plan
+
+
+def _options(params: KAN, method, steps, smooth: float, sparse: float, entropy: float, batch_size) -> dict[str, Any]:
+    """What a stage takes."""
+    if isinstance(method, str) and method not in METHODS:
+        raise ValueError(f"kan.fit: method is one of {', '.join(METHODS)} or an Optax optimizer, got {method!r}.")
+    if method == "lm" and sparse:
+        raise ValueError("kan.fit: sparse is no sum of squares, got it with method='lm'. Take 'lbfgs' or an optimizer.")
+    method = method or ("lbfgs" if sparse else "lm")
+    kind = method if isinstance(method, str) else "optimizer"
+    if kind != "optimizer" and batch_size is not None:
+        raise ValueError(f"kan.fit: batch_size is of an Optax optimizer, got it with method={method!r}.")
+    if min(smooth, sparse, entropy) < 0 or (steps is not None and steps < 1) or (batch_size or 1) < 1:
+        raise ValueError(
+            "kan.fit: smooth, sparse and entropy are at least 0, steps and batch_size at least 1, got "
+            f"{smooth}, {sparse}, {entropy}, {steps} and {batch_size}."
+        )
+    dtype = params.layers[0].coef.dtype
+    if kind == "lm" and dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"kan.fit: 'lm' solves in float32 or float64, the network is {dtype}. Use `kan.with_dtype`.")
+    steps = STEPS[kind] if steps is None else steps
+    return dict(method=method, steps=steps, smooth=smooth, sparse=sparse, entropy=entropy, batch_size=batch_size)
 
 
 def _on_grid(network: KAN, shape: int, cells: int, rounds: int, update_grids: bool, padded: bool, x, y, key, options):
     """(the network with grids of `shape` cells, `cells` of them over the samples; losses)."""
     network, losses = grids_.refine(network, shape), []
+    follow = update_grids and all(layer.spec.uniform for layer in network.layers)
     for turn in range(rounds):
-        network = grids_.update(network, x, cells=cells if cells < shape else None) if update_grids else network
+        network = grids_.update(network, x, cells=cells if cells < shape else None) if follow else network
         reached = jnp.asarray(cells) if padded else None
         network, some = _stage(network, x, y, key=jax.random.fold_in(key, turn), cells=reached, **options)
         losses += np.asarray(some).tolist()
@@ -189,7 +241,8 @@ def _anew(params: KAN, key: Array) -> KAN:
     trained, rest = split(params)
     leaves, tree = jax.tree.flatten(trained)
     keys = jax.random.split(key, len(leaves))
-    draw = lambda k, a: jnp.std(a) * jax.random.normal(k, a.shape, a.dtype)
+    size = lambda a: jnp.std(a) if a.size > 1 else jnp.abs(a)
+    draw = lambda k, a: size(a) * jax.random.normal(k, a.shape, a.dtype)
     return combine(tree.unflatten(list(map(draw, keys, leaves))), rest)
 
 
@@ -208,11 +261,11 @@ def _stage(params: KAN, x, y, *, method, steps, smooth, sparse, entropy, batch_s
                 f"kan.fit: method 'lm' trains at most {MOST_PARAMETERS} numbers, got {count}. "
                 "Take method='lbfgs' or an Optax optimizer."
             )
-        return _by_lm(params, x, y, steps=steps or STEPS["lm"], smooth=smooth, cells=cells)
+        return _by_lm(params, x, y, steps=steps, smooth=smooth, cells=cells)
     if method == "lbfgs":
-        return _by_lbfgs(params, x, y, steps=steps or STEPS["lbfgs"], **penalty)
+        return _by_lbfgs(params, x, y, steps=steps, **penalty)
     size = min(batch_size or len(x), len(x))
-    return _by_optax(params, x, y, key, tx=method, steps=steps or -(-len(x) // size), size=size, **penalty)
+    return _by_optax(params, x, y, key, tx=method, steps=steps, size=size, **penalty)
 
 
 def roughness(params: KAN, cells: Array | None = None) -> Float[Array, "Q"]:
@@ -289,7 +342,8 @@ def _by_optax(params: KAN, x, y, key, *, tx, steps: int, size: int, **penalty: f
         rows = jax.random.choice(key, len(x), (size,), replace=False) if size < len(x) else jnp.arange(len(x))
         loss = functools.partial(_loss, rest=rest, x=x[rows], y=y[rows], scale=scale, count=len(x), **penalty)
         value, grads = jax.value_and_grad(loss)(trained)
-        updates, state = tx.update(grads, state, trained)
+        more = dict(value=value, grad=grads, value_fn=loss)  # which line searches look at
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, trained, **more)
         return (optax.apply_updates(trained, updates), state), value
 
     (trained, _), losses = jax.lax.scan(step, (trained, tx.init(trained)), jax.random.split(key, steps))

@@ -1,6 +1,6 @@
 """Grids that follow the data, and finer grids for the same functions.
 
-`update` puts every input's grid where its samples lie; `refine` splits cells. Both keep the functions: by least squares
+`update` puts every input's grid where its samples lie; `refine` splits cells. Both keep splines: by least squares
 through the samples and points between them (of full rank whatever the samples are), or, where the new knots contain the
 old ones, exactly.
 
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml.axes import Array, Float
+from jaxml.axes import Array, Float, floating
 from jaxml.kan import bases, bspline
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import Layer
@@ -33,7 +33,9 @@ def update(
     bend: float = 0.0,
     cells: int | None = None,
 ) -> KAN:
-    """The same functions on grids that reach from the least to the greatest sample, layer by layer.
+    """The same splines on grids that reach from the least to the greatest sample, layer by layer.
+
+    Functions of a basis without a grid take another scale of their input and change with it.
 
     Args:
         x: samples of the network's inputs; those that are not finite do not count.
@@ -46,7 +48,8 @@ def update(
             grid grows finer without another shape, and a compiled step stays as it is.
 
     Raises:
-        ValueError: eps or bend out of [0, 1]; other than equal cells on a periodic grid; more cells than the grid has.
+        ValueError: eps or bend out of [0, 1], a negative margin; no samples; other than equal cells on a periodic grid;
+            more cells than the grid has.
 
     Example:
         >>> from jaxml import kan
@@ -57,6 +60,9 @@ def update(
     """
     if not (0 <= eps <= 1 and 0 <= bend <= 1):
         raise ValueError(f"kan.update: eps and bend are in [0, 1], got {eps} and {bend}.")
+    x = floating(x, params.layers[0].coef.dtype)
+    if margin < 0 or not x.size:
+        raise ValueError(f"kan.update: margin is at least 0 and there are samples, got {margin} and x {x.shape}.")
     least = min(layer.spec.grid for layer in params.layers)
     if cells is not None and not (1 <= cells <= least and eps == 1 and bend == 0):
         raise ValueError(f"kan.update: cells are 1 … {least}, all equally wide, got {cells}, eps {eps}, bend {bend}.")

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from jaxml.axes import Array, Float, wide
+from jaxml.axes import Array, Float, floating, wide
 from jaxml.kan import bases, kernel
 
 BASE_FUNCTIONS: dict[str, Callable[[Array], Array]] = {
@@ -113,6 +113,8 @@ def init(
     """
     if start not in STARTS:
         raise ValueError(f"kan: start is one of {', '.join(STARTS)}, got {start!r}.")
+    if not domain[0] < domain[1]:
+        raise ValueError(f"kan: domain is (low, high) with low < high, got {domain}.")
     n_in, n_out = width
     one, two = jax.random.split(key)
     shape = (spec.size, n_in, n_out)
@@ -140,8 +142,7 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     Raises:
         NotImplementedError: the kernel cannot run here; says why.
     """
-    if x.shape[-1] != layer.width[0]:
-        raise ValueError(f"kan: the last axis of x is the layer's {layer.width[0]} inputs, got shape {x.shape}.")
+    x = _inputs(layer, x)
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"kan: implementation is one of {', '.join(IMPLEMENTATIONS)} or None, got {implementation!r}.")
     flat = x.reshape(-1, x.shape[-1])
@@ -155,6 +156,13 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
     for edge in layer.fixed:
         y = y.at[:, edge.out].add(edge(flat[:, edge.into].astype(y.dtype)))
     return y.astype(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _inputs(layer: Layer, x) -> Array:
+    x = floating(x, layer.coef.dtype)
+    if not x.ndim or x.shape[-1] != layer.width[0]:
+        raise ValueError(f"kan: the last axis of x is the layer's {layer.width[0]} inputs, got shape {x.shape}.")
+    return x
 
 
 MOST_SPLIT = 40  # basis functions; a product each takes its time to compile
@@ -257,6 +265,7 @@ def _times(a: Array, b: Array) -> Array:
 
 def edges(layer: Layer, x: Float[Array, "... I"]) -> Float[Array, "... I O"]:
     """The function of every edge at x, masked ones at 0: what `apply` sums over the inputs."""
+    x = _inputs(layer, x)
     flat = x.reshape(-1, x.shape[-1])
     values = bases.BASES[layer.spec.basis].values(flat, layer.points, layer.spec)
     out = jnp.einsum("bki,kio->bio", values.astype(x.dtype), layer.coef.astype(x.dtype))

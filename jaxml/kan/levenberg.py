@@ -44,7 +44,7 @@ def minimize(
         rows: the samples; `chunk` of them are differentiated at once.
     """
     count, size = rows.shape[0], min(chunk, rows.shape[0])
-    padded = jnp.pad(rows, [(0, -count % size), (0, 0)]).reshape(-1, size, rows.shape[1])
+    padded = jnp.pad(rows, [(0, -count % size), (0, 0)], mode="edge").reshape(-1, size, rows.shape[1])
     weight = (jnp.arange(padded.shape[0] * size) < count).astype(theta.dtype).reshape(-1, size)
 
     def value(theta):

@@ -6,6 +6,7 @@ Reference:
 
 import dataclasses
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import jax
@@ -98,10 +99,14 @@ def init(
 
 def _parse(width: Width, arity: int) -> tuple[int, tuple[int, ...]]:
     """(adding nodes, the arities of multiplying nodes)."""
-    if isinstance(width, int):
-        return width, ()
+    if isinstance(width, Integral):
+        return int(width), ()
+    if not isinstance(width, Sequence) or len(width) != 2:
+        raise ValueError(f"kan: a width is n, (n, m) or (n, [a, b, …]), got {width!r}.")
     n, many = width
-    many = (arity,) * many if isinstance(many, int) else tuple(many)
+    if min(n, many if isinstance(many, Integral) else 0) < 0:
+        raise ValueError(f"kan: a width counts nodes, got {width}.")
+    many = (arity,) * many if isinstance(many, Integral) else tuple(many)
     if any(a < 2 for a in many):
         raise ValueError(f"kan: a node multiplies at least two sums, got {width}.")
     return n, many

@@ -66,6 +66,9 @@ def solve(
     Returns:
         The network, and a dictionary: "grids", "losses" (of every step).
 
+    Raises:
+        ValueError: shapes that do not fit, no terms, negative weights, residuals that are not finite.
+
     Example:
         >>> from jaxml import kan
         >>> slope = lambda u, x: jax.grad(u)(x)[0] - jnp.cos(x[0])  # u' = cos x, u(0) = 0
@@ -80,7 +83,12 @@ def solve(
         shapes = [x.shape for _, x, _ in terms]
         raise ValueError(f"kan.pinn.solve: a network [{params.widths[0]}, …, 1] and points [N, {params.widths[0]}], "
                          f"got {outputs} outputs and points {shapes}.")  # fmt: skip
-    plan = [params.layers[0].spec.grid] if grids is None else list(grids)
+    if not terms or min(float(w) for _, _, w in terms) < 0 or smooth < 0:
+        raise ValueError(
+            "kan.pinn.solve: there are terms, their weights and smooth at least 0, got "
+            f"{[w for *_, w in terms]} and {smooth}."
+        )
+    plan = [params.layers[0].spec.grid] if grids is None else list(map(int, grids))
     points = tuple(x for _, x, _ in terms)
     functions, weights = tuple(r for r, _, _ in terms), tuple(float(w) for _, _, w in terms)
     losses: list[np.ndarray] = []
@@ -93,6 +101,11 @@ def solve(
                 params, some = _stage(params, points, functions, weights, count, smooth)
                 losses.append(np.asarray(some))
             bar.update(task, advance=1, grid=cells, loss=f"{losses[-1][-1]:.2e}")
+    if not np.isfinite(losses[-1][-1]):
+        raise ValueError(
+            f"kan.pinn.solve: residuals are finite at all points, got a sum of squares of {losses[-1][-1]}. Leave out "
+            "points where an equation divides by 0 or leaves a domain."
+        )
     return params, {"grids": plan, "losses": losses}
 
 

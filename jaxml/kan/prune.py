@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxml.axes import Array, Bool, Float
 from jaxml.kan import layer as layers
-from jaxml.kan.attribution import attribute
+from jaxml.kan.attribution import Attribution, attribute
 from jaxml.kan.layer import Layer
 from jaxml.kan.network import KAN, Affine, nodes
 
@@ -36,24 +36,36 @@ def prune(params: KAN, x: Float[Array, "... I"], *, node: float = 1e-2, edge: fl
 
 def prune_nodes(params: KAN, x: Float[Array, "... I"], threshold: float = 1e-2) -> KAN:
     """The network without hidden nodes whose score is at most the threshold; of each layer the best node stays."""
-    scores = jax.device_get(attribute(params, x).nodes[1:-1])
+    scores = jax.device_get(_scores(params, x).nodes[1:-1])
     kept = [np.flatnonzero((s > threshold) | (s == s.max())) for s in scores]
     return keep(params, x, kept)
 
 
 def prune_edges(params: KAN, x: Float[Array, "... I"], threshold: float = 3e-2) -> KAN:
     """The network with the edges masked whose score is at most the threshold."""
-    scores = attribute(params, x).edges
+    scores = _scores(params, x).edges
     return mask(params, x, [s > threshold for s in scores])
 
 
 def prune_inputs(params: KAN, x: Float[Array, "... I"], threshold: float = 1e-2) -> tuple[KAN, list[int]]:
     """(the network without inputs whose score is at most the threshold, the inputs that it still takes)."""
-    score = np.asarray(attribute(params, x).nodes[0])
+    score = np.asarray(_scores(params, x).nodes[0])
     kept = np.flatnonzero((score > threshold) | (score == score.max()))
     masked = mask(params, x, [jnp.zeros(params.layers[0].width, bool).at[kept].set(True), *_all(params)[1:]])
     first = _part(masked.layers[0], kept, np.arange(params.layers[0].width[1]))
     return dataclasses.replace(masked, layers=(first, *masked.layers[1:])), kept.tolist()
+
+
+def _scores(params: KAN, x: Float[Array, "... I"]) -> Attribution:
+    """Of samples that can tell what counts: scores are shares of spreads."""
+    rows = jnp.asarray(x).reshape(-1, jnp.shape(x)[-1])
+    bad = int(jnp.sum(~jnp.isfinite(rows)))
+    if len(rows) < 2 or bad:
+        raise ValueError(
+            f"kan.prune: x has at least two rows and finite values only, got {len(rows)} rows, {bad} not finite. "
+            "Drop those rows, or hand over more."
+        )
+    return attribute(params, rows)
 
 
 def keep(params: KAN, x: Float[Array, "... I"], kept: Sequence[Sequence[int]]) -> KAN:

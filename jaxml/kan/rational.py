@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml.activations import rational
-from jaxml.axes import Array, Float, Params, wide
+from jaxml.axes import Array, Float, Params, floating, wide
 
 GROUPS = 8
 IDENTITY = {"numerator": [0.0, 1.0, 0.0, 0.01, 0.0, 0.001], "denominator": [0.0, 0.01, 0.0, 0.001]}  # x exactly, in A
@@ -83,6 +83,7 @@ def gain(function: Callable | None) -> float:
 
 def apply(params: Params, x: Float[Array, "... I"], *, version: str = "A") -> Float[Array, "... O"]:
     """The layer's outputs, in x's dtype; functions in float32, products with wide sums."""
+    x = floating(x, params["weight"].dtype)
     y = jnp.matmul(
         functions(params, x, version=version), params["weight"].astype(x.dtype), preferred_element_type=wide(x.dtype)
     )

@@ -70,3 +70,31 @@ def test_a_periodic_spline_has_a_period():
         bspline.values(x, jnp.linspace(-1.0, 1.0, 4)[None], order=3, outside="periodic")
     with pytest.raises(ValueError, match="on uniform grids only"):
         bspline.values(x, points, order=3, outside="periodic", uniform=False)
+
+
+@pytest.mark.parametrize("outside", ["linear", "clamp"])
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("order", bspline.ORDERS)
+def test_at_the_ends_of_a_grid_derivatives_are_those_from_within(order, uniform, outside):
+    """Where minima and maxima would halve them, and where the cell beyond has other ones."""
+    with jax.enable_x64(True):
+        points = jnp.asarray(points_of(uniform))[None]
+        coef = np.random.default_rng(2).standard_normal(CELLS + order)
+
+        def spline(x):
+            b = bspline.values(x.reshape(1, 1), points, order=order, outside=outside, uniform=uniform)
+            return jnp.tensordot(coef, b, (0, 1))[0, 0]
+
+        orders = [spline, jax.grad(spline), jax.grad(jax.grad(spline))]
+        at = jax.jit(lambda x: [jax.vmap(f)(x) for f in orders])
+        near = 1e-9
+        for got, want in zip(at(jnp.array([-1.0, 2.0])), at(jnp.array([-1.0 + near, 2.0 - near]))):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+        beyond = jnp.array([-1.5, 2.5])
+        slope = at(jnp.array([-1.0, 2.0]))[1] if outside == "linear" else 0
+        np.testing.assert_allclose(at(beyond)[1], slope, rtol=1e-6, atol=1e-9)
+
+
+def test_a_whole_turn_less_a_rounding_is_a_place_on_a_periodic_grid():
+    b = bspline.values(jnp.array([[-1e-9]]), jnp.linspace(0.0, 5.0, 6)[None], order=0, outside="periodic")
+    assert float(b.sum()) == 1.0

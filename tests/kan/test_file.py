@@ -62,9 +62,23 @@ def test_a_fit_that_was_stopped_goes_on_where_it_was(tmp_path):
     options = dict(grids=[3, 5], steps=3, held_out=(x[:20], y[:20]))
     whole, told = kan.fit(params, x, y, **options)
     kan.fit(params, x, y, **options, checkpoint=tmp_path)
-    (tmp_path / "0-5.npz").unlink()
+    (tmp_path / "0-1-5.npz").unlink()
     again, told_again = kan.fit(params, x, y, **options, checkpoint=tmp_path)
     np.testing.assert_allclose(kan.apply(again, x), kan.apply(whole, x), atol=1e-5)
     assert told_again["train"] == pytest.approx(told["train"], rel=1e-3)
-    with pytest.raises(ValueError, match="of another fit"):
-        kan.fit(params, x, 2 * y, **options, checkpoint=tmp_path)
+    others = [dict(params=kan.init(jax.random.key(2), [2, 1], grid=3)), dict(y=y[::-1]), dict(held_out=None)]
+    others += [dict(steps=4), dict(smooth=0.1), dict(key=jax.random.key(3)), dict(method="lbfgs"), dict(restarts=2)]
+    for other in others:
+        with pytest.raises(ValueError, match="of another fit"):
+            kan.fit(**(dict(params=params, x=x, y=y, checkpoint=tmp_path) | options | other))
+
+
+def test_a_stopped_fit_finds_its_own_functions_and_a_grid_that_comes_twice(tmp_path):
+    x = jax.random.uniform(jax.random.key(0), (50, 1), minval=-1.0)
+    cosh = kan.Function("cosh of mine", jnp.cosh, lambda x: x, 1)
+    params = kan.fix(kan.init(jax.random.key(1), [1, 1]), 0, 0, 0, cosh)
+    options = dict(grids=[3, 3], steps=2, checkpoint=tmp_path)
+    first = kan.fit(params, x, jnp.cosh(x), **options)
+    again = kan.fit(params, x, jnp.cosh(x), **options)
+    assert len(list(tmp_path.iterdir())) == 2
+    jax.tree.map(np.testing.assert_array_equal, again, first)

@@ -73,3 +73,74 @@ def test_bad_input_is_said():
         kan.fit(params, x, y, method="sgd")
     with pytest.raises(ValueError, match="trains at most 6000 numbers, got"):
         kan.fit(kan.init(jax.random.key(0), [2, 333, 1]), x, y, grids=[5], update_grids=False)
+
+
+def test_rows_that_make_up_a_chunk_do_not_count():
+    """300 rows are two chunks of 256; log has no value at 0, which padding would be."""
+    x = jax.random.uniform(jax.random.key(0), (300, 1), minval=1.0, maxval=2.0)
+    params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "log")
+    _, info = kan.fit(params, x, 3 * jnp.log(1.5 * x) + 0.5, update_grids=False)
+    assert info["train"][-1] < 1e-5
+
+
+def test_a_network_without_finite_values_on_the_samples_is_told():
+    x, y = samples(lambda x: x[:, 0], count=20, inputs=1)
+    params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "log")
+    with pytest.raises(ValueError, match=r"finite values on the samples, got an error of nan\. A function fixed"):
+        kan.fit(params, x, y, steps=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(batch_size=16), "batch_size is of an Optax optimizer, got it with method='lm'"),
+        (dict(steps=0), "steps and batch_size at least 1"),
+        (dict(smooth=-1.0), "sparse and entropy are at least 0"),
+        (dict(restarts=0), "at least 1, got 0"),
+        (dict(grids=[]), r"one at least, got \[\]"),
+        (dict(patience=1), "patience looks at held_out"),
+    ],
+)
+def test_arguments_that_do_nothing_or_harm_are_refused(given, said):
+    x, y = samples(lambda x: x[:, 0], count=20)
+    with pytest.raises(ValueError, match=said):
+        kan.fit(kan.init(jax.random.key(0), [2, 1]), x, y, **given)
+
+
+def test_a_basis_without_a_grid_refuses_grids():
+    x, y = samples(lambda x: x[:, 0], count=20)
+    with pytest.raises(ValueError, match="the basis 'chebyshev' has no grid to refine"):
+        kan.fit(kan.init(jax.random.key(0), [2, 1], basis="chebyshev"), x, y, grids=[5, 10])
+
+
+def test_narrow_networks_are_told_to_take_another_method():
+    x, y = samples(lambda x: x[:, 0], count=20)
+    with pytest.raises(ValueError, match="'lm' solves in float32 or float64, the network is bfloat16"):
+        kan.fit(kan.init(jax.random.key(0), [2, 1], dtype=jnp.bfloat16), x, y)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers():
+    x, y = samples(lambda x: x[:, 0], count=20)
+    params = kan.init(jax.random.key(0), np.array([2, 1]))
+    _, info = kan.fit(params, x, y, grids=np.array([3, 5]), smooth=jnp.float32(0.1), steps=2)
+    assert info["grids"] == [3, 5]
+
+
+def test_an_optimizer_with_a_line_search_is_given_what_it_looks_at():
+    x, y = samples(lambda x: x[:, 0] * x[:, 1], count=100)
+    _, info = kan.fit(kan.init(jax.random.key(0), [2, 3, 1]), x, y, method=optax.lbfgs(), steps=60)
+    assert info["train"][-1] < 0.02
+
+
+def test_grids_that_are_not_even_stay_so():
+    x, y = samples(lambda x: jnp.tanh(8 * x[:, 0]), count=200, inputs=1)
+    params, _ = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, y, steps=5)
+    params, _ = kan.fit(kan.update(params, x, bend=0.5), x, y, steps=5, grids=[5, 10])
+    assert not params.layers[0].spec.uniform
+
+
+def test_a_restarted_single_edge_has_a_base():
+    params = kan.init(jax.random.key(0), [1, 1], grid=1, order=1)
+    from jaxml.kan.fit import _anew
+
+    assert float(jnp.abs(_anew(params, jax.random.key(1)).layers[0].base).min()) > 0

@@ -126,3 +126,10 @@ def test_padded_grids_are_as_fine_and_keep_their_shape():
     assert padded["train"][0] > 2 * padded["train"][-1]  # the first one is coarse
     with pytest.raises(ValueError, match=r"cells are 1 … 12"):
         kan.update(params, x, cells=13)
+
+
+def test_no_samples_and_negative_margins_are_told():
+    params = kan.init(jax.random.key(0), [2, 1])
+    for x, margin in ((jnp.zeros((0, 2)), 0.0), (jnp.zeros((3, 2)), -1.0)):
+        with pytest.raises(ValueError, match="margin is at least 0 and there are samples"):
+            kan.update(params, x, margin=margin)

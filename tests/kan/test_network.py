@@ -120,5 +120,40 @@ def test_bad_inputs_are_said():
     params = kan.init(jax.random.key(0), [2, 1])
     with pytest.raises(ValueError, match=r"the layer's 2 inputs, got shape \(4, 3\)"):
         kan.apply(params, jnp.ones((4, 3)))
-    with pytest.raises(ValueError, match="implementation is one of split, fused or None, got 'gather'"):
+    with pytest.raises(ValueError, match="implementation is one of split, fused, kernel or None, got 'gather'"):
         kan.apply(params, jnp.ones((4, 2)), implementation="gather")
+
+
+def test_integers_and_booleans_are_numbers():
+    params = kan.init(jax.random.key(0), [2, 3, 1])
+    want = kan.apply(params, jnp.array([[1.0, 0.0]]))
+    for x in (jnp.array([[1, 0]]), np.array([[True, False]])):
+        got, told = kan.apply(params, x, edges=True)
+        np.testing.assert_allclose(kan.apply(params, x), want, rtol=1e-6)
+        np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert told[0]["edges"].dtype == jnp.float32
+
+
+def test_edges_as_well_take_the_layers_inputs_only():
+    with pytest.raises(ValueError, match=r"the layer's 2 inputs, got shape \(4, 1\)"):
+        kan.apply(kan.init(jax.random.key(0), [2, 3, 1]), jnp.ones((4, 1)), edges=True)
+
+
+def test_every_start_is_made_inside_jit():
+    for start in ("power", "pykan", "glorot"):
+        made = jax.jit(lambda key, start=start: kan.init(key, [2, 3, 1], start=start))(jax.random.key(0))
+        assert jax.tree.all(jax.tree.map(lambda a: bool(jnp.isfinite(a).all()), made))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (dict(domain=(0.0, 0.0)), "low < high"),
+        (dict(widths=[2, (1, -1), 1]), "counts nodes"),
+        (dict(widths=[2, 3.0, 1]), r"a width is n, \(n, m\)"),
+        (dict(order=2.0), "order is in 0 … 5, got 2.0"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_told(given, said):
+    with pytest.raises(ValueError, match=said):
+        kan.init(jax.random.key(0), **(dict(widths=[2, 1]) | given))

@@ -61,3 +61,26 @@ def test_annealed_terms_pull_equally():
 def test_points_that_do_not_fit_are_told():
     with pytest.raises(ValueError, match=r"points \[N, 2\]"):
         pinn.solve(kan.init(jax.random.key(0), [2, 1]), [(lambda u, x: u(x), jnp.zeros((4, 3)), 1.0)])
+
+
+def test_the_number_of_points_is_any():
+    """u'' + u' / r = 4 has no value at 0, which rows that make up a chunk would be."""
+    r = jnp.linspace(0.1, 1.0, 257)[:, None]
+    slope = lambda u: lambda x: jax.grad(u)(x)[0]
+    equation = lambda u, x: jax.grad(slope(u))(x)[0] + slope(u)(x) / x[0] - 4
+    terms = [(equation, r, 1.0), (lambda u, x: u(x) - x[0] ** 2, r[jnp.array([0, -1])], 100.0)]
+    params, _ = pinn.solve(kan.init(jax.random.key(0), [1, 1], domain=(0.1, 1.0)), terms, grids=[5], steps=30)
+    np.testing.assert_allclose(kan.apply(params, r), r**2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ([], "there are terms, their weights and smooth at least 0"),
+        ([(lambda u, x: u(x), jnp.ones((3, 1)), -1.0)], "weights and smooth at least 0"),
+        ([(lambda u, x: u(x) / x[0], jnp.zeros((3, 1)), 1.0)], "residuals are finite at all points, got"),
+    ],
+)
+def test_what_cannot_be_solved_is_told(terms, said):
+    with pytest.raises(ValueError, match=said):
+        pinn.solve(kan.init(jax.random.key(0), [1, 1]), terms, steps=3)

@@ -60,3 +60,17 @@ def test_nodes_that_do_not_exist_are_told(kept):
 
 def test_of_a_layer_without_any_important_node_the_best_stays():
     assert kan.prune(kan.init(jax.random.key(1), [3, 4, 1]), X, node=1e9, edge=0.0).widths == (3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (jnp.zeros((1, 2)), "at least two rows and finite values only, got 1 rows, 0 not finite"),
+        (jnp.array([[0.0, 1.0], [jnp.nan, 0.0], [1.0, 1.0]]), "got 3 rows, 1 not finite"),
+    ],
+)
+def test_samples_that_cannot_tell_what_counts_are_refused(x, said):
+    params = kan.init(jax.random.key(0), [2, 2, 1])
+    for function in (kan.prune, kan.prune_inputs):
+        with pytest.raises(ValueError, match=said):
+            function(params, x)
