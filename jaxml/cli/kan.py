@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         order = np.random.default_rng(args.seed).permutation(len(data.y))
         held = order[: max(1, round(args.held_out * len(order)))]
         rest = order[len(held) :]
+        if len(rest) < 8:
+            raise ValueError(f"kan fit: at least 8 rows are fitted, --held-out {args.held_out} leaves {len(rest)}.")
         x, y = jnp.asarray(data.x), jnp.asarray(data.y)[:, None]
         found = kan.discover(
             key, x[rest], y[rest], widths=args.hidden and [x.shape[1], *args.hidden, 1], names=data.names,
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         formula = found.formulas[0]
         written = kan.function(formula, data.names)
-        error = lambda predict: float(jnp.sqrt(jnp.mean((predict(x[held]) - y[held]) ** 2)) / jnp.std(y[held]))
+        error = lambda predict: float(jnp.sqrt(jnp.mean((predict(x[held]) - y[held]) ** 2)) / jnp.std(y))
         errors = {
             "formula": error(written),
             "splines": error(lambda x: kan.apply(found.splines, x)),

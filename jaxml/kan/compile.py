@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml.axes import Array, Float
+from jaxml.axes import Array, Float, floating
 from jaxml.extras import need
 from jaxml.kan import bases
 from jaxml.kan import grid as grids
 from jaxml.kan import layer as layers
+from jaxml.kan.expressions import lowered, read
 from jaxml.kan.layer import Layer, Spec
 from jaxml.kan.library import LIBRARY, Function, Numbers
 from jaxml.kan.network import KAN, nodes
@@ -43,7 +44,7 @@ def from_formula(expressions: Any, names: Sequence[str], *, grid: int = 5, order
         grid, order: of the splines that stand behind the functions, at 0 and masked (`loosen` fits them).
 
     Raises:
-        ValueError: a symbol that is no input.
+        ValueError: as `expressions.read` says; a function that JAX does not have.
 
     Example:
         >>> params = from_formula("exp(sin(pi*x) + y**2)", ["x", "y"])
@@ -53,16 +54,8 @@ def from_formula(expressions: Any, names: Sequence[str], *, grid: int = 5, order
         >>> round(float(kan.apply(params, jnp.array([[0.5, 1.0]]))[0, 0]), 4)
         7.3891
     """
-    sympy = need("sympy", "symbolic")
-    expressions = list(expressions) if isinstance(expressions, (list, tuple)) else [expressions]
-    symbols = [sympy.Symbol(name, real=True) for name in names]
-    known = dict(zip(names, symbols))
-    read = lambda e: sympy.sympify(e, locals=known) if isinstance(e, str) else e
-    expressions = [read(e).xreplace({s: known.get(s.name, s) for s in read(e).free_symbols}) for e in expressions]
-    unknown = sorted({s.name for e in expressions for s in e.free_symbols} - set(names))
-    if unknown:
-        raise ValueError(f"kan.from_formula: every symbol is an input, got {', '.join(unknown)} beside {list(names)}.")
-    plan = _Plan(sympy, symbols)
+    expressions, symbols = read(expressions, names, "kan.from_formula")
+    plan = _Plan(need("sympy", "symbolic"), symbols)
     tops = [plan.terms(e) for e in expressions]
     depth = 1 + max([plan.level(t.node) for terms, _ in tops for t in terms], default=0)
     # What each level holds: its own nodes, and those from below that something above still needs.
@@ -146,7 +139,7 @@ class _Plan:
             if name in LIBRARY:
                 return LIBRARY[name], e.args[0]
             u = self.sympy.Symbol("u", real=True)
-            return Function(name, self.sympy.lambdify([u], e.func(u), "jax"), lambda s, v: e.func(v), 4), e.args[0]
+            return Function(name, lowered([u], e.func(u), "kan.from_formula"), lambda s, v: e.func(v), 4), e.args[0]
         raise ValueError(f"kan.from_formula: functions have one argument, got {e}.")
 
     def is_product(self, e: Any) -> bool:
@@ -180,7 +173,7 @@ def loosen(params: KAN, x: Float[Array, "N I"], *, grid: int | None = None) -> K
         True
     """
     params = params if grid is None else grids.refine(params, grid)
-    out = []
+    x, out = floating(x, params.layers[0].coef.dtype).reshape(-1, params.layers[0].width[0]), []
     for old, affine, arities in zip(params.layers, params.affine, params.arities):
         layer = grids.update(KAN((old,), ((),), ((),)), x).layers[0]
         reach = jnp.linspace(layer.points[:, 0], layer.points[:, -1], 8 * layer.spec.size)

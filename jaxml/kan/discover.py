@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxml import log
 from jaxml.axes import Array, Float
-from jaxml.kan import symbolic
+from jaxml.kan import expressions, symbolic
 from jaxml.kan.fit import fit
-from jaxml.kan.library import Library
+from jaxml.kan.library import LIBRARY, Library, library
 from jaxml.kan.network import KAN, Affine, Width, apply, init
 from jaxml.kan.prune import prune
 
@@ -72,6 +72,9 @@ def discover(
         tolerance: of the error; a formula as good ends the search, as does one that is as good as its splines.
         restarts: networks to try, from different random numbers; of these the formula with the least error is taken.
 
+    Raises:
+        ValueError: shapes that do not fit, values that are not finite, unknown functions.
+
     Example:
         >>> x = jax.random.uniform(jax.random.key(0), (300, 1), minval=-1.0)
         >>> discover(jax.random.key(1), x, jnp.sin(3 * x) + 1, widths=[1, 1], names=["x"], digits=2).formulas
@@ -79,8 +82,15 @@ def discover(
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     y = y[:, None] if y.ndim == 1 else y
-    if x.ndim != 2 or len(x) != len(y):
+    if x.ndim != 2 or len(x) != len(y) or not len(x):
         raise ValueError(f"kan.discover: x and y are [N, inputs] and [N, outputs], got {x.shape} and {y.shape}.")
+    if bad := int(jnp.sum(~jnp.isfinite(x))) + int(jnp.sum(~jnp.isfinite(y))):
+        raise ValueError(f"kan.discover: all values are finite, got {bad} that are not. Drop those rows.")
+    if names is not None and len(names) != x.shape[1]:
+        raise ValueError(f"kan.discover: names are of the {x.shape[1]} inputs, got {len(names)}.")
+    if restarts < 1 or not weights_simple:
+        raise ValueError(f"kan.discover: there is a restart and a weight, got {restarts} and {weights_simple}.")
+    functions = library(functions)
     usual = [x.shape[1], 5, y.shape[1]], [x.shape[1], (3, 2), y.shape[1]]
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
     units = _Units.of(x.astype(dtype), y.astype(dtype))
@@ -108,7 +118,7 @@ def discover(
                 break
         bar.update(task, completed=restarts, step="done")
     params, splines = symbolic.simplify(units.outside(best.params)), units.outside(best.splines)
-    return best._replace(params=params, splines=splines, formulas=symbolic.formula(params, names, digits=digits))
+    return best._replace(params=params, splines=splines, formulas=expressions.formula(params, names, digits=digits))
 
 
 def _sparse(key: Array, widths, x: Array, y: Array, sparse: float, grid: int, least: tuple[float, float]) -> KAN:
@@ -173,5 +183,8 @@ class _Units(NamedTuple):
             scale, shift = self.deviation[edge.out], 0 if edge.out in given else self.mean[edge.out]
             given.add(edge.out)
             fixed.append(dataclasses.replace(edge, numbers=jnp.stack([a, b, c * scale, d * scale + shift])))
+        for out in sorted(set(range(last.width[1])) - given):  # nothing is left but the mean
+            numbers = jnp.asarray([1.0, 0.0, 0.0, self.mean[out]], self.mean.dtype)
+            fixed.append(symbolic.Edge(numbers, 0, out, LIBRARY["0"]))
         last = dataclasses.replace(last, coef=coef, fixed=tuple(fixed))
         return dataclasses.replace(params, layers=(*params.layers[:-1], last))

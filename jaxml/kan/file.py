@@ -9,6 +9,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
         about: anything that JSON can hold, to be read back with `about_of`.
 
     Raises:
-        ValueError: bfloat16 arrays, which NumPy's files do not hold.
+        ValueError: bfloat16 arrays, which NumPy's files do not hold; a function of one's own by a library's name.
 
     Example:
         >>> import tempfile
@@ -55,6 +56,11 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
             arrays[f"{n}.{name}"] = getattr(affine, name)
         for m, edge in enumerate(layer.fixed):
             arrays[f"{n}.fixed.{m}"] = edge.numbers
+        for e in layer.fixed:
+            if LIBRARY.get(e.function.name, e.function) != e.function:
+                raise ValueError(
+                    f"kan.save: {e.function.name!r} is the name of another function in the library. Rename yours."
+                )
         fixed = [[e.into, e.out, e.function.name] for e in layer.fixed]
         told.append({"spec": dataclasses.asdict(layer.spec), "affine": bool(affine), "fixed": fixed})
     arrays = {name: np.asarray(a) for name, a in jax.device_get(arrays).items()}
@@ -65,7 +71,7 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     content = io.BytesIO()
     np.savez(content, **arrays)
-    temporary = Path(path).with_suffix(".tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     temporary.write_bytes(content.getvalue())
     os.replace(temporary, path)
 
@@ -93,11 +99,20 @@ def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> K
                 for m, (into, out, name) in enumerate(told["fixed"])
             ]
             three = (arrays[f"{n}.{name}"] for name in ("coef", "base", "points"))
-            layers.append(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"])))
+            layers.append(_fitting(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"]))))
             affine.append(Affine(*(arrays[f"{n}.{name}"] for name in AFFINE)) if told["affine"] else ())
         return KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: no network can be made of this file ({error}).") from error
+
+
+def _fitting(layer: Layer) -> Layer:
+    """The layer, if its arrays have the shapes that its spec and each other ask for."""
+    shapes = [a.shape for a in (layer.coef, layer.base, layer.points, layer.kept)]
+    width = layer.width
+    if shapes != [(layer.spec.size, *width), width, (width[0], layer.spec.grid + 1), width]:
+        raise ValueError(f"arrays of shapes {shapes} are no layer of {layer.spec}")
+    return layer
 
 
 def about_of(path: str | Path) -> dict[str, Any]:
@@ -106,13 +121,18 @@ def about_of(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    content = io.BytesIO(Path(path).read_bytes())
+    content = Path(path).read_bytes()
     try:
-        with np.load(content, allow_pickle=False) as file:
+        if not zipfile.is_zipfile(io.BytesIO(content)):
+            raise ValueError("no .npz file")
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = json.loads(arrays.pop("header").tobytes())
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
+        if odd := [name for name, a in arrays.items() if a.dtype.kind != "f"]:
+            raise ValueError(f"{odd[0]} holds no numbers")
+    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, AttributeError, TypeError, NotImplementedError,
+            zlib.error) as error:  # fmt: skip
         raise ValueError(f"{path}: not a network of kan.save, or damaged ({error}).") from error
     return {name: jnp.asarray(a) for name, a in arrays.items()}, header

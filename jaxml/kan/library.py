@@ -140,7 +140,10 @@ def library(functions: Library = None) -> dict[str, Function]:
         return LIBRARY
     if isinstance(functions, Mapping):
         return dict(functions)
-    return {f.name: f for f in (find(f) for f in functions)}
+    chosen = {f.name: f for f in map(find, [functions] if isinstance(functions, str) else functions)}
+    if not chosen:
+        raise ValueError("kan: functions name one at least, got none. Leave them out for the whole library.")
+    return chosen
 
 
 def find(name: str | Function) -> Function:

@@ -80,7 +80,7 @@ def _named(given: Sequence[str] | None, letter: str, count: int) -> list[str]:
         return [f"${letter}_{{{n + 1}}}$" for n in range(count)]
     if len(given) != count:
         raise ValueError(f"kan.plot: names are of {count} inputs or outputs, got {len(given)}.")
-    return list(given)
+    return [name.replace("$", r"\$") for name in given]  # of a name, not of mathematics
 
 
 class _Net:

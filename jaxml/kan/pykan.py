@@ -4,6 +4,8 @@ They are three files: PATH_config.yml, PATH_state (a state dictionary of torch) 
 """
 
 import dataclasses
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +43,25 @@ def load(path: str | Path) -> KAN:
             raise FileNotFoundError(f"{file}: no such file; a checkpoint of pykan is PATH_config.yml and PATH_state.")
     try:
         config = yaml.safe_load(config_path.read_text())
-        state = {k: v.detach().numpy() for k, v in torch.load(state_path, weights_only=True).items()}
-    except (yaml.YAMLError, RuntimeError, EOFError, OSError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: not a checkpoint of pykan, or damaged ({str(error).splitlines()[0]}).") from error
-    missing = {"width", "k", "base_fun_name", "mult_arity"} - set(config or {})
+        state = torch.load(state_path, weights_only=True, map_location="cpu")
+        state = {k: (v.float() if v.dtype == torch.bfloat16 else v).detach().numpy() for k, v in state.items()}
+    except (yaml.YAMLError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError,
+            AttributeError, TypeError, ValueError) as error:  # fmt: skip
+        raise ValueError(f"{path}: not a checkpoint of pykan, or damaged ({type(error).__name__}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: not a configuration of pykan, got {config!r}.")
+    missing = {"width", "k", "base_fun_name", "mult_arity"} - set(config)
     if missing:
         raise ValueError(f"{config_path}: not a configuration of pykan, {', '.join(sorted(missing))} missing.")
     if config["base_fun_name"] not in BASES:
         raise ValueError(f"{path}: base_fun is one of {', '.join(BASES)}, got {config['base_fun_name']!r}.")
+    try:
+        return _network(config, state, path)
+    except (TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path}: configuration and state do not fit each other ({error}).") from error
+
+
+def _network(config: dict[str, Any], state: dict[str, np.ndarray], path: str | Path) -> KAN:
     width = [w if isinstance(w, (list, tuple)) else [w, 0] for w in config["width"]]
     layers, affine, arities = [], [], []
     for n in range(len(width) - 1):
@@ -73,6 +86,9 @@ def _layer(part, n: int, config: dict[str, Any], path: str | Path) -> Layer:
     order = int(config["k"])
     knots, coef = part(f"act_fun.{n}.grid"), part(f"act_fun.{n}.coef")
     points = knots[:, order : knots.shape[1] - order]
+    shapes = [coef.shape, part(f"act_fun.{n}.scale_base").shape]
+    if shapes != [(len(knots), coef.shape[1], knots.shape[1] - order - 1), coef.shape[:2]] or points.shape[1] < 2:
+        raise ValueError(f"{path}: layer {n} has arrays of shapes {shapes} on knots {knots.shape}; it is damaged.")
     steps = np.diff(points, axis=1)
     uniform = bool(np.allclose(steps, steps.mean(axis=1, keepdims=True), rtol=1e-4, atol=0))
     coef = coef * part(f"act_fun.{n}.scale_sp")[..., None]

@@ -12,15 +12,14 @@ Reference:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml.axes import Array, Float, wide
-from jaxml.extras import need
+from jaxml.axes import Array, Float, floating, wide
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import Layer
 from jaxml.kan.library import Function, Library, Numbers, find, library
@@ -104,7 +103,11 @@ def _edge(params: KAN, layer: int, into: int, out: int) -> None:
 
 def samples(params: KAN, x: Float[Array, "... I"]) -> list[tuple[Array, Array]]:
     """Of each layer (values of its inputs [POINTS, I], evenly among the sorted samples; its edges there)."""
-    x, out = x.reshape(-1, x.shape[-1]), []
+    x, out = floating(x, params.layers[0].coef.dtype), []
+    x = x.reshape(-1, x.shape[-1])
+    if not len(x) or not bool(jnp.all(jnp.isfinite(x))):
+        bad = int(jnp.sum(~jnp.isfinite(x)))
+        raise ValueError(f"kan: samples are rows of finite values, got {len(x)} rows, {bad} values not finite.")
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
         rows = jnp.sort(x, axis=0)
         at = rows[np.linspace(0, len(rows) - 1, POINTS).round().astype(int)]
@@ -262,7 +265,10 @@ def fix(
     if x is not None and numbers is not None:
         raise ValueError("kan.fix: the numbers are given or fitted to x, got both.")
     if x is not None:
-        at, values = samples(unfix(params, layer, into, out), x)[layer]
+        free = unfix(params, layer, into, out)
+        if not free.layers[layer].kept[into, out]:
+            raise ValueError(f"kan.fix: edge ({layer}, {into}, {out}) is pruned, x has nothing to fit. Give numbers.")
+        at, values = samples(free, x)[layer]
         found = _ranked(at[:, into], values[:, into, out], {function.name: function}, 0.0)
         if not found:
             raise ValueError(f"kan.fix: {function.name} has no value somewhere on the range of edge "
@@ -341,113 +347,3 @@ def auto_symbolic(
             if best.r2 >= least_r2:
                 out = _with(out, n, into, to, known[best.name], best.numbers)
     return out, told
-
-
-# ---- formulas ---------------------------------------------------------------------------------------
-
-
-def formula(params: KAN, names: Sequence[str] | None = None, *, digits: int | None = None) -> list[Any]:
-    """The network as SymPy expressions, one an output.
-
-    Args:
-        names: of the inputs; x_1, x_2, … where None.
-        digits: of the numbers, see `rounded`; as they are where None.
-
-    Raises:
-        ValueError: edges that still have splines (they are listed), another number of names.
-
-    Example:
-        >>> from jaxml import kan
-        >>> params = fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "x^2", numbers=[1.0, 0.0, 3.0, -1.0])
-        >>> formula(params, ["x"])
-        [3.0*x**2 - 1.0]
-    """
-    sympy = need("sympy", "symbolic")
-    splines = [
-        (n, int(i), int(o)) for n, layer in enumerate(params.layers) for i, o in np.argwhere(np.asarray(layer.kept) > 0)
-    ]
-    if splines:
-        raise ValueError(f"kan.formula: every edge is a function or pruned, got splines on {len(splines)} edges "
-                         f"(layer, into, out): {splines[:8]}. Use auto_symbolic or fix.")  # fmt: skip
-    count = params.layers[0].width[0]
-    names = [f"x_{n + 1}" for n in range(count)] if names is None else list(names)
-    if len(names) != count:
-        raise ValueError(f"kan.formula: names are of the {count} inputs, got {len(names)}.")
-    number = lambda value: sympy.Float(float(value), 17 if params.layers[0].coef.dtype == jnp.float64 else 9)
-    values: list[Any] = list(sympy.symbols(names, real=True))
-    for layer, affine, arities in zip(params.layers, params.affine, params.arities):
-        sums: list[Any] = [sympy.Integer(0)] * layer.width[1]
-        for edge in layer.fixed:
-            a, b, c, d = (number(v) for v in jax.device_get(edge.numbers))
-            sums[edge.out] += c * edge.function.expression(sympy, a * values[edge.into] + b) + d
-        line = lambda v, scale, shift: [number(s) * e + number(t) for e, s, t in zip(v, scale, shift)]
-        if affine:
-            sums = line(sums, affine.inner_scale, affine.inner_shift)
-        adding = len(sums) - sum(arities)
-        values, at = sums[:adding], adding
-        for arity in arities:
-            values.append(sympy.prod(sums[at : at + arity]))
-            at += arity
-        if affine:
-            values = line(values, affine.outer_scale, affine.outer_shift)
-    return values if digits is None else [rounded(value, digits) for value in values]
-
-
-def rounded(expression: Any, digits: int) -> Any:
-    """A SymPy expression, numbers rounded to so many digits, without constants too small to show in a sum.
-
-    Example:
-        >>> sympy = need("sympy", "symbolic")
-        >>> x = sympy.Symbol("x")
-        >>> rounded(1.0000003 * sympy.sin(3.14159274 * x + 2e-8) - 1.2e-9, 5)
-        sin(3.1416*x)
-    """
-    sympy = need("sympy", "symbolic")
-    if expression.is_Float:
-        value = float(f"{float(expression):.{digits}g}")
-        return sympy.Integer(int(value)) if value.is_integer() and abs(value) < 1e15 else sympy.Float(value, 15)
-    if not expression.args:
-        return expression
-    parts = expression.args
-    if expression.is_Add:
-        size = max((abs(float(p.as_coeff_Mul()[0])) for p in parts if not p.is_number), default=0.0)
-        parts = [p for p in parts if not p.is_number or abs(float(p)) >= size * 10.0**-digits]
-    return expression.func(*(rounded(part, digits) for part in parts))
-
-
-def latex(params: KAN, names: Sequence[str] | None = None, *, digits: int = 5) -> list[str]:
-    """The formulas as LaTeX, with 1, x^2 and the like where numbers round to whole ones."""
-    sympy = need("sympy", "symbolic")
-    return [sympy.latex(expression) for expression in formula(params, names, digits=digits)]
-
-
-def function(expressions: Any, names: Sequence[str]) -> Callable[[Array], Array]:
-    """A JAX function of SymPy expressions: [..., inputs] → [..., outputs].
-
-    Args:
-        expressions: one or several, as `formula` gives them.
-        names: of the inputs, in order.
-
-    Raises:
-        ValueError: a symbol in the expressions that is not among the names.
-
-    Example:
-        >>> sympy = need("sympy", "symbolic")
-        >>> x, y = sympy.symbols("x y")
-        >>> function([sympy.sin(x) * y], ["x", "y"])(jnp.array([0.0, 2.0])).tolist()
-        [0.0]
-    """
-    sympy = need("sympy", "symbolic")
-    expressions = list(expressions) if isinstance(expressions, (list, tuple)) else [expressions]
-    known = {s.name: s for e in expressions for s in e.free_symbols}
-    unknown = sorted(set(known) - set(names))
-    if unknown:
-        raise ValueError(f"kan.function: every symbol is an input, got {', '.join(unknown)} beside {list(names)}.")
-    arguments = [known.get(name, sympy.Symbol(name)) for name in names]
-    call = sympy.lambdify(arguments, expressions, modules="jax", cse=True)
-
-    def evaluate(x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        columns = [x[..., n] for n in range(len(names))]
-        return jnp.stack([jnp.broadcast_to(jnp.asarray(v, x.dtype), x.shape[:-1]) for v in call(*columns)], axis=-1)
-
-    return evaluate

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +50,11 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
     for name in wanted:
         at = header.index(name)
         values, words = _numbers([row[at] for row in rows])
-        if not words:
+        if not words and name != target and features is None and np.isnan(values).all():
+            notes.append(f"column {name} is left out: it has no values.")
+        elif not words and name == "column_1" and features is None and _counts(values):
+            notes.append("column_1, which has no name, is left out: it counts the rows (--features takes it in).")
+        elif not words:
             columns[name] = values
         elif name == target or features is not None:
             raise ValueError(f"{path}: column {name!r} has values that are no numbers, the first {words[0]!r} "
@@ -58,7 +63,7 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
             notes.append(f"column {name} is left out: {len(words)} of {len(rows)} values are no numbers, the first "
                          f"{words[0]!r}.")  # fmt: skip
     data = np.stack(list(columns.values()), axis=1)
-    whole = np.isfinite(data).all(axis=1)
+    whole, holes = np.isfinite(data).all(axis=1), []
     if not whole.all():
         holes = [f"{name} {int((~np.isfinite(v)).sum())}" for name, v in columns.items() if not np.isfinite(v).all()]
         notes.append(f"{int((~whole).sum())} of {len(data)} rows are left out: values are missing or infinite "
@@ -66,7 +71,8 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
     data, names = data[whole], list(columns)
     data = _without_outliers(data, names, notes, drop_outliers)
     if len(data) < 10:
-        raise ValueError(f"{path}: a fit needs at least 10 rows without missing values, got {len(data)}.")
+        missing = f" Missing are {', '.join(holes)}; --features chooses other columns." if holes else ""
+        raise ValueError(f"{path}: a fit needs at least 10 rows without missing values, got {len(data)}.{missing}")
     constant = [n for n, column in enumerate(data.T) if n and np.ptp(column) == 0]
     for n in constant:
         notes.append(f"column {names[n]} is left out: it is {data[0, n]:g} in every row.")
@@ -81,22 +87,24 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            sample = file.read(4096)
+            first = re.sub('"[^"]*"', "", file.readline())
             file.seek(0)
-            delimiter = max(",;\t", key=sample.split("\n", 1)[0].count)
-            rows = [[cell.strip() for cell in row] for row in csv.reader(file, delimiter=delimiter) if row]
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
+            cells = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
+            rows = [(line, row) for line, row in cells if len(row) > 1 or any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a table is text in UTF-8 with commas, semicolons or tabs ({error}).") from error
     if len(rows) < 2:
         raise ValueError(f"{path}: a table has a line of column names and lines of values, got {len(rows)} lines.")
-    header, rows = rows[0], rows[1:]
+    (_, header), *rows = rows
+    header = [name or f"column_{n + 1}" for n, name in enumerate(header)]
     twice = sorted({n for n in header if header.count(n) > 1})
     if twice:
         raise ValueError(f"{path}: every column has its own name, got {', '.join(map(repr, twice))} more than once.")
-    for n, row in enumerate(rows):
+    for line, row in rows:
         if len(row) != len(header):
-            raise ValueError(f"{path}: line {n + 2} has {len(row)} values, the header {len(header)}.")
-    return header, rows
+            raise ValueError(f"{path}: line {line} has {len(row)} values, the header {len(header)}.")
+    return header, [row for _, row in rows]
 
 
 def _numbers(cells: list[str]) -> tuple[np.ndarray, list[str]]:
@@ -104,10 +112,15 @@ def _numbers(cells: list[str]) -> tuple[np.ndarray, list[str]]:
     out, words = [], []
     for cell in cells:
         try:
-            out.append(math.nan if cell.lower() in MISSING else float(cell))
+            out.append(math.nan if cell.lower() in MISSING else float(cell.replace("_", "no number")))
         except ValueError:
             words.append(cell)
     return np.asarray(out), words
+
+
+def _counts(values: Float[np.ndarray, "N"]) -> bool:
+    """Whether it is the index that programs write beside a table."""
+    return bool(np.all(np.diff(values) == 1) and values[0] in (0, 1))
 
 
 def _without_outliers(data: np.ndarray, names: list[str], notes: list[str], drop: bool) -> np.ndarray:

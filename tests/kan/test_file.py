@@ -82,3 +82,38 @@ def test_a_stopped_fit_finds_its_own_functions_and_a_grid_that_comes_twice(tmp_p
     again = kan.fit(params, x, jnp.cosh(x), **options)
     assert len(list(tmp_path.iterdir())) == 2
     jax.tree.map(np.testing.assert_array_equal, again, first)
+
+
+def test_nothing_else_in_the_folder_is_touched(tmp_path):
+    (tmp_path / "net.tmp").write_text("mine")
+    kan.save(tmp_path / "net.npz", kan.init(jax.random.key(0), [2, 1]))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net.npz", "net.tmp"]
+    assert (tmp_path / "net.tmp").read_text() == "mine"
+
+
+def test_a_function_of_ones_own_has_a_name_of_its_own(tmp_path):
+    mine = kan.Function("sin", jnp.cos, lambda s, u: s.cos(u), 1)
+    params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, mine)
+    with pytest.raises(ValueError, match="'sin' is the name of another function in the library"):
+        kan.save(tmp_path / "net.npz", params)
+
+
+@pytest.mark.parametrize("damage", ["text", "a word for numbers", "another spec", "another shape"])
+def test_files_that_are_no_network_are_told(tmp_path, damage):
+    path = tmp_path / "net.npz"
+    kan.save(path, kan.init(jax.random.key(0), [2, 1]))
+    with np.load(path) as opened:
+        arrays = dict(opened)
+    if damage == "text":
+        path.write_text("coef = 1")
+    else:
+        header = arrays["header"].tobytes()
+        arrays |= {
+            "a word for numbers": {"0.coef": np.array("x")},
+            "another spec": {"header": np.frombuffer(header.replace(b'"grid": 5', b'"grid": 9'), np.uint8)},
+            "another shape": {"0.base": np.zeros((3, 1), np.float32)},
+        }[damage]
+        np.savez(path, **arrays)
+    with pytest.raises(ValueError, match=r"net\.npz: (not a network|no network)") as told:
+        kan.load(path)
+    assert "allow_pickle" not in str(told.value)

@@ -1,5 +1,7 @@
 """Against pykan itself, where it is installed."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxml.kan import attribution, pykan
 
 torch = pytest.importorskip("torch")
 kan = pytest.importorskip("kan")
+yaml = pytest.importorskip("yaml")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,9 @@ def test_penalty_and_its_gradient_are_pykans(tmp_path, monkeypatch, x, metric):
             np.testing.assert_allclose(layer.base, value(other.scale_base.grad), rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "yaml", "key"])
+@pytest.mark.parametrize(
+    "damage", ["absent", "cut", "yaml", "key", "empty", "text", "pickle", "null", "number", "another shape"]
+)
 def test_damaged_checkpoints_are_told(tmp_path, monkeypatch, x, damage):
     theirs(tmp_path, monkeypatch, x).saveckpt("m")
     state, config = tmp_path / "m_state", tmp_path / "m_config.yml"
@@ -93,6 +98,14 @@ def test_damaged_checkpoints_are_told(tmp_path, monkeypatch, x, damage):
         state.unlink()
     elif damage == "cut":
         state.write_bytes(state.read_bytes()[:500])
+    elif damage in ("empty", "text", "pickle"):
+        state.write_bytes({"empty": b"", "text": b"epoch 3\n", "pickle": pickle.dumps({"a": 1}, protocol=2)}[damage])
+    elif damage in ("null", "number"):
+        told = yaml.safe_load(config.read_text()) | {"width": None}
+        config.write_text(yaml.safe_dump(told if damage == "null" else 3))
+    elif damage == "another shape":
+        tensors = torch.load(state)
+        torch.save(tensors | {"act_fun.0.coef": tensors["act_fun.0.coef"][..., :3]}, state)
     elif damage == "yaml":
         config.write_text("width: [1, {")
     else:

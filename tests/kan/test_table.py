@@ -83,3 +83,45 @@ def test_wrong_options_are_told(tmp_path, capsys):
     ):
         assert main(["kan", "fit", str(path), "--target", "y", *extra]) == 2
         assert text in capsys.readouterr().err
+
+
+TRIPLES = [f"{n},{n * n},{n % 3}" for n in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("header", "names"),
+    [
+        ('"a, b, c";y;z', ["a, b, c", "z"]),
+        ('"a; b; c", "y", z', ["a; b; c", "z"]),
+        ("body mass\ty\tz", ["body mass", "z"]),
+    ],
+)
+def test_separators_are_those_outside_quotes(tmp_path, header, names):
+    sign = next(s for s in ";\t," if s in header.replace('"a; b; c"', "").replace('"a, b, c"', ""))
+    data = table.read(written(tmp_path, [header, *(row.replace(",", sign) for row in TRIPLES)]), "y")
+    assert data.names == names
+
+
+def test_columns_without_name_or_values_are_told(tmp_path):
+    lines = [",y,b,", *(f"{n},{(n * 7) % 5},{n % 3}," for n in range(12))]
+    data = table.read(written(tmp_path, lines), "y")
+    assert data.names == ["b"]
+    assert any("counts the rows" in note for note in data.notes)
+    assert any("column_4 is left out: it has no values" in note for note in data.notes)
+    assert table.read(written(tmp_path, lines), "y", ["column_1"]).names == ["column_1"]
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path):
+    with pytest.raises(ValueError, match="line 15 has 2 values, the header 3"):
+        table.read(written(tmp_path, ["x,y,z", "", "  ", *TRIPLES[:11], "1,2"]), "y")
+
+
+def test_an_underscore_is_no_part_of_a_number(tmp_path):
+    with pytest.raises(ValueError, match="column 'y' has values that are no numbers, the first '1_000'"):
+        table.read(written(tmp_path, ["x,y,z", *TRIPLES, "1,1_000,2"]), "y")
+
+
+def test_too_many_rows_held_out_are_told(tmp_path, capsys):
+    path = written(tmp_path, ["x,y,z", *TRIPLES])
+    assert main(["kan", "fit", str(path), "--target", "y", "--held-out", "0.9"]) != 0
+    assert "at least 8 rows are fitted, --held-out 0.9 leaves 1" in capsys.readouterr().err
