@@ -8,6 +8,7 @@ have P² elements for P trained numbers; from some thousand on, take "lbfgs" or 
 import functools
 import hashlib
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,8 @@ def fit(
         patience: stop after so many grids without a lower error on `held_out`, and return the grid of the lowest.
         restarts: how many networks to fit, from different random numbers; the best is kept.
         key: of restarts and batches.
-        checkpoint: a folder with a file (`kan.load`) of each grid that is done; a fit that was stopped goes on there.
+        checkpoint: a folder with a file (`kan.load`) of each grid that is done; a fit that was stopped goes on there,
+            with the same version of JAX where the method is an Optax optimizer.
         progress: show a bar.
 
     Returns:
@@ -93,17 +95,18 @@ def fit(
     test = None if held_out is None else _checked(params, *held_out, "held_out")
     if patience is not None and test is None:
         raise ValueError("kan.fit: patience looks at held_out, got none. Give held_out=(x, y).")
-    if padded and not update_grids:
-        raise ValueError("kan.fit: padded grids follow their input, got update_grids=False.")
+    follow = update_grids and grids_.is_even(params)
+    if padded and not follow:
+        got = "cells that are not equally wide" if update_grids else "update_grids=False"
+        raise ValueError(f"kan.fit: padded grids follow their input, got {got}.")
     if restarts < 1:
         raise ValueError(f"kan.fit: restarts is how many networks are fitted, at least 1, got {restarts}.")
-    options = _options(params, method, steps, float(smooth), float(sparse), float(entropy), batch_size)
-    plan = _plan(params, grids)
+    options = _options(method, steps, float(smooth), float(sparse), float(entropy), batch_size)
+    plan = stages(params, grids, "kan.fit")
     key = jax.random.key(0) if key is None else key
     folder = checkpoint and Path(checkpoint)
-    told = [plan, restarts, update_grids, padded, patience, repr([layer.spec for layer in params.layers])]
-    told += [value if isinstance(value, int | float | str | None) else "an optimizer" for value in options.values()]
-    identity = folder and [*told, _digest(params, x, y, test, jax.random.key_data(key))]
+    told = plan, restarts, update_grids, padded, patience
+    identity = folder and _identity(params, options, told, (x, y, test, jax.random.key_data(key)))
     best = None
     with log.progress("fitting", enabled=progress, fields=("grid", "error")) as bar:
         task = bar.add_task("fit", total=restarts * len(plan), grid="–", error="–")
@@ -116,9 +119,9 @@ def fit(
                     network, row = _again(path, identity, params)
                 else:
                     seed = jax.random.fold_in(key, 1000 * number + n)
-                    rounds = ROUNDS if update_grids and n == 0 else 1
+                    rounds = ROUNDS if follow and n == 0 else 1
                     shape = max(plan) if padded else cells
-                    network, losses = _on_grid(network, shape, cells, rounds, update_grids, padded, x, y, seed, options)
+                    network, losses = _on_grid(network, shape, cells, rounds, follow, padded, x, y, seed, options)
                     errors = float(_error(network, x, y)), None if test is None else float(_error(network, *test))
                     row = {"grids": cells, "train": errors[0], "held_out": errors[1], "losses": losses}
                     if path:
@@ -130,7 +133,7 @@ def fit(
                     break
             end = len(found) - 1 if patience is None else _lowest(found)
             score = _score(found[end][1])
-            if best is None or not score >= best[0]:
+            if best is None or score < best[0] or np.isnan(best[0]):
                 best = score, found[end][0], [row for _, row in found]
     score, network, rows = best
     if not np.isfinite(score):
@@ -146,7 +149,7 @@ def _score(row: dict[str, Any]) -> float:
 
 
 def _lowest(found: list[tuple[KAN, dict[str, Any]]]) -> int:
-    return int(np.argmin([_score(row) for _, row in found]))
+    return int(np.argmin(np.nan_to_num([_score(row) for _, row in found], nan=np.inf)))
 
 
 def _again(path: Path, identity: list[Any], params: KAN) -> tuple[KAN, dict[str, Any]]:
@@ -160,31 +163,43 @@ def _again(path: Path, identity: list[Any], params: KAN) -> tuple[KAN, dict[str,
     return file.load(path, own), about["row"]
 
 
-def _digest(*trees: Any) -> str:
-    """One number of all arrays' bits."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(trees):
-        digest.update(np.asarray(leaf).tobytes())
+def _identity(params: KAN, options: dict[str, Any], told: tuple[Any, ...], arrays: tuple[Any, ...]) -> str:
+    """One number of everything that a fit depends on."""
+    if not isinstance(options["method"], str):
+        options = options | {"method": _program(options["method"], params)}
+    fixed = [(edge.into, edge.out, edge.function.name) for layer in params.layers for edge in layer.fixed]
+    specs = [layer.spec for layer in params.layers]
+    digest = hashlib.sha256(repr([told, options, fixed, specs, params.arities]).encode())
+    for a in map(np.asarray, jax.tree.leaves((params, arrays))):
+        digest.update(f"{a.shape} {a.dtype}".encode() + a.tobytes())
     return digest.hexdigest()
 
 
-def _plan(params: KAN, grids: Sequence[int] | None) -> list[int]:
-    """Numbers of cells, one after the other."""
+def _program(tx: optax.GradientTransformation, params: KAN) -> str:
+    """What an optimizer does: its functions have no names by which they differ."""
+    value_fn = lambda trained: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(trained))
+    more = dict(value=jnp.zeros(()), value_fn=value_fn)
+    update = lambda g: optax.with_extra_args_support(tx).update(g, tx.init(g), g, grad=g, **more)
+    return jax.jit(update).lower(split(params)[0]).as_text()
+
+
+def stages(params: KAN, grids: Sequence[int] | None, name: str) -> list[int]:
+    """Numbers of cells, one after the other, for the function of that name."""
     own = params.layers[0].spec
-    plan = [own.grid] if grids is None else list(map(int, grids))
-    if not plan or min(plan) < 1:
-        raise ValueError(f"kan.fit: grids are numbers of cells, one at least, got {plan}.")
+    plan = [own.grid] if grids is None else list(grids)
+    if not plan or not all(isinstance(n, Integral) and n >= 1 for n in plan):
+        raise ValueError(f"{name}: grids are whole numbers of cells, one at least, got {plan}.")
     if not bases.BASES[own.basis].has_grid and plan != [own.grid]:
         raise ValueError(
-            f"kan.fit: the basis {own.basis!r} has no grid to refine, got grids={plan}. Leave them out; the grid of "
+            f"{name}: the basis {own.basis!r} has no grid to refine, got grids={plan}. Leave them out; the grid of "
             "`kan.init` is its number of functions."
         )
-    return plan
+    return list(map(int, plan))
 
 
-def _options(params: KAN, method, steps, smooth: float, sparse: float, entropy: float, batch_size) -> dict[str, Any]:
+def _options(method, steps, smooth: float, sparse: float, entropy: float, batch_size) -> dict[str, Any]:
     """What a stage takes."""
-    if isinstance(method, str) and method not in METHODS:
+    if not (method is None or method in METHODS or hasattr(method, "init")):
         raise ValueError(f"kan.fit: method is one of {', '.join(METHODS)} or an Optax optimizer, got {method!r}.")
     if method == "lm" and sparse:
         raise ValueError("kan.fit: sparse is no sum of squares, got it with method='lm'. Take 'lbfgs' or an optimizer.")
@@ -192,22 +207,19 @@ def _options(params: KAN, method, steps, smooth: float, sparse: float, entropy: 
     kind = method if isinstance(method, str) else "optimizer"
     if kind != "optimizer" and batch_size is not None:
         raise ValueError(f"kan.fit: batch_size is of an Optax optimizer, got it with method={method!r}.")
-    if min(smooth, sparse, entropy) < 0 or (steps is not None and steps < 1) or (batch_size or 1) < 1:
+    is_count = lambda n: n is None or (isinstance(n, Integral) and n >= 1)
+    if not all(w >= 0 for w in (smooth, sparse, entropy)) or not is_count(steps) or not is_count(batch_size):
         raise ValueError(
-            "kan.fit: smooth, sparse and entropy are at least 0, steps and batch_size at least 1, got "
+            "kan.fit: smooth, sparse and entropy are at least 0, steps and batch_size at least 1 and whole, got "
             f"{smooth}, {sparse}, {entropy}, {steps} and {batch_size}."
         )
-    dtype = params.layers[0].coef.dtype
-    if kind == "lm" and dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"kan.fit: 'lm' solves in float32 or float64, the network is {dtype}. Use `kan.with_dtype`.")
     steps = STEPS[kind] if steps is None else steps
     return dict(method=method, steps=steps, smooth=smooth, sparse=sparse, entropy=entropy, batch_size=batch_size)
 
 
-def _on_grid(network: KAN, shape: int, cells: int, rounds: int, update_grids: bool, padded: bool, x, y, key, options):
+def _on_grid(network: KAN, shape: int, cells: int, rounds: int, follow: bool, padded: bool, x, y, key, options):
     """(the network with grids of `shape` cells, `cells` of them over the samples; losses)."""
     network, losses = grids_.refine(network, shape), []
-    follow = update_grids and all(layer.spec.uniform for layer in network.layers)
     for turn in range(rounds):
         network = grids_.update(network, x, cells=cells if cells < shape else None) if follow else network
         reached = jnp.asarray(cells) if padded else None
@@ -241,8 +253,7 @@ def _anew(params: KAN, key: Array) -> KAN:
     trained, rest = split(params)
     leaves, tree = jax.tree.flatten(trained)
     keys = jax.random.split(key, len(leaves))
-    size = lambda a: jnp.std(a) if a.size > 1 else jnp.abs(a)
-    draw = lambda k, a: size(a) * jax.random.normal(k, a.shape, a.dtype)
+    draw = lambda k, a: jnp.sqrt(jnp.mean(a**2)) * jax.random.normal(k, a.shape, a.dtype)
     return combine(tree.unflatten(list(map(draw, keys, leaves))), rest)
 
 

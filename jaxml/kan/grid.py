@@ -61,17 +61,22 @@ def update(
     if not (0 <= eps <= 1 and 0 <= bend <= 1):
         raise ValueError(f"kan.update: eps and bend are in [0, 1], got {eps} and {bend}.")
     x = floating(x, params.layers[0].coef.dtype)
-    if margin < 0 or not x.size:
+    if not margin >= 0 or not x.size:
         raise ValueError(f"kan.update: margin is at least 0 and there are samples, got {margin} and x {x.shape}.")
     least = min(layer.spec.grid for layer in params.layers)
     if cells is not None and not (1 <= cells <= least and eps == 1 and bend == 0):
         raise ValueError(f"kan.update: cells are 1 … {least}, all equally wide, got {cells}, eps {eps}, bend {bend}.")
     out = []
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
-        new = _updated(layer, x.reshape(-1, x.shape[-1]), eps, margin, bend, cells or layer.spec.grid)
-        x = nodes(layers.apply(layer, x), affine, arities)
-        out.append(new)
+        y = nodes(layers.apply(layer, x), affine, arities)
+        out.append(_updated(layer, x.reshape(-1, x.shape[-1]), eps, margin, bend, cells or layer.spec.grid))
+        x = y
     return dataclasses.replace(params, layers=tuple(out))
+
+
+def is_even(params: KAN) -> bool:
+    """Whether all cells of an input are equally wide, in every layer."""
+    return all(layer.spec.uniform for layer in params.layers)
 
 
 def _updated(layer: Layer, x: Float[Array, "N I"], eps: float, margin: float, bend: float, cells: int) -> Layer:
@@ -105,13 +110,13 @@ def _around(x: Float[Array, "N I"], grid: int, eps: float, margin: float) -> Flo
     more = margin * (high - low) + jnp.maximum(0.5 * (least - (high - low)), 0)
     low, high = (low - more)[:, None], (high + more)[:, None]
     share = jnp.linspace(0.0, 1.0, grid + 1, dtype=x.dtype)[None]
-    even = low + (high - low) * share
+    even = low * (1 - share) + high * share  # both ends as they are
     if eps == 1:
         return even
     by_number = jnp.nanquantile(jnp.where(finite, x, jnp.nan), share[0], axis=0).T
     by_number = jnp.where(is_empty[:, None], even, by_number.at[:, 0].set(low[:, 0]).at[:, -1].set(high[:, 0]))
     floor = max(eps, 0.01)  # of every cell, as a share of an even one
-    return floor * even + (1 - floor) * by_number
+    return by_number + floor * (even - by_number)
 
 
 def _gathered(layer: Layer, points: Float[Array, "I G1"], bend: float) -> Float[Array, "I G1"]:

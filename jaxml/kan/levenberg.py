@@ -42,7 +42,14 @@ def minimize(
         residuals: of one row, [R].
         penalty: linear in θ or nearly so, [Q].
         rows: the samples; `chunk` of them are differentiated at once.
+
+    Raises:
+        ValueError: numbers too narrow to solve in.
     """
+    if theta.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(
+            f"levenberg.minimize: 'lm' solves in float32 or float64, got {theta.dtype}. Use `kan.with_dtype`."
+        )
     count, size = rows.shape[0], min(chunk, rows.shape[0])
     padded = jnp.pad(rows, [(0, -count % size), (0, 0)], mode="edge").reshape(-1, size, rows.shape[1])
     weight = (jnp.arange(padded.shape[0] * size) < count).astype(theta.dtype).reshape(-1, size)

@@ -23,7 +23,7 @@ from jaxml import log
 from jaxml.axes import Array, Float
 from jaxml.kan import grid as grids_
 from jaxml.kan import levenberg
-from jaxml.kan.fit import ROUNDS, roughness
+from jaxml.kan.fit import ROUNDS, roughness, stages
 from jaxml.kan.network import KAN, apply, combine, split
 
 Residual = Callable[[Callable[[Array], Array], Array], Array]
@@ -61,6 +61,7 @@ def solve(
             equation: the interior, the boundary, measurements, …
         grids: numbers of cells, one after the other; the network's own where None.
         steps: of Levenberg–Marquardt on each grid; on the first one in three parts, between which it follows its input.
+            Grids whose cells are not equally wide stay as they are.
         smooth: weight of the splines' roughness, as in `kan.fit`.
 
     Returns:
@@ -83,21 +84,22 @@ def solve(
         shapes = [x.shape for _, x, _ in terms]
         raise ValueError(f"kan.pinn.solve: a network [{params.widths[0]}, …, 1] and points [N, {params.widths[0]}], "
                          f"got {outputs} outputs and points {shapes}.")  # fmt: skip
-    if not terms or min(float(w) for _, _, w in terms) < 0 or smooth < 0:
+    smooth, weights = float(smooth), tuple(float(w) for _, _, w in terms)
+    if not terms or not all(w >= 0 for w in (*weights, smooth)) or steps < 1:
         raise ValueError(
-            "kan.pinn.solve: there are terms, their weights and smooth at least 0, got "
-            f"{[w for *_, w in terms]} and {smooth}."
+            "kan.pinn.solve: there are terms, their weights and smooth at least 0, steps at least 1, got "
+            f"{list(weights)}, {smooth} and {steps}."
         )
-    plan = [params.layers[0].spec.grid] if grids is None else list(map(int, grids))
+    plan = stages(params, grids, "kan.pinn.solve")
     points = tuple(x for _, x, _ in terms)
-    functions, weights = tuple(r for r, _, _ in terms), tuple(float(w) for _, _, w in terms)
+    functions = tuple(r for r, _, _ in terms)
     losses: list[np.ndarray] = []
     with log.progress("solving", enabled=progress, fields=("grid", "loss")) as bar:
         task = bar.add_task("solve", total=len(plan), grid="–", loss="–")
         for n, cells in enumerate(plan):
             params = grids_.refine(params, cells)
             for count in [-(-steps // ROUNDS)] * ROUNDS if n == 0 else [steps]:
-                params = grids_.update(params, jnp.concatenate(points))
+                params = grids_.update(params, jnp.concatenate(points)) if grids_.is_even(params) else params
                 params, some = _stage(params, points, functions, weights, count, smooth)
                 losses.append(np.asarray(some))
             bar.update(task, advance=1, grid=cells, loss=f"{losses[-1][-1]:.2e}")

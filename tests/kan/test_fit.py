@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from jaxml import kan
+from jaxml.kan.fit import _anew
 
 
 def samples(f, count=500, inputs=2, seed=0):
@@ -95,9 +96,13 @@ def test_a_network_without_finite_values_on_the_samples_is_told():
     [
         (dict(batch_size=16), "batch_size is of an Optax optimizer, got it with method='lm'"),
         (dict(steps=0), "steps and batch_size at least 1"),
+        (dict(steps=2.5), "steps and batch_size at least 1 and whole, got .* 2.5"),
         (dict(smooth=-1.0), "sparse and entropy are at least 0"),
+        (dict(smooth=float("nan")), "sparse and entropy are at least 0"),
+        (dict(method=3), "method is one of lm, lbfgs or an Optax optimizer, got 3"),
         (dict(restarts=0), "at least 1, got 0"),
         (dict(grids=[]), r"one at least, got \[\]"),
+        (dict(grids=[3.7]), r"whole numbers of cells, one at least, got \[3.7\]"),
         (dict(patience=1), "patience looks at held_out"),
     ],
 )
@@ -115,8 +120,23 @@ def test_a_basis_without_a_grid_refuses_grids():
 
 def test_narrow_networks_are_told_to_take_another_method():
     x, y = samples(lambda x: x[:, 0], count=20)
-    with pytest.raises(ValueError, match="'lm' solves in float32 or float64, the network is bfloat16"):
+    with pytest.raises(ValueError, match="'lm' solves in float32 or float64, got bfloat16"):
         kan.fit(kan.init(jax.random.key(0), [2, 1], dtype=jnp.bfloat16), x, y)
+
+
+def test_a_checkpoint_tells_optimizers_functions_and_numbers_apart(tmp_path):
+    x, y = samples(lambda x: jnp.sin(x[:, 0]), count=20, inputs=1)
+    params = kan.init(jax.random.key(0), [1, 1])
+    one = dict(params=params, method=optax.adam(1e-2), steps=np.int64(2), patience=np.int64(1), held_out=(x, y))
+    fixed = [dict(params=kan.fix(params, 0, 0, 0, name)) for name in ("sin", "cos")]
+    others = [dict(method=optax.adam(1e-3)), dict(method=optax.sgd(1e-2)), dict(steps=np.int64(3)), *fixed]
+    for folder, options in (("first", {}), ("fixed", fixed[0])):
+        fit = lambda more: kan.fit(x=x, y=y, checkpoint=tmp_path / folder, **(one | more))
+        jax.tree.map(np.testing.assert_array_equal, fit(options), fit(options))
+        for other in others:
+            if other is not options:
+                with pytest.raises(ValueError, match="of another fit"):
+                    fit(other)
 
 
 def test_numbers_of_numpy_and_jax_are_numbers():
@@ -137,10 +157,18 @@ def test_grids_that_are_not_even_stay_so():
     params, _ = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, y, steps=5)
     params, _ = kan.fit(kan.update(params, x, bend=0.5), x, y, steps=5, grids=[5, 10])
     assert not params.layers[0].spec.uniform
+    with pytest.raises(ValueError, match="padded grids follow their input, got cells that are not equally wide"):
+        kan.fit(params, x, y, padded=True)
+
+
+def test_a_restart_without_finite_values_does_not_replace_the_first_fit():
+    """Random numbers inside a logarithm are negative now and then."""
+    x = jax.random.uniform(jax.random.key(0), (20, 1), minval=1.0, maxval=2.0)
+    params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "log")
+    alone, again = (kan.fit(params, x, jnp.log(x) + 1, steps=3, restarts=n)[1]["train"][-1] for n in (1, 6))
+    assert again <= alone
 
 
 def test_a_restarted_single_edge_has_a_base():
     params = kan.init(jax.random.key(0), [1, 1], grid=1, order=1)
-    from jaxml.kan.fit import _anew
-
     assert float(jnp.abs(_anew(params, jax.random.key(1)).layers[0].base).min()) > 0

@@ -130,6 +130,21 @@ def test_padded_grids_are_as_fine_and_keep_their_shape():
 
 def test_no_samples_and_negative_margins_are_told():
     params = kan.init(jax.random.key(0), [2, 1])
-    for x, margin in ((jnp.zeros((0, 2)), 0.0), (jnp.zeros((3, 2)), -1.0)):
+    for x, margin in ((jnp.zeros((0, 2)), 0.0), (jnp.zeros((3, 2)), -1.0), (jnp.zeros((3, 2)), float("nan"))):
         with pytest.raises(ValueError, match="margin is at least 0 and there are samples"):
             kan.update(params, x, margin=margin)
+    with pytest.raises(ValueError, match=r"the layer's 2 inputs, got shape \(3, 1\)"):
+        kan.update(params, jnp.zeros((3, 1)))
+
+
+@pytest.mark.parametrize("eps", [1.0, 0.3])
+def test_without_a_margin_a_grid_ends_where_the_samples_do(eps):
+    """To the last bit: a sample beyond lies on a straight line, whose second derivative is 0."""
+    x = jax.random.normal(jax.random.key(0), (30, 64))
+    points = kan.update(kan.init(jax.random.key(1), [64, 1]), x, eps=eps, margin=0.0).layers[0].points
+    np.testing.assert_array_equal(points[:, [0, -1]], jnp.stack([x.min(axis=0), x.max(axis=0)], axis=1))
+
+
+def test_integers_are_samples():
+    params, x = kan.init(jax.random.key(0), [2, 3, 1]), jnp.array([[1, 0], [0, 1], [2, 3]])
+    jax.tree.map(np.testing.assert_array_equal, kan.update(params, x), kan.update(params, x.astype(jnp.float32)))

@@ -78,9 +78,34 @@ def test_the_number_of_points_is_any():
     [
         ([], "there are terms, their weights and smooth at least 0"),
         ([(lambda u, x: u(x), jnp.ones((3, 1)), -1.0)], "weights and smooth at least 0"),
+        ([(lambda u, x: u(x), jnp.ones((3, 1)), float("nan"))], "weights and smooth at least 0"),
         ([(lambda u, x: u(x) / x[0], jnp.zeros((3, 1)), 1.0)], "residuals are finite at all points, got"),
     ],
 )
 def test_what_cannot_be_solved_is_told(terms, said):
     with pytest.raises(ValueError, match=said):
         pinn.solve(kan.init(jax.random.key(0), [1, 1]), terms, steps=3)
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "said"),
+    [
+        ({}, dict(steps=0), "steps at least 1, got .* 0"),
+        ({}, dict(smooth=-1.0), "smooth at least 0"),
+        ({}, dict(grids=[]), r"kan.pinn.solve: grids are whole numbers of cells, one at least, got \[\]"),
+        (dict(basis="chebyshev"), dict(grids=[3, 10]), "kan.pinn.solve: the basis 'chebyshev' has no grid to refine"),
+        (dict(dtype=jnp.bfloat16), {}, "solves in float32 or float64, got bfloat16"),
+    ],
+)
+def test_options_of_solve_that_do_nothing_or_harm_are_refused(made, given, said):
+    with pytest.raises(ValueError, match=said):
+        pinn.solve(kan.init(jax.random.key(0), [1, 1], **made), [(lambda u, x: u(x), jnp.ones((3, 1)), 1.0)], **given)
+
+
+def test_uneven_grids_stay_so_and_numbers_of_jax_are_numbers():
+    x = jnp.linspace(-1.0, 1.0, 20)[:, None]
+    params = kan.update(kan.init(jax.random.key(0), [1, 1]), x, bend=0.5)
+    one = jnp.float32(1.0)
+    solved, _ = pinn.solve(params, [(lambda u, x: u(x) - x[0], x, one)], steps=2, smooth=1e-5 * one)
+    assert not solved.layers[0].spec.uniform
+    np.testing.assert_array_equal(solved.layers[0].points, params.layers[0].points)
