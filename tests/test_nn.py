@@ -45,5 +45,7 @@ def test_a_linen_module_keeps_grids_apart_from_parameters():
     grads = jax.jit(jax.grad(loss))(variables["params"])
     assert set(grads) == {"layers_0_coef", "layers_0_base", "layers_1_coef", "layers_1_base"}
     assert all(np.any(g != 0) for g in grads.values())
+    again = jax.jit(lambda key: nn.LinenKAN((2, 5, 1), dict(grid=4, start="pykan")).init(key, X))(jax.random.key(1))
+    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, variables)
     other = model.init(jax.random.key(2), X)
     assert np.any(other["params"]["layers_0_coef"] != variables["params"]["layers_0_coef"])

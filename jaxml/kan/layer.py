@@ -12,6 +12,7 @@ Reference:
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,8 @@ class Spec:
         bases.check(self)
         if self.base not in BASE_FUNCTIONS:
             raise ValueError(f"kan: base is one of {', '.join(BASE_FUNCTIONS)}, got {self.base!r}.")
+        for name in ("grid", "order"):  # of NumPy too, whose integers no file would take
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     @property
     def size(self) -> int:
@@ -113,8 +116,8 @@ def init(
     """
     if start not in STARTS:
         raise ValueError(f"kan: start is one of {', '.join(STARTS)}, got {start!r}.")
-    if not domain[0] < domain[1]:
-        raise ValueError(f"kan: domain is (low, high) with low < high, got {domain}.")
+    if not -math.inf < domain[0] < domain[1] < math.inf:
+        raise ValueError(f"kan: domain is (low, high) with low < high, both finite, got {domain}.")
     n_in, n_out = width
     one, two = jax.random.split(key)
     shape = (spec.size, n_in, n_out)

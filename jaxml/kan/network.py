@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxml.axes import Array, Float
+from jaxml.axes import Array, Float, floating
 from jaxml.kan import layer as layers
 from jaxml.kan.layer import Layer, Spec
 
@@ -101,12 +102,13 @@ def _parse(width: Width, arity: int) -> tuple[int, tuple[int, ...]]:
     """(adding nodes, the arities of multiplying nodes)."""
     if isinstance(width, Integral):
         return int(width), ()
-    if not isinstance(width, Sequence) or len(width) != 2:
-        raise ValueError(f"kan: a width is n, (n, m) or (n, [a, b, …]), got {width!r}.")
+    is_pair = isinstance(width, Sequence) and len(width) == 2
+    if not is_pair or not all(isinstance(n, Integral) for n in (width[0], *np.ravel(width[1]))):
+        raise ValueError(f"kan: a width is n, (n, m) or (n, [a, b, …]), all whole numbers, got {width!r}.")
     n, many = width
     if min(n, many if isinstance(many, Integral) else 0) < 0:
         raise ValueError(f"kan: a width counts nodes, got {width}.")
-    many = (arity,) * many if isinstance(many, Integral) else tuple(many)
+    n, many = int(n), (arity,) * many if isinstance(many, Integral) else tuple(map(int, many))
     if any(a < 2 for a in many):
         raise ValueError(f"kan: a node multiplies at least two sums, got {width}.")
     return n, many
@@ -126,7 +128,7 @@ def apply(
     Raises:
         ValueError: another number of inputs than the network has.
     """
-    told = []
+    told, x = [], floating(x, params.layers[0].coef.dtype)
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
         if edges:
             values = layers.edges(layer, x)

@@ -131,7 +131,7 @@ def test_integers_and_booleans_are_numbers():
         got, told = kan.apply(params, x, edges=True)
         np.testing.assert_allclose(kan.apply(params, x), want, rtol=1e-6)
         np.testing.assert_allclose(got, want, rtol=1e-5)
-    assert told[0]["edges"].dtype == jnp.float32
+    assert told[0]["inputs"].dtype == told[0]["edges"].dtype == jnp.float32
 
 
 def test_edges_as_well_take_the_layers_inputs_only():
@@ -149,11 +149,23 @@ def test_every_start_is_made_inside_jit():
     ("given", "said"),
     [
         (dict(domain=(0.0, 0.0)), "low < high"),
+        (dict(domain=(0.0, float("inf"))), "both finite"),
         (dict(widths=[2, (1, -1), 1]), "counts nodes"),
         (dict(widths=[2, 3.0, 1]), r"a width is n, \(n, m\)"),
+        (dict(widths=[2, (3.0, 1), 1]), "all whole numbers, got"),
+        (dict(widths=[2, (1, 1.0), 1]), "all whole numbers, got"),
+        (dict(widths=[2, (1, [2.0]), 1]), "all whole numbers, got"),
         (dict(order=2.0), "order is in 0 … 5, got 2.0"),
     ],
 )
 def test_numbers_that_mean_nothing_are_told(given, said):
     with pytest.raises(ValueError, match=said):
         kan.init(jax.random.key(0), **(dict(widths=[2, 1]) | given))
+
+
+def test_integers_of_numpy_are_those_of_python():
+    """So that a file, whose header is JSON, takes them."""
+    one, two = np.int64(1), np.int64(2)
+    params = kan.init(jax.random.key(0), [two, (one, [two, two]), one], grid=np.int64(3), order=two)
+    assert repr(params.widths) == "(2, (1, (2, 2)), 1)"
+    assert repr(params.layers[0].spec).startswith("Spec(grid=3, order=2,")
