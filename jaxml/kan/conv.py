@@ -13,6 +13,7 @@ Reference:
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +61,13 @@ def init(
         >>> apply(params, jnp.zeros((2, 16, 16, 3)), strides=2).shape
         (2, 8, 8, 8)
     """
-    if isinstance(kernel, int):
-        raise ValueError(f"kan.conv: kernel has an extent for each spatial axis, got {kernel}. Write {(kernel,) * 2}.")
+    if isinstance(kernel, Integral):
+        square = (int(kernel),) * 2
+        raise ValueError(f"kan.conv: kernel has an extent for each spatial axis, got {kernel}. Write {square}.")
     kernel = tuple(kernel)
     if not 1 <= len(kernel) <= 3 or min(kernel) < 1:
         raise ValueError(f"kan.conv: kernel has one to three extents of at least 1, got {kernel}.")
-    if channels[0] % groups or channels[1] % groups:
+    if groups < 1 or channels[0] % groups or channels[1] % groups:
         raise ValueError(f"kan.conv: groups divide the channels, got {groups} groups and channels {channels}.")
     spec = spec or Spec()
     inputs, size = channels[0] // groups, math.prod(kernel)

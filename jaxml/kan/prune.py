@@ -60,10 +60,10 @@ def _scores(params: KAN, x: Float[Array, "... I"]) -> Attribution:
     """Of samples that can tell what counts: scores are shares of spreads."""
     rows = jnp.asarray(x).reshape(-1, jnp.shape(x)[-1])
     bad = int(jnp.sum(~jnp.isfinite(rows)))
-    if len(rows) < 2 or bad:
+    if bad or not bool(jnp.any(rows[1:] != rows[:-1])):
         raise ValueError(
-            f"kan.prune: x has at least two rows and finite values only, got {len(rows)} rows, {bad} not finite. "
-            "Drop those rows, or hand over more."
+            f"kan.prune: x has finite values only, in rows that are not all equal, got {bad} not finite in {len(rows)} "
+            "rows. Drop those rows, or hand over more."
         )
     return attribute(params, rows)
 
@@ -131,7 +131,7 @@ def mask(params: KAN, x: Float[Array, "... I"], kept: Sequence[Bool[Array, "I O"
     The mean goes into the coefficients of the sum's edge of the greatest spread, which splines can hold as a constant;
     where no edge with splines is left in a sum it is lost.
     """
-    out, x = [], x.reshape(-1, x.shape[-1])
+    out, x = [], jnp.asarray(x).reshape(-1, jnp.shape(x)[-1])
     for layer, affine, arities, k in zip(params.layers, params.affine, params.arities, kept):
         sums = layers.apply(layer, x)
         out.append(_masked(layer, x, k))

@@ -53,5 +53,15 @@ def test_what_does_not_fit_is_told():
         conv.apply(params, jnp.zeros((1, 8, 8, 3)))
     with pytest.raises(ValueError, match="one to three extents"):
         conv.init(jax.random.key(0), (2, 3), ())
-    with pytest.raises(ValueError, match="groups divide the channels"):
-        conv.init(jax.random.key(0), (3, 4), groups=2)
+    for kernel in (3, np.int64(3)):
+        with pytest.raises(ValueError, match=r"kernel has an extent for each spatial axis, got 3\. Write \(3, 3\)"):
+            conv.init(jax.random.key(0), (2, 4), kernel)
+    for groups in (2, 0):
+        with pytest.raises(ValueError, match="groups divide the channels"):
+            conv.init(jax.random.key(0), (3, 4), groups=groups)
+
+
+def test_pixels_are_numbers():
+    params = conv.init(jax.random.key(0), (2, 3))
+    x = jax.random.randint(jax.random.key(1), (1, 4, 4, 2), 0, 2)
+    np.testing.assert_array_equal(conv.apply(params, x), conv.apply(params, x.astype(jnp.float32)))

@@ -65,8 +65,9 @@ def test_of_a_layer_without_any_important_node_the_best_stays():
 @pytest.mark.parametrize(
     ("x", "said"),
     [
-        (jnp.zeros((1, 2)), "at least two rows and finite values only, got 1 rows, 0 not finite"),
-        (jnp.array([[0.0, 1.0], [jnp.nan, 0.0], [1.0, 1.0]]), "got 3 rows, 1 not finite"),
+        (jnp.zeros((1, 2)), "in rows that are not all equal, got 0 not finite in 1 rows"),
+        (jnp.ones((5, 2)), "in rows that are not all equal, got 0 not finite in 5 rows"),
+        (jnp.array([[0.0, 1.0], [jnp.nan, 0.0], [1.0, 1.0]]), "finite values only, .*, got 1 not finite in 3 rows"),
     ],
 )
 def test_samples_that_cannot_tell_what_counts_are_refused(x, said):

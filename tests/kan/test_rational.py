@@ -32,6 +32,12 @@ def test_groups_have_functions_of_their_own():
         rational.init(jax.random.key(0), (8, 4), groups=3)
 
 
+def test_integers_are_numbers():
+    params = rational.init(jax.random.key(0), (16, 4))
+    x = jnp.arange(32).reshape(2, 16)
+    np.testing.assert_array_equal(rational.apply(params, x), rational.apply(params, x.astype(jnp.float32)))
+
+
 def test_sums_over_many_tokens_lose_less_than_one_long_sum():
     """Gradients of coefficients, float32, against float64, rows that all add with one sign."""
     x = np.random.default_rng(0).uniform(0.5, 1.5, (1 << 16, 8)).astype(np.float32)
