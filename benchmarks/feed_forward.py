@@ -32,7 +32,6 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 TOKENS, WIDTH, HIDDEN = 8192, 2048, 8192
 CHIPS = ("v5e", "v6e")
-ROWS_OF_A_VECTOR = 16  # of bfloat16, which the matrix unit takes one a cycle
 IMPLEMENTATIONS = ("xla", "kernel")
 
 
@@ -149,15 +148,9 @@ PER_CYCLE = {"v5e": 131072, "v6e": 524288}  # floating point operations
 def of_kernel(text: str, tiles: int, steps: int) -> int:
     """Cycles of a kernel: its three bodies are the first step's zeros, a step, and the last step with the function."""
     sys.path.insert(0, str(Path(__file__).parent))
-    from tpu_schedule import stretches
+    from tpu_schedule import busy
 
-    parts, lines = stretches(text), re.findall(r"^ *0x[0-9a-f]+.*", text, re.M)
-    times, at = [], 0
-    for depth, bundles in parts:
-        units = [len(re.findall(rf"vmatmul\.\S*mxu{n}\b", "\n".join(lines[at : at + bundles]))) for n in range(4)]
-        times.append((depth, max(bundles, ROWS_OF_A_VECTOR * max(units))))
-        at += bundles
-    zeros, step, last = [time for depth, time in times if depth > 0 and time > 500]
+    zeros, step, last = [cycles for depth, cycles in busy(text) if depth > 0 and cycles > 500]
     return tiles * (zeros + (steps - 1) * step + last)
 
 

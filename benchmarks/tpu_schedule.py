@@ -170,6 +170,20 @@ def stretches(text: str) -> list[tuple[int, int]]:
     return out
 
 
+ROWS_OF_A_VECTOR = 16  # of bfloat16: a product of one occupies its matrix unit for as many cycles
+
+
+def busy(text: str) -> list[tuple[int, int]]:
+    """(how many loops it is in, cycles) of each stretch: its bundles, or what its busiest matrix unit takes."""
+    lines, out, at = re.findall(r"^ *0x[0-9a-f]+.*", text, re.M), [], 0
+    for depth, bundles in stretches(text):
+        body = "\n".join(lines[at : at + bundles])
+        units = [len(re.findall(rf"vmatmul\.\S*mxu{n}\b", body)) for n in range(4)]
+        out.append((depth, max(bundles, ROWS_OF_A_VECTOR * max(units))))
+        at += bundles
+    return out
+
+
 def of_ours(parts, length: int, width: int, chip: str, kind: str, mask: str) -> int:
     """How many bundles our kernel runs through, from its blocks and the order of its code."""
     from jaxml.attention import blocks, tpu_arrays

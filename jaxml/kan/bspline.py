@@ -78,13 +78,14 @@ def cardinal(t: Array, order: int, where=jnp.where) -> Array:
     if order == 0:
         return where((t >= 0) & (t < 1), 0 * t + 1, 0)
     # Selections rather than minima and maxima, whose derivatives are halved where both sides are equal. Where pieces
-    # meet, derivatives are those of the right one.
+    # meet, the derivative that jumps is that of the right one, for orders whose first or second it is; beyond, a
+    # comparison more would keep XLA from fusing the basis into a product on TPUs.
     rising = t < (order + 1) / 2
     s = where(rising, t, order + 1 - t)
     total = 0.0
     for i in range((order + 2) // 2):
-        part = where(where(rising, s >= i, s > i), s - i, 0)
-        total = total + (-1) ** i * math.comb(order + 1, i) * _power(part, order)
+        is_past = (s > i) | (rising & (s >= i)) if order < 3 else s > i
+        total = total + (-1) ** i * math.comb(order + 1, i) * _power(where(is_past, s - i, 0), order)
     return total / math.factorial(order)
 
 
@@ -116,7 +117,10 @@ def place(x: Array, low: Array, high: Array, cells: int, order: int, outside: st
     if outside == "zero":
         return u, zero, zero
     end = order + cells
-    inside = _from_within(u, order, end, float(_below(end, u.dtype)))
+    if order < 3:
+        inside = _from_within(u, order, end, _next(end, u.dtype, 0))
+    else:  # of smooth pieces the next cell's will do; limits that u does not hit, where a derivative would be halved
+        inside = jnp.clip(u, _next(order, u.dtype, 0), _next(end, u.dtype, 2 * end))
     if outside == "clamp":
         return inside, zero, zero
     return inside, jnp.where(u < order, u - order, 0), jnp.where(u > end, u - end, 0)
@@ -182,8 +186,9 @@ def derivative(function: Callable[[Array], Array], n: int) -> Callable[[Array], 
     return lambda x: jax.jvp(lower, (x,), (jnp.ones_like(x),))[1]
 
 
-def _below(value: float, dtype) -> np.ndarray:
-    return np.nextafter(np.asarray(value, jnp.finfo(dtype).dtype), np.asarray(0, jnp.finfo(dtype).dtype))
+def _next(value: float, dtype, towards: float) -> float:
+    dtype = jnp.finfo(dtype).dtype
+    return float(np.nextafter(np.asarray(value, dtype), np.asarray(towards, dtype)))
 
 
 def _from_within(x: Array, low: Array | float, high: Array | float, below_high: Array | float) -> Array:

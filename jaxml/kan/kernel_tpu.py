@@ -30,7 +30,7 @@ def unsupported() -> str | None:
 
 def spread(spec, n, dtype, x, weight, coef, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
-    cut = _cut(x, K, n_in, n_out, sums=lambda c: c.rows * c.outputs)
+    cut = cut_of("spread", x, K, n_in, n_out)
     of_rows = [_pad(a, cut.rows, cut.inputs) for a in (x, weight) if a is not None]
     coef = _pad(coef.astype(x.dtype), cut.together, cut.inputs, cut.outputs)
 
@@ -64,7 +64,7 @@ def spread(spec, n, dtype, x, weight, coef, points):
 
 def collect(spec, n, dtype, x, coef, g, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
-    cut = _cut(x, K, n_in, n_out, sums=lambda c: c.rows * c.inputs)
+    cut = cut_of("collect", x, K, n_in, n_out)
     x = _pad(x, cut.rows, cut.inputs)
     coef = _pad(coef.astype(x.dtype), cut.together, cut.inputs, cut.outputs)
     g = _pad(g.astype(x.dtype), cut.rows, cut.outputs)
@@ -98,7 +98,7 @@ def collect(spec, n, dtype, x, coef, g, points):
 
 def outer(spec, n, dtype, x, weight, g, points):
     n_in, n_out, K = x.shape[1], g.shape[1], spec.size
-    cut = _cut(x, K, n_in, n_out, sums=lambda c: c.together * c.inputs * c.outputs)
+    cut = cut_of("outer", x, K, n_in, n_out)
     of_rows = [_pad(a, cut.rows, cut.inputs) for a in (x, weight) if a is not None]
     g = _pad(g.astype(x.dtype), cut.rows, cut.outputs)
 
@@ -168,7 +168,7 @@ def _accumulate(add, total, out, axes: tuple[int, ...]) -> None:
 # ---- tiles -------------------------------------------------------------------------------------------
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     rows: int
     inputs: int
     outputs: int
@@ -176,16 +176,17 @@ class _Cut(NamedTuple):
     chunks: int  # of functions
 
 
-def _cut(x: Array, size: int, n_in: int, n_out: int, sums) -> _Cut:
-    """Tiles as large as VMEM allows: operands and results held twice, `sums` numbers held once."""
+def cut_of(name: str, x: Array, size: int, n_in: int, n_out: int) -> Cut:
+    """Tiles of a map as large as VMEM allows: operands and results held twice, float32 sums once."""
     chunks = -(-size // TOGETHER)
     rows = min(ROWS, -(-x.shape[0] // SUBLANES) * SUBLANES)
     for shrink in (1, 2, 4):
         together = -(-size // chunks)
-        cut = _Cut(rows, _divisor(n_in, INPUTS), _divisor(n_out, OUTPUTS // shrink), together, chunks)
+        cut = Cut(rows, _divisor(n_in, INPUTS), _divisor(n_out, OUTPUTS // shrink), together, chunks)
         coefficients = together * cut.inputs * cut.outputs
-        tiles = cut.rows * (2 * cut.inputs + cut.outputs)
-        if 4 * sums(cut) + 2 * x.dtype.itemsize * (coefficients + tiles) < blocks.limits().vmem:
+        sums = {"spread": rows * cut.outputs, "collect": rows * cut.inputs, "outer": coefficients}[name]
+        tiles = rows * (2 * cut.inputs + cut.outputs)
+        if 4 * sums + 2 * x.dtype.itemsize * (coefficients + tiles) < blocks.limits().vmem:
             break
         chunks *= 2
     return cut
@@ -208,7 +209,7 @@ def _grid(points: Array, inputs: int) -> list[Array]:
     return [row(points[:, 0], 0.0), row(points[:, -1], 1.0)]
 
 
-def _ends(spec, cut: _Cut) -> Array:
+def _ends(spec, cut: Cut) -> Array:
     more = cut.chunks * cut.together - spec.size
     return jnp.asarray(np.pad(bspline.ends(spec), ((0, 0), (0, more))), jnp.float32)
 
