@@ -11,12 +11,22 @@ from jaxml import kan
 from jaxml.kan.prune import mask
 
 
-def test_where_nothing_is_left_the_mean_is():
+def test_a_constant_is_found():
     x = jax.random.uniform(jax.random.key(0), (40, 2), minval=-1.0)
-    found = kan.discover(jax.random.key(1), x, jnp.full(40, 7.0), widths=[2, 1], functions=["x"], restarts=1, digits=4)
-    assert [float(f) for f in found.formulas] == [7.0] and found.error < 1e-5
-    for params in (found.params, found.splines):
-        np.testing.assert_allclose(kan.apply(params, x), 7.0, rtol=1e-5)
+    found = kan.discover(jax.random.key(1), x, jnp.full(40, 7.0), widths=[2, 1], functions=["x"], restarts=1)
+    assert found.error < 1e-5
+    formula = kan.function(found.formulas, ["x_1", "x_2"])
+    for predict in (formula, lambda x: kan.apply(found.params, x), lambda x: kan.apply(found.splines, x)):
+        np.testing.assert_allclose(predict(x), 7.0, rtol=1e-5)
+
+
+def test_where_no_edge_is_left_the_mean_is():
+    x = jax.random.uniform(jax.random.key(0), (40, 2), minval=-1.0)
+    units = sys.modules["jaxml.kan.discover"]._Units.of(x, 100.0 + x[:, :1])
+    empty = mask(kan.init(jax.random.key(1), [2, 1], base="zero"), x, [jnp.zeros((2, 1), bool)])
+    empty = units.outside(empty)
+    np.testing.assert_allclose(kan.apply(empty, x), jnp.mean(100.0 + x[:, 0]), rtol=1e-6)
+    assert float(kan.formula(empty, digits=3)[0]) == 100.0
 
 
 @pytest.mark.parametrize(
