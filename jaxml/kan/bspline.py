@@ -117,13 +117,12 @@ def place(x: Array, low: Array, high: Array, cells: int, order: int, outside: st
     if outside == "zero":
         return u, zero, zero
     end = order + cells
-    if order < 3:
-        inside = _from_within(u, order, end, _next(end, u.dtype, 0))
-    else:  # of smooth pieces the next cell's will do; limits that u does not hit, where a derivative would be halved
-        inside = jnp.clip(u, _next(order, u.dtype, 0), _next(end, u.dtype, 2 * end))
+    before, after = x < low, x > high  # not of u, which is rounded: of x = high it may lie beyond the end
+    step = 2 * np.spacing(np.asarray(end, u.dtype)) if order < 3 else 0  # of smoother pieces the next cell's will do
+    inside = _from_within(u, before, after, order, end, float(step))
     if outside == "clamp":
         return inside, zero, zero
-    return inside, jnp.where(u < order, u - order, 0), jnp.where(u > end, u - end, 0)
+    return inside, jnp.where(before, u - order, 0), jnp.where(after, u - end, 0)
 
 
 def _one(place: tuple[Array, Array, Array], j: np.ndarray, cells: int, order: int, outside: str) -> Array:
@@ -186,15 +185,10 @@ def derivative(function: Callable[[Array], Array], n: int) -> Callable[[Array], 
     return lambda x: jax.jvp(lower, (x,), (jnp.ones_like(x),))[1]
 
 
-def _next(value: float, dtype, towards: float) -> float:
-    dtype = jnp.finfo(dtype).dtype
-    return float(np.nextafter(np.asarray(value, dtype), np.asarray(towards, dtype)))
-
-
-def _from_within(x: Array, low: Array | float, high: Array | float, below_high: Array | float) -> Array:
-    """x held within a grid, its slope 1 at both ends, and at the upper one in the last cell rather than beyond it."""
-    held = jnp.where(x < low, low, jnp.where(x > high, high, x))
-    return jnp.where(held < high, held, held - (high - below_high))
+def _from_within(x: Array, before: Array, after: Array, low, high, step) -> Array:
+    """x held within a grid, its slope 1 at both ends, and at the upper one a step back: in the last cell."""
+    held = jnp.where(before, low, jnp.where(after, high, x))
+    return jnp.where(held < high, held, held - step)
 
 
 def _np_cardinal(t, order: int) -> np.ndarray:
@@ -230,7 +224,7 @@ def _general(x: Array, points: Array, order: int, outside: str) -> Array:
     at = x
     if outside != "zero":
         low, high = t[..., order, :], t[..., -1 - order, :]
-        at = _from_within(x, low, high, jnp.nextafter(high, low))
+        at = _from_within(x, x < low, x > high, low, high, high - jnp.nextafter(high, low))
     beyond, at = (x - at)[..., None, :], at[..., None, :]
     b = jnp.where((at >= t[..., :-1, :]) & (at < t[..., 1:, :]), 1.0, 0.0).astype(x.dtype)
     narrower = b
