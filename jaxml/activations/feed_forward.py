@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxml import kernels
 from jaxml.activations import gated
 from jaxml.activations.arithmetic import horner
 from jaxml.axes import Array, Float, wide
 from jaxml.linear import linear
-from jaxml.target import INTERPRET, INTERPRET_GPU, platform
 
 FUNCTIONS = {
     "glu": gated.siglu,
@@ -76,19 +76,10 @@ def gated_feed_forward(
     if implementation == "xla":
         y = define(function, flat, gate, up, down)
     else:
-        if reason := unsupported(x.dtype):
+        if reason := kernels.unsupported(x.dtype):
             raise NotImplementedError(f"gated_feed_forward: the kernel cannot run here: {reason}. Take 'xla'.")
         y = _by_kernel(function, flat, gate, up, down)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def unsupported(dtype) -> str | None:
-    """Why the kernel cannot run here with inputs of that dtype, or None."""
-    if platform() not in ("gpu", "tpu", INTERPRET, INTERPRET_GPU):
-        return f"it needs a GPU or TPU, this is {platform()!r}"
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
-    return _kernels().unsupported()
 
 
 def define(function: str, x: Array, gate: Array, up: Array, down: Array | None) -> Array:
@@ -115,7 +106,7 @@ def _kernels():
     """The module for the device, imported where it is used: Pallas takes its time."""
     from jaxml.activations import feed_forward_gpu, feed_forward_tpu
 
-    return feed_forward_gpu if platform() in ("gpu", INTERPRET_GPU) else feed_forward_tpu
+    return kernels.choose(feed_forward_gpu, feed_forward_tpu)
 
 
 def _in_kernel(function: str):

@@ -9,20 +9,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxml.kernels import padded
 from jaxml.target import INTERPRET_GPU, platform
 
 ROWS, COLUMNS, STEP = 128, 64, 32  # of a program's tile, and how much of D it takes at once
 
 
-def unsupported() -> str | None:
-    """Why the kernels cannot run on this GPU, or None."""
-    return None
-
-
 def forward(formula, x, gate, up):
     """h [M, F] in x's dtype; all arrays of one dtype."""
     rows, hidden = x.shape[0], gate.shape[1]
-    x, gate, up = _pad(x, ROWS, STEP), _pad(gate, STEP, COLUMNS), _pad(up, STEP, COLUMNS)
+    x, gate, up = padded(x, ROWS, STEP), padded(gate, STEP, COLUMNS), padded(up, STEP, COLUMNS)
 
     def kernel(x, gate, up, h):
         h[...] = formula(*_products(x, gate, up)).astype(h.dtype)
@@ -34,16 +30,16 @@ def forward(formula, x, gate, up):
 def backward(formula, x, gate, up, down, dy):
     """h and the cotangents of x gate and x up, [M, F] each; dy is h's own where there is no down."""
     rows, hidden = x.shape[0], gate.shape[1]
-    x, gate, up = _pad(x, ROWS, STEP), _pad(gate, STEP, COLUMNS), _pad(up, STEP, COLUMNS)
+    x, gate, up = padded(x, ROWS, STEP), padded(gate, STEP, COLUMNS), padded(up, STEP, COLUMNS)
     if down is None:
-        more, specs = [_pad(dy, ROWS, COLUMNS)], [pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j))]
+        more, specs = [padded(dy, ROWS, COLUMNS)], [pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j))]
     else:
-        more = [_pad(dy, ROWS, STEP), _pad(down, COLUMNS, STEP)]
+        more = [padded(dy, ROWS, STEP), padded(down, COLUMNS, STEP)]
         specs = [_rows(more[0]), pl.BlockSpec((COLUMNS, more[1].shape[1]), lambda i, j: (j, 0))]
 
     def kernel(x, gate, up, *refs):
         *into, h, of_gate, of_up = refs
-        dh = into[0][...].astype(jnp.float32) if down is None else _along(into[0].shape[1], _transposed, *into)
+        dh = into[0][...].astype(jnp.float32) if down is None else _along(into[0].shape[1], 1, _transposed, *into)[0]
         value, vjp = jax.vjp(formula, *_products(x, gate, up))
         for ref, out in zip((h, of_gate, of_up), (value, *vjp(dh))):
             ref[...] = out.astype(ref.dtype)
@@ -56,25 +52,20 @@ def backward(formula, x, gate, up, down, dy):
 def _products(x, gate, up):
     one = lambda x, w, at: jnp.dot(x[:, at], w[at, :], preferred_element_type=jnp.float32)
     both = lambda x, gate, up, at: (one(x, gate, at), one(x, up, at))
-    return _along(x.shape[1], both, x, gate, up)
+    return _along(x.shape[1], 2, both, x, gate, up)
 
 
 def _transposed(dy, down, at):
-    return jnp.dot(dy[:, at], down[:, at].T, preferred_element_type=jnp.float32)
+    return (jnp.dot(dy[:, at], down[:, at].T, preferred_element_type=jnp.float32),)
 
 
-def _along(length: int, product, *refs):
-    """The sum of `product` over the pieces of an axis."""
+def _along(length: int, count: int, products, *refs):
+    """The sums of so many products over the pieces of an axis."""
 
     def add(s, total):
-        return jax.tree.map(jnp.add, total, product(*refs, pl.ds(s * STEP, STEP)))
+        return jax.tree.map(jnp.add, total, products(*refs, pl.ds(s * STEP, STEP)))
 
-    zero = jnp.zeros((ROWS, COLUMNS), jnp.float32)
-    return jax.lax.fori_loop(0, length // STEP, add, zero if product is _transposed else (zero, zero))
-
-
-def _pad(a, *multiples: int):
-    return jnp.pad(a, [(0, -size % m) for size, m in zip(a.shape, multiples)])
+    return jax.lax.fori_loop(0, length // STEP, add, (jnp.zeros((ROWS, COLUMNS), jnp.float32),) * count)
 
 
 def _rows(a):

@@ -12,22 +12,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
+from jaxml.kernels import LANES, divisor, padded
 from jaxml.target import INTERPRET, platform
 
-LANES, SUBLANES, PIECE = 128, 16, 256
+SUBLANES, PIECE = 16, 256
 COLUMNS, STEP = 512, 512  # of the hidden layer's tile, and how much of D a step takes, at most
 ROWS = (1024, 512, 256)  # of the tile: the first that fits
-
-
-def unsupported() -> str | None:
-    """Why the kernels cannot run on this TPU, or None."""
-    return blocks.unsupported()
 
 
 def forward(formula, x, gate, up):
     """h [M, F] in x's dtype; all arrays of one dtype."""
     rows, hidden, cut = x.shape[0], gate.shape[1], _cut(x, gate, sums=2, outputs=1)
-    x, gate, up = _pad(x, cut.rows, cut.step), _pad(gate, cut.step, cut.columns), _pad(up, cut.step, cut.columns)
+    x, gate, up = padded(x, cut.rows, cut.step), padded(gate, cut.step, cut.columns), padded(up, cut.step, cut.columns)
 
     def kernel(x, gate, up, h, *sums):
         def finish(at, of_gate, of_up):
@@ -48,10 +44,10 @@ def backward(formula, x, gate, up, down, dy):
         step = -(-down.shape[1] // (cut.steps * LANES)) * LANES
         of_dy = pl.BlockSpec((cut.rows, step), lambda i, j, s: (i, s))
         specs[3:] = of_dy, pl.BlockSpec((cut.columns, step), lambda i, j, s: (j, s))
-        more = [_pad(dy, cut.rows, cut.steps * step), _pad(down, cut.columns, cut.steps * step)]
+        more = [padded(dy, cut.rows, cut.steps * step), padded(down, cut.columns, cut.steps * step)]
     else:
-        more = [_pad(dy, cut.rows, cut.columns)]
-    x, gate, up = _pad(x, cut.rows, cut.step), _pad(gate, cut.step, cut.columns), _pad(up, cut.step, cut.columns)
+        more = [padded(dy, cut.rows, cut.columns)]
+    x, gate, up = padded(x, cut.rows, cut.step), padded(gate, cut.step, cut.columns), padded(up, cut.step, cut.columns)
 
     def kernel(x, gate, up, dy, *refs):
         down, outs, sums = refs[:third], refs[third : third + 3], refs[third + 3 :]
@@ -120,7 +116,7 @@ class _Cut(NamedTuple):
 def _cut(x, gate, sums: int, outputs: int) -> _Cut:
     """Tiles as large as VMEM allows, of operands held twice and sums held once."""
     (rows, width), hidden, itemsize = x.shape, gate.shape[1], x.dtype.itemsize
-    columns, step = _divisor(hidden, COLUMNS), _divisor(width, STEP)
+    columns, step = divisor(hidden, COLUMNS), divisor(width, STEP)
     steps = -(-width // step)
     for most in ROWS:
         tile = min(most, -(-rows // PIECE) * PIECE if rows > PIECE else -(-rows // SUBLANES) * SUBLANES)
@@ -128,16 +124,6 @@ def _cut(x, gate, sums: int, outputs: int) -> _Cut:
         if 4 * sums * tile * columns + 2 * itemsize * operands < blocks.limits().vmem:
             break
     return _Cut(tile, columns, step, steps)
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest multiple of 128 up to `most` that divides the size, itself padded to a multiple of 128."""
-    padded = -(-size // LANES) * LANES
-    return max(n for n in range(LANES, min(most, padded) + 1, LANES) if padded % n == 0)
-
-
-def _pad(a, *multiples: int):
-    return jnp.pad(a, [(0, -size % m) for size, m in zip(a.shape, multiples)])
 
 
 def _call(kernel, name: str, cut: _Cut, x, gate, in_specs, sums: int, outputs: int):

@@ -93,12 +93,12 @@ def _kernels() -> dict[str, str]:
     """Part that has a kernel beside XLA's products → whether it could run on this machine, in float32."""
     import jax
 
-    from jaxml.activations import feed_forward
+    from jaxml import kernels
     from jaxml.kan import kernel, layer
 
     reasons = {
         "kan": kernel.unsupported(layer.Spec(), "float32"),
-        "gated_feed_forward": feed_forward.unsupported("float32"),
+        "gated_feed_forward": kernels.unsupported("float32"),
     }
     may = f'runs on {jax.default_backend()} where implementation="kernel"; XLA otherwise'
     return {name: may if why is None else f"XLA; no kernel: {why}" for name, why in reasons.items()}

@@ -20,23 +20,19 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxml import kernels
 from jaxml.axes import Array, Float, wide
 from jaxml.kan import bspline
 from jaxml.linear import linear
-from jaxml.target import INTERPRET, INTERPRET_GPU, platform
 
 
 def unsupported(spec, dtype) -> str | None:
     """Why the kernels cannot run here with such a layer and input, or None."""
-    if platform() not in ("gpu", "tpu", INTERPRET, INTERPRET_GPU):
-        return f"it needs a GPU or TPU, this is {platform()!r}"
     if spec.basis != "bspline":
         return f"it knows B-splines on uniform grids, the basis is {spec.basis!r}"
     if not spec.uniform:
         return "it knows B-splines on uniform grids, this grid is not uniform"
-    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
-    return _kernels().unsupported()
+    return kernels.unsupported(dtype)
 
 
 def sums(spec, x: Float[Array, "B I"], coef: Float[Array, "K I O"], points: Float[Array, "I G1"]) -> Array:
@@ -77,7 +73,7 @@ def _kernels():
     """The module for the device, imported where it is used: Pallas takes its time."""
     from jaxml.kan import kernel_gpu, kernel_tpu
 
-    return kernel_gpu if platform() in ("gpu", INTERPRET_GPU) else kernel_tpu
+    return kernels.choose(kernel_gpu, kernel_tpu)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))

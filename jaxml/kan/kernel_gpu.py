@@ -11,6 +11,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxml.axes import Array
 from jaxml.kan import bspline
+from jaxml.kan.kernel_tiles import grid, values
+from jaxml.kernels import padded
 from jaxml.target import INTERPRET_GPU, platform
 
 SIDE, STEP = 128, 32  # of a program's tile, and how much of a summed axis it takes at once
@@ -18,17 +20,12 @@ SIDE_COLLECT = 64  # whose tile of functions stays in registers too: without spi
 PROGRAMS = 264  # that keep a large GPU busy
 
 
-def unsupported() -> str | None:
-    """Why the kernels cannot run on this GPU, or None."""
-    return None
-
-
 def spread(spec, n, dtype, x, weight, coef, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
     rows, columns, step = _tile(B, SIDE), _tile(n_out, SIDE), _tile(n_in, STEP)
-    of_rows = [_pad(a, rows, step) for a in (x, weight) if a is not None]
-    of_all = [*_grid(points, step), _ends(spec)]
-    coef = _pad(coef.astype(x.dtype), 1, step, columns)
+    of_rows = [padded(a, rows, step) for a in (x, weight) if a is not None]
+    of_all = [*grid(points, step), _ends(spec)]
+    coef = padded(coef.astype(x.dtype), 1, step, columns)
     width = coef.shape[1]
 
     def kernel(low, high, ends, coef, *refs):
@@ -36,8 +33,8 @@ def spread(spec, n, dtype, x, weight, coef, points):
 
         def inputs(s, total):
             at = pl.ds(s * step, step)
-            values = _values(spec, n, ends, low[:, at], high[:, at], *[a[:, at] for a in x_and_weight])
-            add = lambda k, total: total + _dot(values(k).astype(x.dtype), coef[k, at, :])
+            of = _values(spec, n, ends, low[:, at], high[:, at], *[a[:, at] for a in x_and_weight])
+            add = lambda k, total: total + _dot(of(k).astype(x.dtype), coef[k, at, :])
             return jax.lax.fori_loop(0, K, add, total)
 
         total = jax.lax.fori_loop(0, width // step, inputs, jnp.zeros(y.shape, jnp.float32))
@@ -61,11 +58,11 @@ def spread(spec, n, dtype, x, weight, coef, points):
 def collect(spec, n, dtype, x, coef, g, points):
     (B, n_in), (K, _, n_out) = x.shape, coef.shape
     rows, columns, step = _tile(B, SIDE_COLLECT), _tile(n_in, SIDE_COLLECT), _tile(n_out, STEP)
-    x, of_inputs = _pad(x, rows, columns), _grid(points, columns)
-    coef, g = _pad(coef.astype(x.dtype), 1, columns, step), _pad(g.astype(x.dtype), rows, step)
+    x, of_inputs = padded(x, rows, columns), grid(points, columns)
+    coef, g = padded(coef.astype(x.dtype), 1, columns, step), padded(g.astype(x.dtype), rows, step)
 
     def kernel(low, high, ends, coef, x, g, d):
-        values = _values(spec, n, ends, low[...], high[...], x[...])
+        of = _values(spec, n, ends, low[...], high[...], x[...])
 
         def functions(k, total):
             def outputs(s, of_k):
@@ -73,7 +70,7 @@ def collect(spec, n, dtype, x, coef, g, points):
                 return of_k + _dot(g[:, at], coef[k, :, at].T)
 
             of_k = jax.lax.fori_loop(0, g.shape[1] // step, outputs, jnp.zeros(d.shape, jnp.float32))
-            return total + of_k * values(k)
+            return total + of_k * of(k)
 
         total = jax.lax.fori_loop(0, K, functions, jnp.zeros(d.shape, jnp.float32))
         d[...] = total.astype(d.dtype)
@@ -102,8 +99,8 @@ def outer(spec, n, dtype, x, weight, g, points):
     parts = max(1, min(PROGRAMS // (K * tiles), pl.cdiv(B, 8 * step)))  # of the batch, summed afterwards
     steps = pl.cdiv(B, parts * step)
     batch = parts * steps * step
-    of_rows = [_pad(a, batch, rows) for a in (x, weight) if a is not None]
-    g, of_inputs = _pad(g.astype(x.dtype), batch, columns), _grid(points, rows)
+    of_rows = [padded(a, batch, rows) for a in (x, weight) if a is not None]
+    g, of_inputs = padded(g.astype(x.dtype), batch, columns), grid(points, rows)
 
     def kernel(low, high, ends, g, *refs):
         *x_and_weight, c = refs
@@ -135,15 +132,9 @@ def outer(spec, n, dtype, x, weight, g, points):
     return run(*of_inputs, _ends(spec), g, *of_rows).sum(axis=0)[:, :n_in, :n_out].astype(dtype)
 
 
-def _values(spec, n: int, ends, low: Array, high: Array, x: Array, weight: Array | None = None):
-    """k ↦ the n-th derivative of function k at a tile of inputs, times their weights."""
-
-    def values(k):
-        function = bspline.function(spec, k.astype(jnp.float32), (ends[0, k], ends[1, k]), low, high)
-        b = bspline.derivative(function, n)(x.astype(jnp.float32))
-        return b if weight is None else b * weight.astype(jnp.float32)
-
-    return values
+def _values(spec, n: int, ends, *tiles: Array):
+    """k ↦ `values` of function k."""
+    return lambda k: values(spec, n, k.astype(jnp.float32), (ends[0, k], ends[1, k]), *tiles)
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -153,17 +144,6 @@ def _dot(a: Array, b: Array) -> Array:
 def _tile(size: int, most: int) -> int:
     """A power of two, 16 at least: what tensor cores take."""
     return max(16, min(most, pl.next_power_of_2(size)))
-
-
-def _pad(a: Array, *multiples: int) -> Array:
-    """With zeros at the ends of its axes, up to multiples of those sizes."""
-    return jnp.pad(a, [(0, -size % m) for size, m in zip(a.shape, multiples)])
-
-
-def _grid(points: Array, step: int) -> list[Array]:
-    """Its first and last points as rows [1, I]; those of inputs that are not there are 0 and 1."""
-    row = lambda a, fill: jnp.pad(a.astype(jnp.float32), (0, -len(a) % step), constant_values=fill)[None]
-    return [row(points[:, 0], 0.0), row(points[:, -1], 1.0)]
 
 
 def _ends(spec) -> Array:
