@@ -4,8 +4,9 @@
     python benchmarks/kan.py --subjects layer    # some of layer, parameters, symbolic, regularizer, tpu, kernel
     python benchmarks/kan.py --table             # the tables of the newest results
 
-Times are of the process (all threads), the median of rounds in which every subject runs once, so that a busy machine
-hits all alike. Gradients are of the trained parameters and of the input.
+Times are of the process (all threads), on a GPU of the wall; the median of rounds in which every subject runs once, so
+that a busy machine hits all alike. Gradients are of the trained parameters and of the input. Float32 products may take
+TF32 on a GPU, on every side.
 
 layer: one layer, batch 1024, forward and backward, as a multiple of a dense layer silu(x W + b) of the same width.
 parameters: a layer 1000 → 1000 of 9 million parameters against an MLP 1000 → 4500 → 1000, batch 100.
@@ -13,9 +14,10 @@ symbolic: functions for the three edges of a [2, 1, 1] network of exp(sin(πx) +
 regularizer: value and gradient of pykan's penalty, one layer, batch 1024.
 tpu: forward and backward at batch 8192, 1024 × 1024, bfloat16, compiled for v5e, by XLA and by the kernel: cycles (the
 compiler's estimate; of the kernels the static schedule) against what the products take at the chip's peak, and memory.
-kernel: on a GPU, the layer by the kernel against the contraction by XLA: errors against float64, time, memory.
+kernel: on a GPU, the layer by the kernel, by XLA, and by the rivals in torch, batch 8192: errors against float64 (our
+two), time, memory.
 
-efficient-kan is not on PyPI: put its folder `efficient_kan` on PYTHONPATH.
+efficient-kan and fast-kan are not on PyPI: put their folders `efficient_kan` and `fastkan` on PYTHONPATH.
 """
 
 import argparse
@@ -90,20 +92,21 @@ def installed(module: str):
 
 
 def timed(subjects: dict, seconds: float = 0.08, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Process seconds of each subject in each of the rounds."""
+    """Seconds of each subject in each of the rounds."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     repeats = {}
     for name, run in subjects.items():
         run()
-        start = time.process_time()
+        start = clock()
         run()
-        repeats[name] = max(1, round(seconds / max(time.process_time() - start, 1e-6)))
+        repeats[name] = max(1, round(seconds / max(clock() - start, 1e-6)))
     out = {name: [] for name in subjects}
     for _ in range(rounds):
         for name, run in subjects.items():
-            start = time.process_time()
+            start = clock()
             for _ in range(repeats[name]):
                 run()
-            out[name].append((time.process_time() - start) / repeats[name])
+            out[name].append((clock() - start) / repeats[name])
     return out
 
 
@@ -160,9 +163,14 @@ def of_jaxkan(width: int, grid: int, x):
 
 
 def of_torch(make, x):
+    """(a call, None); `make` takes torch and gives the layer."""
     import torch
 
-    layer, x = make(torch), torch.tensor(np.asarray(x), requires_grad=True)
+    device, dtype = "cpu" if jax.default_backend() == "cpu" else "cuda", getattr(torch, x.dtype.name)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    layer = make(torch).to(device)  # pykan's takes nothing else
+    layer = layer if dtype == torch.float32 else layer.to(dtype)
+    x = torch.tensor(np.asarray(x, np.float32), device=device, dtype=dtype, requires_grad=True)
 
     def run():
         y = layer(x)
@@ -170,21 +178,34 @@ def of_torch(make, x):
         (y**2).sum().backward()
         layer.zero_grad(set_to_none=True)
         x.grad = None
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run, None
 
 
+def torch_rivals(width: int, grid: int, x) -> dict:
+    """Name → what `of_torch` gives, of those that are installed; as many functions an edge as ours."""
+    makers = {}
+    if (efficient := installed("efficient_kan")) is not None:
+        makers["efficient-kan"] = lambda _: efficient.KANLinear(width, width, grid_size=grid)
+    if (fast := installed("fastkan")) is not None:
+        makers["fast-kan"] = lambda _: fast.FastKANLayer(width, width, num_grids=grid + 3)
+    if installed("torch") is not None:
+        makers["torch, dense"] = lambda torch: torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.SiLU())
+    return {name: of_torch(make, x) for name, make in makers.items()}
+
+
 def layer() -> list[dict]:
     rows = []
-    pykan, efficient = installed("kan"), installed("efficient_kan")
+    pykan = installed("kan")
     for width, grid in SHAPES:
         x = jax.random.uniform(jax.random.key(1), (BATCH, width), minval=-1.0)
         subjects = {"dense": dense((width, width), x), "jaxml": ours((width, width), grid, x)}
         if grid == SHAPES[0][1]:
             subjects["jaxml, group-rational"] = of_rational(width, x)
         subjects["jaxkan"] = of_jaxkan(width, grid, x)
-        if efficient is not None:
-            subjects["efficient-kan"] = of_torch(lambda _: efficient.KANLinear(width, width, grid_size=grid), x)
+        subjects |= torch_rivals(width, grid, x)
         if pykan is not None and (width, grid) != (256, 20):  # which takes minutes a step
             from kan.KANLayer import KANLayer
 
@@ -361,7 +382,7 @@ def kernel() -> list[dict]:
             exact = jax.jit(functools.partial(step, implementation="fused"))(
                 *[np.asarray(a, np.float64) for a in (drawn.coef, drawn.base, x[few], cotangent[few])]
             )
-        row = {"width": width, "grid": grid, "dtype": dtype}
+        row, calls = {"width": width, "grid": grid, "dtype": dtype}, {}
         for name in ("kernel", "fused"):
             run = functools.partial(step, implementation=name)
             found = jax.jit(run)(drawn.coef, drawn.base, x[few], cotangent[few])
@@ -369,12 +390,12 @@ def kernel() -> list[dict]:
                 float(np.abs(np.asarray(a, np.float64) - b).max() / np.abs(b).max()) for a, b in zip(found, exact)
             ]
             row[f"{name}_error"] = max(errors)
-            call, row[f"{name}_temp_mib"] = compiled(run, drawn.coef, drawn.base, x, cotangent)
-            call()
-            start = time.perf_counter()
-            for _ in range(10):
-                call()
-            row[f"{name}_ms"] = 1e2 * (time.perf_counter() - start)
+            calls[name], row[f"{name}_temp_mib"] = compiled(run, drawn.coef, drawn.base, x, cotangent)
+        rivals = (
+            torch_rivals(width, grid, x) if width * grid < 1024 * 100 else {}
+        )  # whose splines' bases fill the memory
+        calls |= {name: run for name, (run, _) in rivals.items()}
+        row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in timed(calls, seconds=0.02).items()}
         rows.append(row)
         print(row, flush=True)
     return rows

@@ -1,6 +1,8 @@
 """What the kernels of several parts share: where they run, and how lengths are cut."""
 
 import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -8,6 +10,16 @@ from jaxml.axes import Array
 from jaxml.target import INTERPRET, INTERPRET_GPU, platform
 
 LANES = 128
+
+
+class Tile(NamedTuple):
+    """What a program for a GPU computes at once, and how."""
+
+    rows: int
+    columns: int
+    step: int  # how much of a summed axis it takes at a time
+    warps: int = 8
+    stages: int = 3  # of loads that are under way
 
 
 def unsupported(dtype) -> str | None:
@@ -45,3 +57,25 @@ def divisor(size: int, most: int) -> int:
     """
     whole = -(-size // LANES) * LANES
     return max(n for n in range(LANES, min(most, whole) + 1, LANES) if whole % n == 0)
+
+
+def right_operand(w: Array, block: tuple[int, ...], index: Callable) -> tuple[Array, Any]:
+    """The operand w [..., N, M] of a product on a GPU that sums over N, and its BlockSpec; `rows_of` loads from it.
+
+    Tensor cores of Hopper read float32 only with the summed axis last: such arrays are handed over transposed.
+
+    Args:
+        block, index: of the BlockSpec, as if w were not transposed.
+    """
+    from jax.experimental import pallas as pl  # where it is used: it takes its time
+
+    if w.dtype != jnp.float32:
+        return w, pl.BlockSpec(block, index)
+    turn = lambda a: (*a[:-2], a[-1], a[-2])
+    return w.swapaxes(-1, -2), pl.BlockSpec(turn(block), lambda *i: turn(index(*i)))
+
+
+def rows_of(ref, *at):
+    """The rows [N, M] at those places of a block that `right_operand` made."""
+    *before, rows = at
+    return ref[(*before, slice(None), rows)].T if ref.dtype == jnp.float32 else ref[(*before, rows, slice(None))]

@@ -96,7 +96,37 @@ def define_backward(function: str, x: Array, gate: Array, up: Array, down: Array
 
 
 def _dot(a: Array, b: Array) -> Array:
-    return jnp.matmul(a, b.astype(a.dtype), preferred_element_type=wide(a.dtype))
+    return _product(a, b.astype(a.dtype))
+
+
+@jax.custom_jvp
+def _product(a: Array, b: Array) -> Array:
+    """a b, summed in float32; its cotangent is rounded to a's dtype before it enters the products that go back.
+
+    By itself JAX would multiply it unrounded, in float32, which on a GPU takes twice as long and twice the memory.
+    """
+    return jnp.matmul(a, b, preferred_element_type=wide(a.dtype))
+
+
+@functools.partial(_product.defjvp, symbolic_zeros=True)
+def _(primals, tangents):
+    y = _product(*primals)
+    moving = {name: t for name, t in zip("ab", tangents) if not isinstance(t, SymbolicZero)}
+    if not moving:
+        return y, jnp.zeros_like(y)
+
+    def forward(primals, dots):
+        a, b = primals
+        terms = {"a": lambda d: _product(d, b), "b": lambda d: _product(a, d)}
+        return functools.reduce(jnp.add, [terms[name](d) for name, d in dots.items()])
+
+    def transpose(primals, ct):
+        a, b = primals
+        ct = ct.astype(a.dtype)
+        grads = {"a": lambda: _product(ct, b.T), "b": lambda: _product(a.T, ct)}
+        return {name: grads[name]().astype(a.dtype) for name in moving}
+
+    return y, linear(forward, transpose, primals, moving)
 
 
 # ---- by a kernel -------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""The gated feed-forward's kernels on GPUs: Pallas kernels for Triton.
+"""The two kernels of `feed_forward.py` on GPUs: Pallas kernels for Triton.
 
-A program holds a tile of the hidden layer, walks along D for the two products that make it, and along D2 for the third
-that its cotangent is. Sums are float32.
+A program holds a tile of x gate and one of x up in registers, walks along D, and writes what the function makes of
+them. Sums are float32; the operands of products have x's dtype.
 """
 
 import jax
@@ -9,81 +9,88 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxml.kernels import padded
+from jaxml.kernels import Tile, padded, right_operand, rows_of
 from jaxml.target import INTERPRET_GPU, platform
 
-ROWS, COLUMNS, STEP = 128, 64, 32  # of a program's tile, and how much of D it takes at once
+# By bytes of a number: the fastest on an H200 of those that need less than 99 KiB of shared memory.
+TILES = {2: Tile(128, 64, 64, warps=4), 4: Tile(128, 128, 32, stages=2)}
 
 
 def forward(formula, x, gate, up):
     """h [M, F] in x's dtype; all arrays of one dtype."""
-    rows, hidden = x.shape[0], gate.shape[1]
-    x, gate, up = padded(x, ROWS, STEP), padded(gate, STEP, COLUMNS), padded(up, STEP, COLUMNS)
+    rows, hidden, tile = x.shape[0], gate.shape[1], TILES[x.dtype.itemsize]
+    operands, specs = _operands(tile, x, gate, up)
 
     def kernel(x, gate, up, h):
-        h[...] = formula(*_products(x, gate, up)).astype(h.dtype)
+        h[...] = formula(*_products(tile, x, gate, up)).astype(h.dtype)
 
-    run = _call(kernel, "gated_feed_forward", x, gate.shape[1], [_rows(x), _columns(gate), _columns(up)], 1)
-    return run(x, gate, up)[0][:rows, :hidden]
+    return _call(kernel, "gated_feed_forward", tile, x, hidden, specs, 1)(*operands)[0][:rows, :hidden]
 
 
 def backward(formula, x, gate, up, down, dy):
     """h and the cotangents of x gate and x up, [M, F] each; dy is h's own where there is no down."""
-    rows, hidden = x.shape[0], gate.shape[1]
-    x, gate, up = padded(x, ROWS, STEP), padded(gate, STEP, COLUMNS), padded(up, STEP, COLUMNS)
+    rows, hidden, tile = x.shape[0], gate.shape[1], TILES[x.dtype.itemsize]
+    operands, specs = _operands(tile, x, gate, up)
     if down is None:
-        more, specs = [padded(dy, ROWS, COLUMNS)], [pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j))]
+        operands += [padded(dy, tile.rows, tile.columns)]
+        specs += [pl.BlockSpec((tile.rows, tile.columns), lambda i, j: (i, j))]
     else:
-        more = [padded(dy, ROWS, STEP), padded(down, COLUMNS, STEP)]
-        specs = [_rows(more[0]), pl.BlockSpec((COLUMNS, more[1].shape[1]), lambda i, j: (j, 0))]
+        dy, down = padded(dy, tile.rows, tile.step), padded(down, tile.columns, tile.step)
+        operands += [dy, down]
+        specs += [_rows(tile, dy), pl.BlockSpec((tile.columns, down.shape[1]), lambda i, j: (j, 0))]
 
     def kernel(x, gate, up, *refs):
         *into, h, of_gate, of_up = refs
-        dh = into[0][...].astype(jnp.float32) if down is None else _along(into[0].shape[1], 1, _transposed, *into)[0]
-        value, vjp = jax.vjp(formula, *_products(x, gate, up))
+        dh = into[0][...].astype(jnp.float32) if down is None else _along(tile, 1, _transposed, *into)[0]
+        value, vjp = jax.vjp(formula, *_products(tile, x, gate, up))
         for ref, out in zip((h, of_gate, of_up), (value, *vjp(dh))):
             ref[...] = out.astype(ref.dtype)
 
-    specs = [_rows(x), _columns(gate), _columns(up), *specs]
-    out = _call(kernel, "gated_feed_forward_backward", x, gate.shape[1], specs, 3)(x, gate, up, *more)
+    out = _call(kernel, "gated_feed_forward_backward", tile, x, hidden, specs, 3)(*operands)
     return tuple(a[:rows, :hidden] for a in out)
 
 
-def _products(x, gate, up):
-    one = lambda x, w, at: jnp.dot(x[:, at], w[at, :], preferred_element_type=jnp.float32)
+def _operands(tile: Tile, x, gate, up):
+    x = padded(x, tile.rows, tile.step)
+    weights = [padded(w, tile.step, tile.columns) for w in (gate, up)]
+    weights = [right_operand(w, (w.shape[0], tile.columns), lambda i, j: (0, j)) for w in weights]
+    return [x, *(w for w, _ in weights)], [_rows(tile, x), *(spec for _, spec in weights)]
+
+
+def _products(tile: Tile, x, gate, up):
+    one = lambda x, w, at: jnp.dot(x[:, at], rows_of(w, at), preferred_element_type=jnp.float32)
     both = lambda x, gate, up, at: (one(x, gate, at), one(x, up, at))
-    return _along(x.shape[1], 2, both, x, gate, up)
+    return _along(tile, 2, both, x, gate, up)
 
 
 def _transposed(dy, down, at):
     return (jnp.dot(dy[:, at], down[:, at].T, preferred_element_type=jnp.float32),)
 
 
-def _along(length: int, count: int, products, *refs):
-    """The sums of so many products over the pieces of an axis."""
+def _along(tile: Tile, count: int, products, left, *refs):
+    """The sums of so many products over the pieces of the left operand's last axis."""
 
     def add(s, total):
-        return jax.tree.map(jnp.add, total, products(*refs, pl.ds(s * STEP, STEP)))
+        return jax.tree.map(jnp.add, total, products(left, *refs, pl.ds(s * tile.step, tile.step)))
 
-    return jax.lax.fori_loop(0, length // STEP, add, (jnp.zeros((ROWS, COLUMNS), jnp.float32),) * count)
-
-
-def _rows(a):
-    return pl.BlockSpec((ROWS, a.shape[1]), lambda i, j: (i, 0))
+    zero = jnp.zeros((tile.rows, tile.columns), jnp.float32)
+    return jax.lax.fori_loop(0, left.shape[1] // tile.step, add, (zero,) * count)
 
 
-def _columns(a):
-    return pl.BlockSpec((a.shape[0], COLUMNS), lambda i, j: (0, j))
+def _rows(tile: Tile, a):
+    return pl.BlockSpec((tile.rows, a.shape[1]), lambda i, j: (i, 0))
 
 
-def _call(kernel, name: str, x, hidden: int, in_specs, outputs: int):
+def _call(kernel, name: str, tile: Tile, x, hidden: int, in_specs, outputs: int):
+    down, across = pl.cdiv(x.shape[0], tile.rows), pl.cdiv(hidden, tile.columns)
+    shape = jax.ShapeDtypeStruct((down * tile.rows, across * tile.columns), x.dtype)
     return pl.pallas_call(
         kernel,
-        grid=(x.shape[0] // ROWS, hidden // COLUMNS),
+        grid=(down, across),
         in_specs=in_specs,
-        out_specs=[pl.BlockSpec((ROWS, COLUMNS), lambda i, j: (i, j))] * outputs,
-        out_shape=[jax.ShapeDtypeStruct((x.shape[0], hidden), x.dtype)] * outputs,
-        compiler_params=plgpu.CompilerParams(num_warps=8, num_stages=3),
+        out_specs=[pl.BlockSpec((tile.rows, tile.columns), lambda i, j: (i, j))] * outputs,
+        out_shape=[shape] * outputs,
+        compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=platform() == INTERPRET_GPU,
         name=name,
     )
