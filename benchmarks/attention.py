@@ -117,18 +117,34 @@ def torch_call(what: str, *arrays):
 
 
 def table() -> str:
-    """Markdown of the newest results."""
-    report = json.loads(max(RESULTS.glob("attention-cpu-*.json")).read_text())
-    lines = ["| T | what | jaxml | jax.nn | torch | times jax.nn | aim | times torch | extra MiB | jax.nn | ratio |"]
-    lines.append("|---" * 11 + "|")
-    for r in report["rows"]:
-        seconds, times, extra = r["seconds"], r["times_as_fast_as"], r["extra_mib"]
-        cells = [f"{1e3 * seconds[n]:.{1 if r['T'] <= 1024 else 0}f} ms" for n in ("jaxml", "jax.nn", "torch")]
-        aim = AIMS.get((r["T"], r["what"]), "")
-        cells += [f"{times['jax.nn']:.2f}", f"{aim}", f"{times['torch']:.2f}"]
-        cells += [f"{extra['jaxml']:.1f}", f"{extra['jax.nn']:.1f}", f"1/{r['memory_ratio']:.0f}"]
-        lines.append(f"| {r['T']} | {r['what']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    """Markdown of the newest results of each device."""
+    parts = []
+    for device in sorted({p.name[:-16] for p in RESULTS.glob("attention-*-????-??-??.json")} - {"attention-memory"}):
+        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+        head = [
+            "T",
+            "what",
+            "jaxml",
+            "jax.nn",
+            "torch",
+            "times jax.nn",
+            "aim",
+            "times torch",
+            "extra MiB",
+            "jax.nn",
+            "ratio",
+        ]
+        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for r in report["rows"]:
+            seconds, times, extra = r["seconds"], r["times_as_fast_as"], r["extra_mib"]
+            digits = 1 if r["T"] <= 1024 or report["device"][:3] != "cpu" else 0
+            cells = [f"{1e3 * seconds[n]:.{digits}f} ms" if n in seconds else "" for n in ("jaxml", "jax.nn", "torch")]
+            aim = AIMS.get((r["T"], r["what"]), "") if report["device"][:3] == "cpu" else ""
+            cells += [f"{times['jax.nn']:.2f}", f"{aim}", f"{times['torch']:.2f}" if "torch" in times else ""]
+            cells += [f"{extra['jaxml']:.1f}", f"{extra['jax.nn']:.1f}", f"1/{r['memory_ratio']:.0f}"]
+            lines.append(f"| {r['T']} | {r['what']} | " + " | ".join(cells) + " |")
+        parts.append(f"{report['device']}, {report['date']}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 logs="${1:-benchmarks/results/gpu-logs}"
 mkdir -p "$logs"
 failed=0
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"     # jaxml as it lies here, where it is not installed
+export XLA_PYTHON_CLIENT_PREALLOCATE=false               # torch wants memory too
 
 step() {
   local name="$1"

@@ -414,15 +414,17 @@ TITLES = {
 
 
 def table() -> str:
-    """Markdown, of the newest results."""
-    report = json.loads(max(RESULTS.glob("kan-*-????-??-??.json")).read_text())
-    where = f"{report['device']}, {report['date']}, jax {report['jax']}"
-    parts = [_layers(report["layer"], where)] if "layer" in report else []
-    for key, title in TITLES.items():
-        if key in report:
-            columns = list(report[key][0])
-            rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
-            parts.append(f"{title}, {where}:\n\n" + _markdown([c.replace("_", " ") for c in columns], rows))
+    """Markdown, of the newest results of each device."""
+    parts = []
+    for device in sorted({p.name[:-16] for p in RESULTS.glob("kan-*-????-??-??.json")}):
+        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+        where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+        parts += [_layers(report["layer"], where)] if "layer" in report else []
+        for key, title in TITLES.items():
+            if key in report:
+                columns = list(report[key][0])
+                rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
+                parts.append(f"{title}, {where}:\n\n" + _markdown([c.replace("_", " ") for c in columns], rows))
     return "\n\n".join(parts)
 
 

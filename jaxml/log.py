@@ -9,11 +9,16 @@ from typing import Any
 from jaxml import figure
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_bytes(path, text.encode())
 
 
 class JSONL:

@@ -7,7 +7,6 @@ is a pytree too: `jaxml.checkpoint` saves it beside an optimizer's state.)
 import dataclasses
 import io
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import log
 from jaxml.kan import symbolic
 from jaxml.kan.layer import Layer, Spec
 from jaxml.kan.library import LIBRARY, Function
@@ -71,9 +71,7 @@ def save(path: str | Path, params: KAN, about: Mapping[str, Any] | None = None) 
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     content = io.BytesIO()
     np.savez(content, **arrays)
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    temporary.write_bytes(content.getvalue())
-    os.replace(temporary, path)
+    log.write_bytes(path, content.getvalue())
 
 
 def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> KAN:

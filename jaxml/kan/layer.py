@@ -140,7 +140,7 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
 
     Args:
         implementation: "split" (one product a basis function), "fused" (one contraction) or "kernel" (the basis is
-            never stored: GPU, `jaxml.kan.kernel`); split on CPU and fused elsewhere where None.
+            never stored: GPU and TPU, `jaxml.kan.kernel`); split on CPU and fused elsewhere where None.
 
     Raises:
         NotImplementedError: the kernel cannot run here; says why.
