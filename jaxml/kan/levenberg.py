@@ -59,22 +59,25 @@ def minimize(
         return jnp.sum(squares) + jnp.sum(penalty(theta) ** 2)
 
     def normal(theta):
-        """(JᵀJ, Jᵀr)."""
+        """(JᵀJ, Jᵀr, the sum of squares)."""
+
+        def both(row):
+            r, back = jax.vjp(lambda theta: residuals(theta, row), theta)
+            return r, jax.vmap(back)(jnp.eye(r.size, dtype=r.dtype))[0]
 
         def add(sums, part):
             batch, w = part
-            r = jax.vmap(lambda row: residuals(theta, row))(batch) * w[:, None]
-            j = jax.vmap(lambda row: jax.jacrev(residuals)(theta, row))(batch) * w[:, None, None]
-            j, r = j.reshape(-1, theta.size), r.reshape(-1)
-            return (sums[0] + _product(j.T, j), sums[1] + _product(j.T, r)), None
+            r, j = jax.vmap(both)(batch)
+            j, r = (j * w[:, None, None]).reshape(-1, theta.size), (r * w[:, None]).reshape(-1)
+            return (sums[0] + _product(j.T, j), sums[1] + _product(j.T, r), sums[2] + jnp.sum(r**2)), None
 
         p = penalty(theta)
         q = (jax.jacfwd if theta.size <= p.size else jax.jacrev)(penalty)(theta)
-        start = _product(q.T, q), _product(q.T, p)
+        start = _product(q.T, q), _product(q.T, p), jnp.sum(p**2)
         return jax.lax.scan(add, start, (padded, weight))[0]
 
     def step(state: State, _):
-        a, g = normal(state.theta)
+        a, g, now = normal(state.theta)
         diagonal = jnp.diag(a)
         # What nothing depends on stays where it is.
         diagonal = jnp.maximum(diagonal, 1e-6 * jnp.mean(diagonal) + jnp.finfo(a.dtype).tiny)
@@ -88,15 +91,15 @@ def minimize(
 
         thetas, values = jax.lax.map(attempt, tries)
         best = jnp.argmin(values)
-        is_better = values[best] < state.value
+        is_better = values[best] < now
         damping = jnp.where(is_better, tries[best], 30.0 * state.damping)
         damping = jnp.clip(damping, jnp.finfo(a.dtype).eps, 1e8)
         new = State(thetas[best], values[best], damping, state.accepted + 1)
-        kept = State(state.theta, state.value, damping, state.accepted)
+        kept = State(state.theta, now, damping, state.accepted)
         state = jax.tree.map(lambda a, b: jnp.where(is_better, a, b), new, kept)
         return state, state.value
 
-    start = State(theta, value(theta), jnp.asarray(damping, theta.dtype), jnp.zeros((), jnp.int32))
+    start = State(theta, jnp.asarray(jnp.inf, theta.dtype), jnp.asarray(damping, theta.dtype), jnp.zeros((), jnp.int32))
     return jax.lax.scan(step, start, length=steps)
 
 
