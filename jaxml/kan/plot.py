@@ -139,7 +139,9 @@ def _thumbnails(axes, boxes: list[tuple[np.ndarray, float, float, float, bool, f
     colours = [to_rgba(FIXED if is_fixed else SPLINE, 0.12 + 0.88 * o) for *_, is_fixed, o in boxes]
     edge = [to_rgba(NODE, 0.15 + 0.45 * o) for *_, o in boxes]
     axes.add_collection(PatchCollection(frames, facecolor="white", edgecolor=edge, linewidth=0.8, zorder=3))
-    lines = [c * 0.78 * s + np.array([x, y]) for c, x, y, s, _, _ in boxes]
+    # The curve of a fixed edge leaves room for its function's name above.
+    shape = lambda is_fixed: (np.array([0.78, 0.6]), np.array([0.0, -0.18])) if is_fixed else (0.78, 0.0)
+    lines = [(c * shape(f)[0] + shape(f)[1]) * s + np.array([x, y]) for c, x, y, s, f, _ in boxes]
     axes.add_collection(LineCollection(lines, colors=colours, linewidth=1.6, zorder=4))
 
 
