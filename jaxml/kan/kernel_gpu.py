@@ -15,7 +15,7 @@ from jaxml.kan.kernel_tiles import grid, values
 from jaxml.kernels import Tile, padded, right_operand, rows_of
 from jaxml.target import INTERPRET_GPU, platform
 
-TILES = {  # by map and bytes of a number: the fastest on an H200 of those that need less than 99 KiB of shared memory
+TILES = {  # by map and bytes of a number: the fastest on an H200 of those with at most 96 KiB of operands under way
     ("spread", 2): Tile(64, 256, 32, warps=4),
     ("spread", 4): Tile(64, 256, 32, warps=4),
     ("collect", 2): Tile(64, 128, 64),
