@@ -121,25 +121,14 @@ def table() -> str:
     parts = []
     for device in sorted({p.name[:-16] for p in RESULTS.glob("attention-*-????-??-??.json")} - {"attention-memory"}):
         report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
-        head = [
-            "T",
-            "what",
-            "jaxml",
-            "jax.nn",
-            "torch",
-            "times jax.nn",
-            "aim",
-            "times torch",
-            "extra MiB",
-            "jax.nn",
-            "ratio",
-        ]
-        lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        head = "| T | what | jaxml | jax.nn | torch | times jax.nn | aim | times torch | extra MiB | jax.nn | ratio |"
+        lines = [head, "|---" * 11 + "|"]
+        on_cpu = report["device"].startswith("cpu")
         for r in report["rows"]:
             seconds, times, extra = r["seconds"], r["times_as_fast_as"], r["extra_mib"]
-            digits = 1 if r["T"] <= 1024 or report["device"][:3] != "cpu" else 0
+            digits = 0 if on_cpu and r["T"] > 1024 else 1
             cells = [f"{1e3 * seconds[n]:.{digits}f} ms" if n in seconds else "" for n in ("jaxml", "jax.nn", "torch")]
-            aim = AIMS.get((r["T"], r["what"]), "") if report["device"][:3] == "cpu" else ""
+            aim = AIMS.get((r["T"], r["what"]), "") if on_cpu else ""
             cells += [f"{times['jax.nn']:.2f}", f"{aim}", f"{times['torch']:.2f}" if "torch" in times else ""]
             cells += [f"{extra['jaxml']:.1f}", f"{extra['jax.nn']:.1f}", f"1/{r['memory_ratio']:.0f}"]
             lines.append(f"| {r['T']} | {r['what']} | " + " | ".join(cells) + " |")

@@ -391,9 +391,8 @@ def kernel() -> list[dict]:
             ]
             row[f"{name}_error"] = max(errors)
             calls[name], row[f"{name}_temp_mib"] = compiled(run, drawn.coef, drawn.base, x, cotangent)
-        rivals = (
-            torch_rivals(width, grid, x) if width * grid < 1024 * 100 else {}
-        )  # whose splines' bases fill the memory
+        fits = width * grid < 1024 * 100  # the rivals' bases into the memory
+        rivals = torch_rivals(width, grid, x) if fits else {}
         calls |= {name: run for name, (run, _) in rivals.items()}
         row |= {f"{name} ms": 1e3 * statistics.median(t) for name, t in timed(calls, seconds=0.02).items()}
         rows.append(row)
