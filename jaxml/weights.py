@@ -1,28 +1,45 @@
 """What may stand where a weight matrix stands.
 
-A weight is either an array of shape [..., in, out] or a *weight node*: a registered pytree with a
-method ``matmul(x)`` (a LoRA pair around a frozen matrix, a quantised matrix, ...). The decoder calls
-`dot` and never asks which one it has, so that one model file serves every way of adapting.
+A weight is either an array of shape [..., in, out] or a *weight node*: a registered pytree that multiplies (a LoRA
+pair around a frozen matrix, a quantised matrix, ...). The decoder calls `dot`, `einsum` and `take` and never asks which
+one it has, so that one model file serves every way of adapting. Any other pure function does the same, or is given
+arrays by `materialized`.
 """
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from jaxml.axes import Array
+from jaxml.axes import Array, Int, wide
 
 
 @runtime_checkable
 class Weight(Protocol):
     """A pytree that stands for a matrix [..., in, out]."""
 
-    def matmul(self, x: Array) -> Array:
-        """x [..., in] → [..., out]."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix that this node stands for."""
+        ...
+
+    def matmul(self, x: Array, transpose: bool = False) -> Array:
+        """x [..., in] → [..., out]; with `transpose`, x [..., out] → [..., in]."""
+        ...
+
+    def take(self, ids: Array) -> Array:
+        """Rows of the matrix: ids [...] → [..., out]."""
         ...
 
     def dense(self) -> Array:
         """The matrix that this node stands for, [..., in, out]."""
+        ...
+
+    def astype(self, dtype: Any) -> "Weight":
+        """The same node for products in that dtype."""
         ...
 
 
@@ -42,3 +59,108 @@ def dot(x: Array, w: Array | Weight) -> Array:
     if is_node(w):
         return w.matmul(x)
     return jnp.matmul(x, w.astype(x.dtype))
+
+
+def einsum(spec: str, x: Array, w: Array | Weight) -> Array:
+    """``jnp.einsum(spec, x, w)`` with a weight on the right, accumulated in float32.
+
+    With a node, one letter of its last two axes is summed over, the other one stays, and letters before them are of a
+    batch: "...D,DF->...F", "...D,VD->...V", "ETD,EDF->ETF".
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> einsum("...D,VD->...V", jnp.ones((2, 3)), jnp.ones((5, 3))).shape
+        (2, 5)
+    """
+    if not is_node(w):
+        return jnp.einsum(spec, x, w.astype(x.dtype), preferred_element_type=wide(x.dtype))
+    left, right, out = (part.replace("...", "") for part in spec.replace("->", ",").split(","))
+    *batch, first, second = right
+    transpose = second in left
+    summed, kept = (second, first) if transpose else (first, second)
+    rest = [letter for letter in left if letter not in (*batch, summed)]
+    if summed not in left or summed in out or kept not in out or kept in left or not set(batch) <= set(left):
+        raise ValueError(
+            f"einsum: with a weight node one of its last two axes is summed over and the other one kept, got {spec!r}. "
+            "Give the array (w.dense())."
+        )
+    free = x.ndim - len(left) if "..." in spec else 0
+    x = jnp.einsum(f"...{left}->{''.join(batch)}...{''.join(rest)}{summed}", x)
+    lead, middle = x.shape[: len(batch)], x.shape[len(batch) : -1]
+    y = w.matmul(x.reshape(*lead, -1, x.shape[-1]), transpose)
+    y = y.reshape(*lead, *middle, y.shape[-1])
+    y = jnp.moveaxis(y, range(len(batch), len(batch) + free), range(free))
+    return jnp.einsum(f"...{''.join(batch)}{''.join(rest)}{kept}->...{out}", y)
+
+
+def take(w: Array | Weight, ids: Int[Array, "..."]) -> Array:
+    """Rows of a table [V, D].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> take(jnp.ones((5, 3)), jnp.array([[0, 4]])).shape
+        (1, 2, 3)
+    """
+    return w.take(ids) if is_node(w) else jnp.take(w, ids, axis=0)
+
+
+def dense(w: Array | Weight) -> Array:
+    """The array that a weight stands for."""
+    return w.dense() if is_node(w) else w
+
+
+def materialized(function: Callable) -> Callable:
+    """A function of ordinary parameters that may be given weight nodes anywhere in its first argument.
+
+    The nodes become arrays inside a checkpoint, so that a backward pass keeps the nodes and not the arrays: all arrays
+    of the call exist at once, but no longer than it runs. Wrap a layer rather than the whole model, or call `dot`,
+    which is faster and needs less.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxml import quant
+        >>> layer = materialized(lambda params, x: jnp.tanh(x @ params["kernel"]))
+        >>> w = jax.random.normal(jax.random.key(0), (64, 8))
+        >>> layer({"kernel": quant.nf4.quantize(w)}, jnp.ones((2, 64))).shape
+        (2, 8)
+    """
+
+    @functools.wraps(function)
+    def call(params, *args, **kwargs):
+        inside = lambda params, *args: function(jax.tree.map(dense, params, is_leaf=is_node), *args, **kwargs)
+        return jax.checkpoint(inside)(params, *args)
+
+    return call
+
+
+# ---- layers that are stacked ------------------------------------------------------------------------
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """A part of a node that all stacked layers have in common: no axis of layers in front."""
+
+    value: Any
+
+
+def is_shared(x: Any) -> bool:
+    return isinstance(x, Shared)
+
+
+def value(x: Any) -> Any:
+    """What a part holds, shared or not."""
+    return x.value if is_shared(x) else x
+
+
+def layer_of(layers: Any, pick: Callable[[Array], Array]) -> Any:
+    """`pick` of every stacked array; shared parts as they are."""
+    return jax.tree.map(lambda a: a if is_shared(a) else pick(a), layers, is_leaf=is_shared)
+
+
+def apart(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """(stacked parts alone, to scan over; what puts shared parts back into a slice of them)."""
+    leaves, tree = jax.tree.flatten(layers, is_leaf=is_shared)
+    common = [leaf if is_shared(leaf) else None for leaf in leaves]
+    join = lambda leaves: tree.unflatten([leaf if c is None else c for leaf, c in zip(leaves, common)])
+    return [None if is_shared(leaf) else leaf for leaf in leaves], join

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import weights
 from jaxml.attention import flash_attention
 from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import feed_forward
 from jaxml.lm.cache import EMPTY, Cache
 from jaxml.lm.config import DecoderConfig, RopeScaling
-from jaxml.weights import dot, is_node
+from jaxml.weights import Weight, dot, is_node
 
 
 def shapes(config: DecoderConfig) -> dict[str, Any]:
@@ -145,22 +146,22 @@ def hidden(
 
 def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """The head: hidden states to float32 logits over the vocabulary."""
-    out = jnp.einsum("...D,VD->...V", x, head(params).astype(x.dtype), preferred_element_type=wide(x.dtype))
+    out = weights.einsum("...D,VD->...V", x, head(params)).astype(wide(x.dtype))
     cap = config.logits_soft_cap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def head(params: Params) -> Float[Array, "V D"]:
-    """The matrix that makes logits: the embedding where it is tied."""
-    return params.get("head", params["embed"])
+def head(params: Params) -> Float[Array, "V D"] | Weight:
+    """The matrix that makes logits: the embedding where it is tied, without what adapts it as an embedding."""
+    return params["head"] if "head" in params else getattr(params["embed"], "untied", params["embed"])
 
 
 def unstack(params: Params) -> Params:
     """The same parameters with a tuple of layers in place of stacked arrays (a copy of the layers)."""
     if isinstance(params["layers"], tuple):
         return params
-    num_layers = jax.tree.leaves(params["layers"])[0].shape[0]
-    take = lambda i: jax.tree.map(lambda a: a[i], params["layers"])
+    num_layers = params["layers"]["attn_norm"].shape[0]
+    take = lambda i: weights.layer_of(params["layers"], lambda a: a[i])
     return params | {"layers": tuple(take(i) for i in range(num_layers))}
 
 
@@ -168,7 +169,7 @@ def unstack(params: Params) -> Params:
 
 
 def _embed(params, config, tokens):
-    x = jnp.take(params["embed"], tokens, axis=0)
+    x = weights.take(params["embed"], tokens)
     return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
@@ -191,21 +192,21 @@ def _layers(params, config, x, positions, attend, kv, length, remat=False):
     period = config.period
     groups, rest = divmod(config.num_layers, period)
 
+    stacked, join = weights.apart(layers)
+
     def body(carry, inputs):
         x, kv = carry
         group, g = inputs
         for j in range(period):
-            layer = group if period == 1 else jax.tree.map(lambda a: a[j], group)
+            layer = join(group if period == 1 else jax.tree.map(lambda a: a[j], group))
             x, kv = run(x, kv, layer, g * period + j, kinds[j])
         return (x, kv), None
 
-    if period == 1:
-        stacked = layers
-    else:
-        stacked = jax.tree.map(lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), layers)
+    if period > 1:
+        stacked = jax.tree.map(lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), stacked)
     (x, kv), _ = jax.lax.scan(body, (x, kv), (stacked, jnp.arange(groups)))
     for i in range(config.num_layers - rest, config.num_layers):
-        x, kv = run(x, kv, jax.tree.map(lambda a: a[i], layers), i, kinds[i])
+        x, kv = run(x, kv, weights.layer_of(layers, lambda a: a[i]), i, kinds[i])
     return x, kv
 
 
@@ -260,6 +261,7 @@ def _norm(x: Float[Array, "... D"], weight: Float[Array, "D"], config: DecoderCo
 
 def _across(v: Float[Array, "D"], x: Float[Array, "... D"]) -> Array:
     """A vector over the last axis, in x's rank and dtype."""
+    v = weights.dense(v)
     return v.astype(x.dtype).reshape((1,) * (x.ndim - 1) + v.shape)
 
 
@@ -325,6 +327,6 @@ def num_params(params: Params) -> int:
 
 
 def cast(params: Params, dtype) -> Params:
-    """Floating arrays in another dtype."""
-    to = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-    return jax.tree.map(to, params)
+    """Floating arrays in another dtype; a weight node for products in that dtype."""
+    to = lambda a: a.astype(dtype) if is_node(a) or jnp.issubdtype(a.dtype, jnp.floating) else a
+    return jax.tree.map(to, params, is_leaf=is_node)

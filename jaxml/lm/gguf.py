@@ -1,6 +1,7 @@
 """Reading GGUF files (llama.cpp's format) through the ``gguf`` package, dequantised tensor by tensor."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ from jaxml.lm.config import DecoderConfig, RopeScaling
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
-def read(path: str | Path, dtype=None) -> tuple[Params, DecoderConfig, dict[str, Any]]:
+def read(
+    path: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None
+) -> tuple[Params, DecoderConfig, dict[str, Any]]:
     """Parameters, config and metadata of a GGUF file.
 
     Args:
         path: the file.
         dtype: of the parameters; float32 where None, since a quantised tensor has no dtype of its own
             (F16 and BF16 tensors are widened as well).
+        quantize: as in `tensors.assemble`.
 
     Raises:
         ValueError: not a GGUF file, truncated, an unknown architecture, key or quantisation, or tensors
@@ -54,6 +58,7 @@ def read(path: str | Path, dtype=None) -> tuple[Params, DecoderConfig, dict[str,
         source=str(path),
         dtype=jnp.float32 if dtype is None else dtype,
         ignore=lambda name: name == "rope_freqs.weight",
+        quantize=quantize,
     )
     return params, config, metadata
 

@@ -4,18 +4,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from jaxml import paths
 from jaxml.axes import Params
 from jaxml.extras import need
 from jaxml.lm import tensors
 from jaxml.lm.config import DecoderConfig
+from jaxml.quant import QArray, bnb
 from jaxml.weights import is_node
 
 INDEX = "model.safetensors.index.json"
@@ -27,15 +28,22 @@ def read_config(folder: str | Path) -> DecoderConfig:
     Raises:
         FileNotFoundError, ValueError: no config.json, not JSON, or a key that is not known.
     """
-    return DecoderConfig.from_hf(read_json(Path(folder) / "config.json"))
+    config = read_json(Path(folder) / "config.json")
+    method = (config.pop("quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise ValueError(f"{folder}: quantised weights are read in bitsandbytes' format, got quant_method {method!r}.")
+    return DecoderConfig.from_hf(config)
 
 
-def read(folder: str | Path, dtype=None) -> tuple[Params, DecoderConfig]:
-    """Parameters and config of a model folder.
+def read(
+    folder: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None
+) -> tuple[Params, DecoderConfig]:
+    """Parameters and config of a model folder; weights that bitsandbytes quantised stay so (`quant.QArray`).
 
     Args:
         folder: with config.json and model.safetensors, or shards with their index.
         dtype: of the parameters; each tensor's own where None.
+        quantize: as in `tensors.assemble`.
 
     Raises:
         FileNotFoundError, ValueError: files missing or truncated, tensors missing or left over, by name.
@@ -52,15 +60,18 @@ def read(folder: str | Path, dtype=None) -> tuple[Params, DecoderConfig]:
         with open_safetensors(where[name]) as file:
             return file.get_tensor(name)
 
+    quantised = bnb.parts(where)
+    belonging = {name for names in quantised.values() for name in names}
     params = tensors.assemble(
         config,
         "hf",
-        where,
-        tensor,
+        [name for name in where if name not in belonging],
+        lambda name: bnb.read(name, tensor, where, dtype) if name in quantised else tensor(name),
         source=str(folder),
         dtype=dtype,
         # A tied head is sometimes written twice; old files hold the rotary frequencies.
         ignore=lambda n: n.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and n == "lm_head.weight"),
+        quantize=quantize,
     )
     return params, config
 
@@ -70,16 +81,26 @@ def write(
 ) -> Path:
     """Writes the folder under a temporary name and renames it when it is whole.
 
+    Quantised matrices of layers are written as bitsandbytes' tensors, with `quantization_config` in config.json.
+
     Raises:
         FileExistsError: the folder exists and is not empty.
-        ValueError: weight nodes in the tree (merge adapters first).
+        ValueError: adapters in the tree (merge them first), or a quantised weight that bitsandbytes has no format for.
     """
     folder = Path(folder)
-    if any(is_node(w) for w in jax.tree.leaves(params, is_leaf=is_node)):
-        raise ValueError("hf.write: the parameters hold adapters or quantised weights. Merge them first.")
+    for path, w in paths.named(params).items():
+        if is_node(w) and not (isinstance(w, QArray) and w.kind in bnb.FORMATS and path.startswith("layers/")):
+            what = f"a {type(w).__name__}" if not isinstance(w, QArray) else f"in {w.kind}"
+            raise ValueError(
+                f"hf.write: weights are arrays, or of layers in {', '.join(bnb.FORMATS)}; {path} is {what}. "
+                "Merge adapters, dequantise, or save with Orbax."
+            )
     with whole_folder(folder) as temporary:
         _write_shards(temporary, params, config, shard_bytes)
-        (temporary / "config.json").write_text(json.dumps(config_json(params, config), indent=2))
+        about = config_json(params, config)
+        quantised = [w for w in paths.named(params).values() if isinstance(w, QArray)]
+        about |= {"quantization_config": bnb.config(quantised[0])} if quantised else {}
+        (temporary / "config.json").write_text(json.dumps(about, indent=2))
         if tokenizer is not None:
             tokenizer.save(temporary)
     return folder
@@ -87,7 +108,7 @@ def write(
 
 def config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:
     """What a model folder's config.json holds: the config, and the parameters' dtype."""
-    return config.to_hf() | {"dtype": str(params["embed"].dtype)}
+    return config.to_hf() | {"dtype": str(params["norm"].dtype)}
 
 
 def _write_shards(folder: Path, params: Params, config: DecoderConfig, shard_bytes: int) -> None:
@@ -156,7 +177,8 @@ def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     need("safetensors", "lm")
     from safetensors.numpy import save_file
 
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path), metadata={"format": "pt"})
+    whole = lambda a: np.ascontiguousarray(a) if a.ndim else a
+    save_file({k: whole(v) for k, v in arrays.items()}, str(path), metadata={"format": "pt"})
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxml import checkpoint
+from jaxml import checkpoint, paths
 from jaxml.axes import Params
 from jaxml.lm import decoder, gguf, hf, tokenizer, zoo
 from jaxml.lm.config import DecoderConfig
 from jaxml.lm.tokenizer import Tokenizer
+from jaxml.quant.params import of_format, quantize_params, quantized
+from jaxml.quant.qarray import QArray, abstract
+from jaxml.weights import is_node
 
 ORBAX = "orbax"  # the folder inside a model folder that holds an Orbax checkpoint
+QUANTISED = "quantised.json"  # beside it: how weights are quantised, by path
 
 
 @jax.tree_util.register_dataclass
@@ -31,41 +36,59 @@ class Model:
         return dataclasses.replace(self, **fields)
 
 
-def load(source: str | Path, dtype=None) -> Model:
+def load(
+    source: str | Path, dtype=None, *, quantize: str | None = None, targets: Sequence[str] = paths.ALL_LINEAR
+) -> Model:
     """A model by name or by path.
 
     Args:
         source: a name in `zoo.NAMES`, a GGUF file, a Hugging Face folder, or one from `save_orbax`.
         dtype: of the parameters. Where None: a folder's tensors keep their own (bfloat16 stays bfloat16),
             a GGUF file's become float32.
+        quantize: "nf4", "fp4", "int4" or "int8": matrices are quantised one by one as they are read, so that the dense
+            model is never held.
+        targets: which (`quant.quantize_params`).
 
     Raises:
         FileNotFoundError: no such file, folder or name.
         ValueError: an architecture, config key, tensor or file that cannot be read, by name.
     """
+    convert = None if quantize is None else _convert(quantize, targets)
     path = zoo.find(str(source)) if str(source) in zoo.NAMES else Path(source)
     if (path / ORBAX).is_dir():
-        return _load_orbax(path, dtype)
+        model = _load_orbax(path, dtype)
+        return (
+            model
+            if quantize is None
+            else model.replace(params=quantize_params(model.params, quantize, targets=targets))
+        )
     if path.is_dir():
-        params, config = hf.read(path, dtype)
+        params, config = hf.read(path, dtype, convert)
         return Model(params, config, tokenizer.from_folder(path, eos_ids=config.eos_ids, pad_id=config.pad_id))
     if path.is_file():
-        params, config, metadata = gguf.read(path, dtype)
+        params, config, metadata = gguf.read(path, dtype, convert)
         return Model(params, config, tokenizer.from_gguf(metadata))
     raise FileNotFoundError(
         f"lm.load: no file, folder or known model is called {str(source)!r}. Known models: {', '.join(zoo.NAMES)}."
     )
 
 
+def _convert(format: str, targets: Sequence[str]) -> Callable[[str, Any], Any]:
+    """What quantises the weights that the patterns name, one at a time."""
+    make = of_format(format)
+    return lambda path, w: quantized(make, path, w, {}) if any(paths.matches(t, path) for t in targets) else w
+
+
 def _load_orbax(folder: Path, dtype) -> Model:
-    config = hf.read_config(folder)
-    saved = jnp.dtype(hf.read_json(folder / "config.json").get("dtype", "float32"))
+    config, about = hf.read_config(folder), hf.read_json(folder / "config.json")
+    saved, here = jnp.dtype(about.get("dtype", "float32")), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, saved, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0])),
-        decoder.shapes(config),
-        is_leaf=lambda s: isinstance(s, tuple),
+        lambda shape: jax.ShapeDtypeStruct(shape, saved), decoder.shapes(config), is_leaf=lambda s: isinstance(s, tuple)
     )
-    params = checkpoint.restore(folder / ORBAX, template)
+    how = hf.read_json(folder / QUANTISED) if (folder / QUANTISED).is_file() else {}
+    nodes = {path: abstract(paths.named(template)[path].shape, **of) for path, of in how.items()}
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
+    params = checkpoint.restore(folder / ORBAX, jax.tree.map(place, paths.replaced(template, nodes)))
     params = params if dtype is None else decoder.cast(params, dtype)
     return Model(params, config, tokenizer.from_folder(folder, eos_ids=config.eos_ids, pad_id=config.pad_id))
 
@@ -75,10 +98,20 @@ def save_orbax(model: Model, folder: str | Path) -> Path:
 
     Raises:
         FileExistsError: the folder exists and is not empty.
+        ValueError: adapters in the tree (they are saved alone, or merged).
     """
+    nodes = {path: w for path, w in paths.named(model.params).items() if is_node(w)}
+    for path, w in nodes.items():
+        if not isinstance(w, QArray):
+            raise ValueError(
+                f"save_orbax: weights are arrays or quantised, {path} is a {type(w).__name__}. Merge first."
+            )
     about = hf.config_json(model.params, model.config)
     with hf.whole_folder(folder) as temporary:
         checkpoint.save(temporary / ORBAX, 0, model.params)
+        if nodes:
+            how = {path: w.about() for path, w in nodes.items()}
+            (temporary / QUANTISED).write_text(json.dumps(how, indent=2))
         (temporary / "config.json").write_text(json.dumps(about, indent=2))
         model.tokenizer.save(temporary)
     return Path(folder)

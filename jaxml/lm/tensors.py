@@ -1,13 +1,18 @@
 """From a file's named tensors to the decoder's stacked tree, one parameter at a time, and back."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxml.axes import Params
 from jaxml.lm import decoder
 from jaxml.lm.config import DecoderConfig
+from jaxml.paths import MATRICES
+from jaxml.quant import bnb
+from jaxml.weights import is_node
 
 # Our name of a layer's parameter → (Hugging Face's, GGUF's); matrices are [out, in] in both formats.
 _MODULES = {
@@ -33,7 +38,6 @@ _TOP = {
     "norm": ("model.norm.weight", "output_norm.weight"),
     "head": ("lm_head.weight", "output.weight"),
 }
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def module_name(config: DecoderConfig, name: str) -> str:
@@ -65,15 +69,17 @@ def assemble(
     source: str,
     dtype=None,
     ignore: Callable[[str], bool] = lambda name: False,
+    quantize: Callable[[str, np.ndarray], Any] | None = None,
 ) -> Params:
     """Reads every tensor into the stacked tree; beside the result, one stacked parameter is held at a time.
 
     Args:
         available: names in the file.
-        read: a tensor by name, as numpy, in the file's own layout.
+        read: a tensor by name, as numpy, in the file's own layout; or a weight node [in, out].
         source: the file, for errors.
         dtype: of the result; each tensor's own where None.
         ignore: names that may be left over.
+        quantize: (path, matrix [in, out]) → a weight node, or the matrix: so that the model is never held dense.
 
     Raises:
         ValueError: a tensor missing, left over or of another shape, by name.
@@ -85,33 +91,53 @@ def assemble(
     _complain(source, "tensors are missing", wanted - available)
     _complain(source, "tensors are left over", {n for n in available - wanted if not ignore(n)})
 
-    def fetch(name, shape, matrix):
+    def fetch(path, name, shape, matrix):
         tensor = read(name)
+        if is_node(tensor):
+            got, tensor = tensor.shape[::-1], tensor if dtype is None else tensor.astype(dtype)
+        else:
+            got, tensor = tensor.shape, tensor if dtype is None else tensor.astype(dtype)
         expected = shape[::-1] if matrix else shape
-        if tensor.shape != expected:
-            raise ValueError(
-                f"{source}: tensor {name} has the shape {list(expected)} by the config, got {list(tensor.shape)}."
-            )
+        if got != expected:
+            raise ValueError(f"{source}: tensor {name} has the shape {list(expected)} by the config, got {list(got)}.")
+        if is_node(tensor):
+            return tensor
         tensor = tensor.T if matrix else tensor
-        return tensor if dtype is None else tensor.astype(dtype)
+        return tensor if quantize is None else _named(name, lambda: quantize("/".join(path), tensor))
 
     params: Params = {"layers": {}}
     for path, name in names.items():
         if path[0] != "layers":
-            params[path[0]] = jnp.asarray(fetch(name, tree[path[0]], False))
+            params[path[0]] = jax.tree.map(jnp.asarray, fetch(path, name, tree[path[0]], False))
             continue
         shape, matrix = tree["layers"][path[1]], path[1] in MATRICES
-        first = fetch(name.format(0), shape[1:], matrix)
-        stacked = np.empty(shape, first.dtype)
-        stacked[0] = first
-        for i in layers[1:]:
-            stacked[i] = fetch(name.format(i), shape[1:], matrix)
-        params["layers"][path[1]] = jnp.asarray(stacked)
+        stacked = _stack((fetch(path, name.format(i), shape[1:], matrix) for i in layers), len(layers), source, name)
+        params["layers"][path[1]] = jax.tree.map(jnp.asarray, stacked)
     return params
 
 
+def _stack(parts: Iterator[Any], count: int, source: str, name: str) -> Any:
+    """Equal trees stacked one after the other, on the host."""
+    for i, part in enumerate(parts):
+        leaves, structure = jax.tree.flatten(part)
+        if i == 0:
+            first, out = structure, [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+        if structure != first or any(o.shape[1:] != leaf.shape for o, leaf in zip(out, leaves)):
+            raise ValueError(f"{source}: {name} is quantised alike in all layers, layer {i} is not as layer 0.")
+        for o, leaf in zip(out, leaves):
+            o[i] = leaf
+    return first.unflatten(out)
+
+
+def _named(name: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def disassemble(params: Params, config: DecoderConfig, layout: str = "hf") -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under the file's name and in its layout, layer by layer."""
+    """Every tensor under the file's name and in its layout, layer by layer; quantised ones as bitsandbytes has them."""
     names = tensor_names(config, layout)
     for path, name in names.items():
         if path[0] != "layers":
@@ -119,7 +145,11 @@ def disassemble(params: Params, config: DecoderConfig, layout: str = "hf") -> It
     for i in range(config.num_layers):
         for path, name in names.items():
             if path[0] == "layers":
-                tensor = np.asarray(params["layers"][path[1]][i])
+                tensor = jax.tree.map(lambda a: a[i], params["layers"][path[1]])
+                if is_node(tensor):
+                    yield from bnb.write(name.format(i), tensor).items()
+                    continue
+                tensor = np.asarray(tensor)
                 yield name.format(i), np.ascontiguousarray(tensor.T) if path[1] in MATRICES else tensor
 
 

@@ -64,7 +64,7 @@ def test_scanned_and_unrolled_adapters_agree():
 @pytest.mark.parametrize(
     "options, word",
     [
-        (dict(targets=["nope"]), "layers/q, layers/k"),
+        (dict(targets=["nope"]), "layers/q, layers/up"),
         (dict(rank=0), "1 … 32"),
         (dict(rank=33), "1 … "),
     ],

@@ -1,0 +1,288 @@
+"""The weight nodes that adapters are made of.
+
+====== =======================================================================
+LoRA   W + s·A B in its many forms: DoRA, VeRA, AdaLoRA are fields of it
+Scaled diag(inner)·W·diag(outer) (IA³)
+Whole  a copy of the weight that is trained itself
+Stack  many LoRAs around one W, chosen row by row of the batch
+====== =======================================================================
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxml import weights
+from jaxml.axes import Array, Float, Int, wide
+
+_static = lambda default=dataclasses.MISSING: dataclasses.field(default=default, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """W + s·A diag(e) B diag(g) in the place of W, with DoRA's magnitudes m: m ⊙ (that) / its norms.
+
+    A leads from inputs to the rank and B to outputs, whichever way W is stored. All arrays may have layers or experts
+    stacked in front; A and B may be `weights.Shared` by all layers (VeRA).
+    """
+
+    base: Any  # [..., D, F], an array or another node
+    a: Float[Array, "... D R"]
+    b: Float[Array, "... R F"]
+    scale: Float[Array, "..."]
+    diagonal: Float[Array, "... R"] | None = None  # AdaLoRA's singular values, VeRA's d
+    outer: Float[Array, "... F"] | None = None  # VeRA's b
+    magnitude: Float[Array, "... F"] | None = None  # DoRA
+    squares: Float[Array, "... F"] | None = None  # DoRA: squared norms of W's outputs, which stay as they are
+    key: Array | None = None  # of dropout, while training
+    method: str = _static("lora")  # "lora", "vera", "adalora"
+    train: tuple[str, ...] = _static(("a", "b"))
+    transposed: bool = _static(False)  # W is a table [V, D] that leads from D to V: a head
+    dropout: float = _static(0.0)
+    ranks: tuple[int, ...] | None = _static(None)  # of stacked layers, where they differ: the rest of A and B is 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def rank(self) -> int:
+        return weights.value(self.a).shape[-1]
+
+    @property
+    def untied(self) -> Any:
+        """What an embedding is as a head: adapters of the one are none of the other's."""
+        return self.base
+
+    def astype(self, dtype: Any) -> "LoRA":
+        fields = {name: getattr(self, name) for name in ("a", "b", "diagonal", "outer", "magnitude")}
+        cast = lambda a: a.astype(dtype)
+        return dataclasses.replace(self, base=cast(self.base), **jax.tree.map(cast, fields))
+
+    def matmul(self, x: Float[Array, "... D"], transpose: bool = False) -> Float[Array, "... F"]:
+        if transpose != self.transposed:
+            return self._backwards(x)
+        main = _product(x, self.base, self.transposed)
+        if self.key is None or not self.dropout:
+            y = main + self._low(x)
+            return y if self.magnitude is None else y * _across(self.gain(), y)
+        dropped = self._drop(x)
+        if self.magnitude is None:
+            return main + self._low(dropped)
+        gain = _across(self.gain(), main)
+        return main + (gain - 1) * _product(dropped, self.base, self.transposed) + gain * self._low(dropped)
+
+    def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:
+        main = weights.take(self.base, ids)
+        low = self._up(jnp.take(self._a(), ids, axis=-2).astype(main.dtype))
+        return main + low if self.magnitude is None else (main + low) * _across(self.gain(), main)
+
+    def dense(self) -> Float[Array, "... D F"]:
+        base = weights.dense(self.base)
+        delta = self.delta(wide(base.dtype))
+        total = base.astype(delta.dtype) + (delta.swapaxes(-1, -2) if self.transposed else delta)
+        if self.magnitude is not None:
+            gain = self.gain()
+            total = total * (gain[..., None] if self.transposed else gain[..., None, :])
+        return total.astype(base.dtype)
+
+    def delta(self, dtype: Any = jnp.float32) -> Float[Array, "... D F"]:
+        """s·A diag(e) B diag(g), inputs first; without DoRA's magnitudes."""
+        a, b = self._a().astype(dtype), self._b().astype(dtype)
+        a = a if self.diagonal is None else a * self.diagonal.astype(dtype)[..., None, :]
+        b = b if self.outer is None else b * self.outer.astype(dtype)[..., None, :]
+        return jnp.matmul(a, b) * self.scale.astype(dtype)[..., None, None]
+
+    def gain(self) -> Float[Array, "... F"]:
+        """DoRA's m / ‖W + s·A B‖, a number an output; the norm is a constant to derivatives, as in the paper.
+
+        ‖w + s·A b‖² = ‖w‖² + 2s (Aᵀw)·b + s² b·(AᵀA)b for each output: nothing of W's size is made.
+        """
+        fixed = lambda v: jax.lax.stop_gradient(v.astype(jnp.float32))
+        a, b, s = fixed(self._a()), fixed(self._b()), fixed(self.scale)[..., None]
+        cross = _product(a.swapaxes(-1, -2), self.base, self.transposed)
+        gram = jnp.matmul(a.swapaxes(-1, -2), a)
+        squared = self.squares + 2 * s * jnp.sum(fixed(cross) * b, -2) + s**2 * jnp.sum(b * jnp.matmul(gram, b), -2)
+        return self.magnitude.astype(jnp.float32) * jax.lax.rsqrt(squared)
+
+    def _low(self, x: Array) -> Array:
+        return self._up(jnp.matmul(x, self._a().astype(x.dtype)))
+
+    def _up(self, h: Array) -> Array:
+        h = h if self.diagonal is None else h * _across(self.diagonal, h)
+        y = jnp.matmul(h, self._b().astype(h.dtype))
+        y = y if self.outer is None else y * _across(self.outer, y)
+        return y * _across(self.scale[..., None], y)
+
+    def _backwards(self, x: Array) -> Array:
+        """The product with the transposed matrix."""
+        x = x if self.magnitude is None else x * _across(self.gain(), x)
+        h = x if self.outer is None else x * _across(self.outer, x)
+        h = jnp.matmul(h, self._b().astype(x.dtype).swapaxes(-1, -2))
+        h = h if self.diagonal is None else h * _across(self.diagonal, h)
+        y = jnp.matmul(h, self._a().astype(x.dtype).swapaxes(-1, -2))
+        return _product(x, self.base, not self.transposed) + y * _across(self.scale[..., None], y)
+
+    def _drop(self, x: Array) -> Array:
+        kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+        return jnp.where(kept, x / (1 - self.dropout), 0)
+
+    def _a(self) -> Array:
+        if not weights.is_shared(self.a):
+            return self.a
+        return self.a.value[: self.shape[-1 if self.transposed else -2]]
+
+    def _b(self) -> Array:
+        if not weights.is_shared(self.b):
+            return self.b
+        return self.b.value[:, : self.shape[-2 if self.transposed else -1]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """diag(inner)·W·diag(outer) in the place of W: one number for each input, or for each output."""
+
+    base: Any  # [..., D, F]
+    inner: Float[Array, "... D"] | None = None
+    outer: Float[Array, "... F"] | None = None
+    method: str = _static("ia3")
+    train: tuple[str, ...] = _static(("outer",))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    def astype(self, dtype: Any) -> "Scaled":
+        cast = lambda a: None if a is None else a.astype(dtype)
+        return dataclasses.replace(self, base=cast(self.base), inner=cast(self.inner), outer=cast(self.outer))
+
+    def matmul(self, x: Float[Array, "... D"], transpose: bool = False) -> Float[Array, "... F"]:
+        first, last = (self.outer, self.inner) if transpose else (self.inner, self.outer)
+        x = x if first is None else x * _across(first, x)
+        y = _product(x, self.base, transpose)
+        return y if last is None else y * _across(last, y)
+
+    def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:
+        y = weights.take(self.base, ids)
+        y = y if self.inner is None else y * self.inner[ids][..., None].astype(y.dtype)
+        return y if self.outer is None else y * _across(self.outer, y)
+
+    def dense(self) -> Float[Array, "... D F"]:
+        w = weights.dense(self.base)
+        w = w if self.inner is None else w * self.inner[..., None].astype(w.dtype)
+        return w if self.outer is None else w * self.outer[..., None, :].astype(w.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A weight that is trained whole, beside the one that it began as."""
+
+    base: Any
+    value: Array | None
+    method: str = _static("whole")
+    train: tuple[str, ...] = _static(("value",))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    def astype(self, dtype: Any) -> "Whole":
+        cast = lambda a: None if a is None else a.astype(dtype)
+        return dataclasses.replace(self, base=cast(self.base), value=cast(self.value))
+
+    def matmul(self, x: Array, transpose: bool = False) -> Array:
+        return _product(x, self.value, transpose)
+
+    def take(self, ids: Int[Array, "..."]) -> Array:
+        return weights.take(self.value, ids)
+
+    def dense(self) -> Array:
+        return self.value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Many LoRAs around one W; row i of the batch takes number ids[i], or none where that is negative."""
+
+    base: Any  # [..., D, F]
+    a: Float[Array, "... M D R"]
+    b: Float[Array, "... M R F"]  # times the scales
+    ids: Any = None  # weights.Shared of int32 [B]
+    method: str = _static("stack")
+    train: tuple[str, ...] = _static(())
+    transposed: bool = _static(False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def untied(self) -> Any:
+        return self.base
+
+    def astype(self, dtype: Any) -> "Stack":
+        return dataclasses.replace(self, base=self.base.astype(dtype), a=self.a.astype(dtype), b=self.b.astype(dtype))
+
+    def matmul(self, x: Float[Array, "B ... D"], transpose: bool = False) -> Float[Array, "B ... F"]:
+        if transpose != self.transposed:
+            raise ValueError("adapters.Stack: multiplies from inputs to outputs only. Merge an adapter for the rest.")
+        a, b = self._chosen(x)
+        rows = x.reshape(x.shape[0], -1, x.shape[-1])
+        low = jnp.matmul(jnp.matmul(rows, a), b)
+        return _product(x, self.base, transpose) + low.reshape(*x.shape[:-1], -1)
+
+    def take(self, ids: Int[Array, "B ..."]) -> Float[Array, "B ... F"]:
+        main = weights.take(self.base, ids)
+        a, b = self._chosen(main)
+        rows = jax.vmap(lambda a, i: a[i])(a, ids.reshape(ids.shape[0], -1))
+        return main + jnp.matmul(rows, b).reshape(main.shape)
+
+    def dense(self) -> Array:
+        raise ValueError("adapters.Stack: many adapters have no one matrix. Take one with `adapters.unstack`.")
+
+    def _chosen(self, x: Array) -> tuple[Array, Array]:
+        if self.ids is None:
+            raise ValueError("adapters.Stack: which adapter each row takes is not said. Call `adapters.select` first.")
+        ids = self.ids.value
+        if ids.shape != x.shape[:1]:
+            raise ValueError(f"adapters.select: one id for each of the batch's {x.shape[0]} rows, got {ids.shape}.")
+        some = (ids >= 0).astype(x.dtype)[:, None, None]
+        at = jnp.maximum(ids, 0)
+        return self.a[at].astype(x.dtype), self.b[at].astype(x.dtype) * some
+
+
+def _product(x: Array, w: Any, transpose: bool) -> Array:
+    if weights.is_node(w):
+        return w.matmul(x, transpose)
+    w = w.astype(x.dtype)
+    return jnp.matmul(x, w.swapaxes(-1, -2) if transpose else w)
+
+
+def _across(v: Float[Array, "... F"], x: Float[Array, "... T F"]) -> Array:
+    """A vector for each matrix of a stack over the last axis of x, in its rank and dtype."""
+    lead = v.ndim - 1
+    if x.ndim - 1 < lead:
+        raise ValueError(f"adapters: x has the {lead} leading axes of the matrices, got the shape {x.shape}.")
+    return v.astype(x.dtype).reshape(*v.shape[:-1], *(1,) * (x.ndim - 1 - lead), v.shape[-1])
