@@ -139,8 +139,6 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
             )
     alphas = [2.0 * r if alpha is None else alpha for r, alpha in zip(ranks, alphas)]
     scales = [alpha / (math.sqrt(r) if rslora else r) for r, alpha in zip(ranks, alphas)]
-    if method == "adalora":
-        scales = [1.0 if alpha is None else alpha for alpha in alphas]
     same = len(set(ranks)) == 1
     per_layer = lambda values: values * lead[0] if lead and len(values) == 1 else values
     scale = jnp.asarray(per_layer(scales) if lead else scales[0], jnp.float32)
@@ -149,6 +147,7 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
     node = LoRA(
         w, None, None, scale, method="lora" if method == "dora" else method, transposed=transposed, dropout=dropout,
         ranks=None if same else tuple(ranks), train=("b",) if freeze_a else ("a", "b"),
+        start=start if isinstance(start, str) else "directions",
     )  # fmt: skip
     if method == "vera":
         a, b = (weights.Shared(part) for part in shared)
@@ -159,22 +158,11 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
         )
     if method == "adalora":
         a, b, diagonal = starts.adalora(key, lead, d, f, most, dtype)
-        node = dataclasses.replace(node, a=a, b=b, diagonal=diagonal, train=("a", "diagonal", "b"))
-        return dataclasses.replace(node, scale=node.scale / most)
+        return dataclasses.replace(node, a=a, b=b, diagonal=diagonal, train=("a", "diagonal", "b"))
     base, a, b = starts.make(
-        start,
-        key,
-        w,
-        rank=most,
-        scale=scale,
-        table=path == "embed",
-        transposed=transposed,
-        path=path,
+        start, key, w, ranks=ranks, scale=scale, table=path == "embed", transposed=transposed, path=path,
         quantize=quantize,
-    )
-    if not same:  # the rest of a layer's columns begins at 0 and has no gradient
-        kept = jnp.arange(most)[None] < jnp.asarray(ranks)[:, None]
-        a, b = a * kept[:, None, :], b * kept[:, :, None]
+    )  # fmt: skip
     node = dataclasses.replace(node, base=base, a=a.astype(dtype), b=b.astype(dtype))
     if method == "dora":
         squares = starts.squared_norms(w, transposed)

@@ -42,6 +42,7 @@ class LoRA:
     train: tuple[str, ...] = _static(("a", "b"))
     transposed: bool = _static(False)  # W is a table [V, D] that leads from D to V: a head
     dropout: float = _static(0.0)
+    start: str = _static("default")  # how A and B began: with some starts a part of W is in them
     ranks: tuple[int, ...] | None = _static(None)  # of stacked layers, where they differ: the rest of A and B is 0
 
     @property
@@ -202,6 +203,10 @@ class Whole:
     @property
     def ndim(self) -> int:
         return len(self.base.shape)
+
+    @property
+    def untied(self) -> Any:
+        return self.base
 
     def astype(self, dtype: Any) -> "Whole":
         cast = lambda a: None if a is None else a.astype(dtype)

@@ -1,137 +1,440 @@
-"""PEFT's folder format: adapter_config.json and adapter_model.safetensors."""
+"""PEFT's folder format: adapter_config.json and adapter_model.safetensors, read and written."""
 
+import dataclasses
 import json
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml.axes import Params
+from jaxml import paths, weights
+from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
-from jaxml.lm.tensors import module_name
-from jaxml.paths import MATRICES
-from jaxml.tune.adapters.nodes import LoRA
-from jaxml.tune.adapters.tree import has_adapters
+from jaxml.lm.tensors import tensor_names
+from jaxml.quant import QArray
+from jaxml.tune.adapters import starts
+from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
+from jaxml.tune.adapters.tree import is_adapter, of
 
-_PREFIX = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+Modules = Mapping[str, str]  # path → module, "{}" for the layer
+_PREFIX = "base_model.model."
+_VERA = ("base_model.vera_A", "base_model.vera_B")
+_RANK_SHIFT = 1e-5  # PEFT divides AdaLoRA's product by the rank and this
+
+# Keys of adapter_config.json that change what is computed, and the only value that is implemented.
+_REFUSED = {
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "trainable_token_indices": None,
+    "lora_bias": False,
+    "use_bdlora": None,
+    "use_qalora": False,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "target_parameters": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "velora_config": None,
+}
 
 
-def save_peft(folder: str | Path, params: Params, config: DecoderConfig, *, base_model: str = "") -> Path:
+# ---- writing ----------------------------------------------------------------------------------------
+
+
+def save_peft(
+    folder: str | Path, params: Params, config: DecoderConfig | Modules, *, base_model: str = "", dtype: Any = None
+) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads as they are.
 
     Args:
+        params: with adapters of one method, and perhaps weights that are trained whole.
+        config: of the decoder; or, of another model, the module for each path ("{}" for the layer of a stack), as in
+            {"layers/q": "encoder.layer.{}.attention.query"}.
         base_model: name or path of the model under the adapter, for PEFT's own bookkeeping.
+        dtype: of the tensors; their own where None.
 
     Raises:
-        ValueError: no adapters in the tree.
+        ValueError: no adapters in the tree, several methods, or a weight that PEFT has no name for.
         FileExistsError: the folder exists and is not empty.
     """
-    adapters = {n: w for n, w in params["layers"].items() if isinstance(w, LoRA)}
-    if not adapters:
-        raise ValueError("adapters.save_peft: the parameters hold at least one LoRA, got none.")
-    ranks = {n: w.a.shape[-1] for n, w in adapters.items()}
-    alphas = {n: float(jnp.ravel(w.scale)[0]) * ranks[n] for n, w in adapters.items()}
-    first = next(iter(adapters))
-    own = lambda values: {module_name(config, n): v for n, v in values.items() if v != values[first]}
-    about = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "target_modules": sorted(module_name(config, n).rsplit(".", 1)[-1] for n in adapters),
-        "rank_pattern": own(ranks),
-        "alpha_pattern": own(alphas),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-    }
+    found = of(params)
+    methods = {w.method for w in found.values() if not isinstance(w, Whole)}
+    if not found or not methods:
+        raise ValueError("adapters.save_peft: the parameters hold at least one LoRA or IA3, got none.")
+    if len(methods) > 1 or not methods <= {"lora", "vera", "adalora", "ia3"}:
+        raise ValueError(
+            f"adapters.save_peft: a folder holds adapters of one method, got {', '.join(sorted(methods))}."
+        )
+    modules = _modules(config)
+    for path in found:
+        if path not in modules:
+            raise ValueError(f"adapters.save_peft: PEFT has no module for {path}; it has {', '.join(modules)}.")
+    (method,) = methods
     arrays = {}
-    for name, w in adapters.items():
-        a, b = np.asarray(w.a), np.asarray(w.b)
-        for i in range(config.num_layers):
-            module = module_name(config, name)
-            arrays[_PREFIX.format(i, module, "A")] = a[i].T
-            arrays[_PREFIX.format(i, module, "B")] = b[i].T
+    for path, w in found.items():
+        for i, module in enumerate(_of_layers(path, modules, w)):
+            parts = _tensors(w, path, None if "{}" not in modules[path] else i)
+            arrays |= {f"{_PREFIX}{module}.{name}": part for name, part in parts.items()}
+    if method == "vera":
+        a, b = _vera_projections(found)
+        arrays |= {_VERA[0]: a.T, _VERA[1]: b.T}
+    arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
     with hf.whole_folder(folder) as temporary:
         hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
+        about = _about(found, modules, method) | {"base_model_name_or_path": base_model}
         (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
     return Path(folder)
 
 
-# Keys of adapter_config.json that change what is computed, and the only value that is implemented.
-_REFUSED = {
-    "use_dora": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "trainable_token_indices": None,
-    "lora_bias": False,
-    "use_bdlora": None,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "target_parameters": None,
-}
+def _modules(config: DecoderConfig | Modules) -> dict[str, str]:
+    """Path → module name, "{}" for the layer."""
+    if not isinstance(config, DecoderConfig):
+        return dict(config)
+    names = {"/".join(path): name for path, name in tensor_names(config, "hf").items()}
+    return {path: name.removesuffix(".weight") for path, name in names.items() if name.endswith(".weight")}
 
 
-def load_peft(folder: str | Path, params: Params, config: DecoderConfig, dtype=None) -> Params:
-    """Puts the adapter of a PEFT folder around the model's matrices.
+def _of_layers(path: str, modules: Modules, w: Any) -> list[str]:
+    """The module of each layer."""
+    name = modules[path]
+    return [name.format(i) for i in range(w.shape[0])] if "{}" in name else [name]
 
-    Args:
-        params: of the model that the adapter was made for, without adapters.
-        dtype: of the factors; the file's own where None.
 
-    Raises:
-        FileNotFoundError, ValueError: files missing or truncated, an option that is not implemented, or an
-            adapter of another model (names the first tensor that does not fit).
-    """
-    folder = Path(folder)
-    about = hf.read_json(folder / "adapter_config.json")
-    if about.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type is LORA, got {about.get('peft_type')!r}.")
-    for key, only in _REFUSED.items():
-        if about.get(key) not in (only, None, False, [], {}):
-            raise ValueError(f"{folder}: {key}={about[key]!r} is not implemented; only {only!r} is.")
-    out = dict(params, layers=dict(params["layers"]))
-    with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
-        left = set(file.keys())
-        for name in MATRICES:
-            module = module_name(config, name)
-            keys = {x: [_PREFIX.format(i, module, x) for i in range(config.num_layers)] for x in "AB"}
-            if keys["A"][0] not in left:
-                continue
-            missing = [k for k in keys["A"] + keys["B"] if k not in left]
-            if missing:
-                raise ValueError(f"{folder}: tensor {missing[0]} is missing. The adapter is of another model.")
-            a, b = (np.stack([file.get_tensor(k).T for k in keys[x]]) for x in "AB")
-            left -= set(keys["A"]) | set(keys["B"])
-            w = params["layers"][name]
-            if (a.shape[1], b.shape[2]) != w.shape[1:] or a.shape[2] != b.shape[1]:
-                raise ValueError(
-                    f"{folder}: {module} is {w.shape[1]} → {w.shape[2]} in this model, "
-                    f"{a.shape[1]} → {b.shape[2]} in the adapter. The adapter is of another model."
-                )
-            out["layers"][name] = LoRA(
-                w, jnp.asarray(a, dtype), jnp.asarray(b, dtype), jnp.full(len(a), _scale(about, module, a))
+def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
+    """Name within the module → tensor, of one layer."""
+    pick = lambda part: part if layer is None or part is None else part[layer]
+    if isinstance(w, Whole):
+        value = pick(w.value)
+        return {"weight": value.T if value.ndim == 2 and path not in paths.TABLES else value}
+    if isinstance(w, Scaled):
+        return {"ia3_l": pick(w.inner)[None] if w.inner is not None else pick(w.outer)[:, None]}
+    if w.method == "vera":
+        return {"vera_lambda_b": pick(w.outer), "vera_lambda_d": pick(w.diagonal)}
+    a, b = pick(w.a), pick(w.b)
+    if w.ranks is not None:
+        if not w.ranks[layer]:
+            return {}
+        a, b = a[:, : w.ranks[layer]], b[: w.ranks[layer]]
+    if w.method == "adalora":
+        return {"lora_A": a.T, "lora_B": b.T, "lora_E": pick(w.diagonal)[: a.shape[1], None]}
+    if path == "embed":
+        parts = {"lora_embedding_A": a.T, "lora_embedding_B": b.T}
+    else:
+        parts = {"lora_A.weight": a.T, "lora_B.weight": b.T}
+    return parts | ({} if w.magnitude is None else {"lora_magnitude_vector": pick(w.magnitude)})
+
+
+def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, Any]:
+    """adapter_config.json."""
+    adapted = {path: w for path, w in found.items() if not isinstance(w, Whole)}
+    whole = [_short(modules[path], end=2 if path == "norm" else 1) for path, w in found.items() if isinstance(w, Whole)]
+    about = {
+        "peft_type": method.upper(),
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted({_short(modules[path]) for path in adapted}),
+        "modules_to_save": sorted(set(whole)) or None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
+    if method == "ia3":
+        inputs = [_short(modules[path]) for path, w in adapted.items() if w.inner is not None]
+        return about | {"feedforward_modules": sorted(inputs), "init_ia3_weights": True}
+    first = next(iter(adapted.values()))
+    if method == "vera":
+        return about | {
+            "r": first.rank, "projection_prng_key": 0, "save_projection": True, "vera_dropout": first.dropout,
+            "d_initial": starts.VERA_D, "bias": "none", "init_weights": True,
+        }  # fmt: skip
+    ranks, alphas = {}, {}
+    for path, w in adapted.items():
+        for i, module in enumerate(_of_layers(path, modules, w)):
+            rank = w.rank if w.ranks is None else w.ranks[i]
+            scale = float(w.scale[i] if w.scale.ndim else w.scale)
+            ranks[module] = rank
+            alphas[module] = float(f"{scale * (rank + (_RANK_SHIFT if method == 'adalora' else 0)):.6g}")
+    if 0 in ranks.values():
+        about["target_modules"] = sorted(module for module, rank in ranks.items() if rank)
+    used = {module: rank for module, rank in ranks.items() if rank}
+    r, alpha = next(iter(used.values())), next(iter(alphas[module] for module in used))
+    about |= {"r": r, "lora_alpha": alpha, "lora_dropout": first.dropout, "bias": "none"}
+    about |= {"rank_pattern": _pattern(used, r, modules), "use_rslora": False, "init_lora_weights": True}
+    about |= {"alpha_pattern": _pattern({m: alphas[m] for m in used}, alpha, modules)}
+    if method == "adalora":
+        if about["rank_pattern"] or about["alpha_pattern"]:
+            raise ValueError("adapters.save_peft: AdaLoRA has one rank and scale for all weights, got several.")
+        return about | {"init_r": r, "target_r": r, "total_step": 1, "rank_pattern": None}
+    kinds = {(w.magnitude is not None) for w in adapted.values()}
+    if len(kinds) > 1:
+        raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
+    begun = {w.start for w in adapted.values() if not isinstance(w.base, QArray)}
+    if moved := {start for start in begun if starts.moves(start)}:
+        if len(begun) > 1 or not moved <= {"pissa", "olora"}:
+            raise ValueError(
+                f"adapters.save_peft: a part of W is in A and B (start {', '.join(sorted(begun))}), and PEFT cannot "
+                "find it again. Write `adapters.plain(...)`: LoRAs of twice the rank around the model as it was."
             )
-    if left or not has_adapters(out):
-        what = f"has no place for {sorted(left)[0]}" if left else "finds none of its tensors"
-        raise ValueError(f"{folder}: this model {what}. The adapter is of another model, or adapts other parts.")
+        about["init_lora_weights"] = moved.pop()
+    return about | {"use_dora": kinds.pop()}
+
+
+def _pattern(values: dict[str, Any], most: Any, modules: Modules) -> dict[str, Any]:
+    """Module pattern → value, for those that differ; one entry for all layers that agree."""
+    out = {}
+    for name in modules.values():
+        of_layers = {m: v for m, v in values.items() if re.fullmatch(re.escape(name).replace(r"\{\}", r"\d+"), m)}
+        differing = {m: v for m, v in of_layers.items() if v != most}
+        if differing and len(differing) == len(of_layers) and len(set(differing.values())) == 1 and "{}" in name:
+            out[name.split("{}.")[-1]] = next(iter(differing.values()))
+        else:
+            out |= differing
     return out
 
 
-def _scale(about: dict[str, Any], module: str, a: np.ndarray) -> float:
-    rank = a.shape[-1]
-    alpha = about.get("lora_alpha", 8)
-    for pattern, value in (about.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith("." + pattern) or pattern.endswith("." + module):
-            alpha = value
-    return float(alpha) / (math.sqrt(rank) if about.get("use_rslora") else rank)
+def _short(module: str, end: int = 1) -> str:
+    return ".".join(module.split(".")[-end:])
+
+
+def _vera_projections(found: dict[str, Any]) -> tuple[Array, Array]:
+    nodes = [w for w in found.values() if isinstance(w, LoRA)]
+    largest = lambda parts: max(parts, key=lambda p: p.size)
+    a, b = (largest([weights.value(getattr(w, name)) for w in nodes]) for name in "ab")
+    return a, b
+
+
+# ---- reading ----------------------------------------------------------------------------------------
+
+
+def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Modules, dtype: Any = None) -> Params:
+    """Puts the adapter of a PEFT folder around the model's matrices.
+
+    Args:
+        params: of the model that the adapter was made for, without adapters; quantised or not.
+        config: as in `save_peft`.
+        dtype: of what the file holds; its own where None.
+
+    Raises:
+        FileNotFoundError, ValueError: files missing or truncated, an option that is not implemented, or an adapter of
+            another model (names the first tensor that does not fit).
+    """
+    folder = Path(folder)
+    about = hf.read_json(folder / "adapter_config.json")
+    method = str(about.get("peft_type"))
+    if method not in ("LORA", "VERA", "IA3", "ADALORA"):
+        raise ValueError(f"{folder}: peft_type is LORA, VERA, IA3 or ADALORA, got {about.get('peft_type')!r}.")
+    for key, only in _REFUSED.items():
+        if about.get(key) not in (only, None, False, [], {}):
+            raise ValueError(f"{folder}: {key}={about[key]!r} is not implemented; only {only!r} is.")
+    modules, found = _modules(config), paths.named(params)
+    with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
+        names = list(file.keys())
+        projections = _projections(folder, method, about, names, file)
+        parts = _by_path(folder, [n for n in names if n not in _VERA], modules, found)
+        read = lambda name: jnp.asarray(file.get_tensor(name), dtype)
+        reader = _Reader(folder, about, method, modules, found, read, projections)
+        new = {path: reader.node(path, of_layers) for path, of_layers in parts.items()}
+    if not any(isinstance(w, LoRA | Scaled) for w in new.values()):
+        raise ValueError(
+            f"{folder}: this model finds none of its tensors. The adapter is of another model, or adapts other parts."
+        )
+    for target in about.get("modules_to_save") or ():
+        if not any(isinstance(w, Whole) and modules[path].format(0).endswith(target) for path, w in new.items()):
+            raise ValueError(f"{folder}: modules_to_save names {target!r}, which the file does not hold.")
+    return paths.replaced(params, new)
+
+
+def _projections(folder, method, about, names, file) -> tuple[Array, Array] | None:
+    if method != "VERA":
+        return None
+    if not set(_VERA) <= set(names):
+        raise ValueError(
+            f"{folder}: VeRA's projections are not in the file (save_projection={about.get('save_projection')}); they "
+            "are random numbers of torch. Save the adapter with save_projection=True."
+        )
+    return tuple(jnp.asarray(file.get_tensor(name)).T for name in _VERA)
+
+
+def _by_path(folder, names, modules: Modules, found) -> dict[str, dict[int, dict[str, str]]]:
+    """path → layer → part → tensor; a layer that is none of a stack is 0."""
+    patterns = {path: re.compile(re.escape(m).replace(r"\{\}", r"(\d+)") + r"\.(.+)") for path, m in modules.items()}
+    out: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        for path, pattern in patterns.items():
+            hit = pattern.fullmatch(name.removeprefix(_PREFIX)) if path in found else None
+            if hit is None:
+                continue
+            layer, part = (int(hit[1]), hit[2]) if "{}" in modules[path] else (0, hit[1])
+            if "{}" in modules[path] and layer >= found[path].shape[0]:
+                continue
+            out.setdefault(path, {}).setdefault(layer, {})[part.removesuffix(".default")] = name
+            break
+        else:
+            raise ValueError(
+                f"{folder}: this model has no place for {name}. The adapter is of another model, or adapts other parts."
+            )
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Makes nodes of a folder's tensors."""
+
+    folder: Path
+    about: dict[str, Any]
+    method: str
+    modules: Modules
+    found: dict[str, Any]
+    read: Any
+    projections: tuple[Array, Array] | None
+
+    def node(self, path: str, layers: dict[int, dict[str, str]]) -> Any:
+        """The node of one path, from its layers' tensors."""
+        w, parts = self.found[path], {part for of in layers.values() for part in of}
+        if is_adapter(w):
+            raise ValueError(f"{self.folder}: {path} has an adapter already. Detach or merge it first.")
+        stacked = "{}" in self.modules[path]
+        count = w.shape[0] if stacked else 1
+        if parts == {"weight"}:
+            self._complete(path, layers, "weight", count)
+            turn = w.ndim - stacked == 2 and path not in paths.TABLES
+            arrays = [self.read(layers[i]["weight"]) for i in range(count)]
+            value = jnp.stack([a.T if turn else a for a in arrays]) if stacked else arrays[0]
+            self._fits(path, value.shape, w.shape)
+            return Whole(w, value)
+        if "base_layer.weight" in parts:  # PEFT writes the embedding beside its adapter, and reads it back
+            base = self.read(layers[0]["base_layer.weight"])
+            self._fits(path, base.shape, w.shape)
+            w, layers = base.astype(w.dtype), {0: {k: v for k, v in layers[0].items() if k != "base_layer.weight"}}
+            parts = set(layers[0])
+        shape = {frozenset(of) for of in layers.values()}
+        known = {
+            "IA3": [{"ia3_l"}],
+            "VERA": [{"vera_lambda_b", "vera_lambda_d"}],
+            "ADALORA": [{"lora_A", "lora_B", "lora_E"}, {"lora_A", "lora_B", "lora_E", "ranknum"}],
+            "LORA": [
+                a | m
+                for a in ({"lora_A.weight", "lora_B.weight"}, {"lora_embedding_A", "lora_embedding_B"})
+                for m in (set(), {"lora_magnitude_vector"}, {"lora_magnitude_vector.weight"})
+            ],
+        }[self.method]
+        if len(shape) > 1 or set(next(iter(shape))) not in known:
+            have = sorted(next(iter(layers.values())).values())
+            raise ValueError(
+                f"{self.folder}: {path} is made of {', '.join(sorted(known[0]))} (peft_type {self.method}), "
+                f"got {have}. A tensor is missing, or the adapter is of another model."
+            )
+        get = lambda i, part: self.read(layers[i][part])
+        if self.method == "IA3":
+            self._complete(path, layers, "ia3_l", count)
+            arrays = [get(i, "ia3_l") for i in range(count)]
+            inner = arrays[0].shape[0] == 1 and arrays[0].shape[1] == w.shape[-2]
+            value = jnp.stack([a.reshape(-1) for a in arrays]) if stacked else arrays[0].reshape(-1)
+            self._fits(path, value.shape[-1:], (w.shape[-2 if inner else -1],))
+            return Scaled(w, inner=value, train=("inner",)) if inner else Scaled(w, outer=value)
+        return self._lora(path, w, layers, count, stacked, get)
+
+    def _lora(self, path, w, layers, count, stacked, get) -> LoRA:
+        transposed = path == "head"
+        d, f = w.shape[-2:][::-1] if transposed else w.shape[-2:]
+        join = lambda arrays: jnp.stack(arrays) if stacked else arrays[0]
+        if self.method == "VERA":
+            self._complete(path, layers, "vera_lambda_b", count)
+            a, b = self.projections
+            outer, diagonal = (join([get(i, f"vera_lambda_{x}") for i in range(count)]) for x in "bd")
+            if a.shape[0] < d or b.shape[1] < f or outer.shape[-1] != f:
+                raise ValueError(self._other(path, (d, f), (a.shape[0], outer.shape[-1])))
+            dropout = float(self.about.get("vera_dropout", 0.0))
+            return LoRA(
+                w, weights.Shared(a), weights.Shared(b), jnp.ones(w.shape[:-2]), diagonal=diagonal, outer=outer,
+                method="vera", train=("diagonal", "outer"), transposed=transposed, dropout=dropout,
+            )  # fmt: skip
+        kind = "lora_embedding_{}" if path == "embed" else "lora_{}" if self.method == "ADALORA" else "lora_{}.weight"
+        a_of = {i: get(i, kind.format("A")).T for i in layers}
+        b_of = {i: get(i, kind.format("B")).T for i in layers}
+        for i in layers:
+            if (a_of[i].shape[0], b_of[i].shape[1]) != (d, f) or a_of[i].shape[1] != b_of[i].shape[0]:
+                raise ValueError(self._other(path, (d, f), (a_of[i].shape[0], b_of[i].shape[1])))
+        self._complete(path, {i for i in range(count) if i in layers or not self._targeted(path, i)}, kind, count)
+        ranks = [a_of[i].shape[1] if i in layers else 0 for i in range(count)]
+        most, some = max(ranks), next(iter(layers))
+        wide = lambda m, axis: jnp.pad(m, [(0, most - m.shape[k] if k == axis else 0) for k in range(m.ndim)])
+        nothing = lambda *shape: jnp.zeros(shape, a_of[some].dtype)
+        a = join([wide(a_of[i], 1) if i in layers else nothing(d, most) for i in range(count)])
+        b = join([wide(b_of[i], 0) if i in layers else nothing(most, f) for i in range(count)])
+        scales = [self._scale(path, i, rank) for i, rank in enumerate(ranks)]
+        scale = jnp.asarray(scales if stacked else scales[0], jnp.float32)
+        node = LoRA(
+            w, a, b, scale, transposed=transposed, dropout=float(self.about.get("lora_dropout", 0.0)),
+            ranks=tuple(ranks) if len(set(ranks)) > 1 else None,
+        )  # fmt: skip
+        if self.method == "ADALORA":
+            e = [wide(get(i, "lora_E").reshape(-1), 0) if i in layers else nothing(most) for i in range(count)]
+            return dataclasses.replace(node, diagonal=join(e), method="adalora", train=("a", "diagonal", "b"))
+        start = self.about.get("init_lora_weights", True)
+        if isinstance(start, str) and starts.moves(start):
+            if start not in ("pissa", "olora") or isinstance(w, QArray):
+                raise ValueError(
+                    f"{self.folder}: init_lora_weights={start!r} moved a part of the weights into the adapter, which "
+                    "cannot be found again. Write the adapter with path_initial_model_for_weight_conversion."
+                )
+            keys = dict(path=path, table=path == "embed", transposed=transposed, quantize=None)
+            base, _, _ = starts.make(start, jax.random.key(0), w, ranks=ranks, scale=scale, **keys)
+            node = dataclasses.replace(node, base=base, start=start)
+        if bool(self.about.get("use_dora")) != any("magnitude" in part for part in layers[some]):
+            raise ValueError(f"{self.folder}: use_dora says whether there are magnitudes; those of {path} disagree.")
+        magnitudes = [p for p in layers[some] if p.startswith("lora_magnitude_vector")]
+        if magnitudes:
+            squares = starts.squared_norms(node.base, transposed)
+            norms = lambda i: jnp.sqrt(squares[i] if stacked else squares)
+            m = join([get(i, magnitudes[0]) if i in layers else norms(i) for i in range(count)])
+            node = dataclasses.replace(node, magnitude=m, squares=squares, train=("a", "b", "magnitude"))
+        return node
+
+    def _scale(self, path: str, layer: int, rank: int) -> float:
+        if not rank:
+            return 0.0
+        module, alpha = self.modules[path].format(layer), self.about.get("lora_alpha", 8)
+        for pattern, value in (self.about.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        if self.method == "ADALORA":
+            rank = self.about.get("init_r", rank)  # also of matrices that have lost ranks
+            return (alpha if alpha > 0 else rank) / (rank + _RANK_SHIFT)
+        return float(alpha) / (math.sqrt(rank) if self.about.get("use_rslora") else rank)
+
+    def _targeted(self, path: str, layer: int) -> bool:
+        """Whether the config names the module of that layer."""
+        module, targets, only = self.modules[path].format(layer), self.about.get("target_modules"), None
+        if self.about.get("layers_to_transform") is not None:
+            only = np.atleast_1d(self.about["layers_to_transform"]).tolist()
+        if isinstance(targets, str):
+            named = targets == "all-linear" or re.fullmatch(targets, module) is not None
+        else:
+            named = any(module == t or module.endswith("." + t) for t in targets or ())
+        return named and (only is None or "{}" not in self.modules[path] or layer in only)
+
+    def _complete(self, path: str, layers: set[int] | dict, part: str, count: int) -> None:
+        for i in range(count):
+            if i not in layers:
+                name = f"{self.modules[path].format(i)}.{part.format('A')}"
+                raise ValueError(f"{self.folder}: tensor {_PREFIX}{name} is missing. The adapter is of another model.")
+
+    def _fits(self, path: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if tuple(got) != tuple(wanted):
+            raise ValueError(
+                f"{self.folder}: {path} has the shape {wanted} in this model, {got} in the adapter. "
+                "The adapter is of another model."
+            )
+
+    def _other(self, path: str, here: tuple[int, int], there: tuple[int, int]) -> str:
+        return (
+            f"{self.folder}: {_short(self.modules[path])} is {here[0]} → {here[1]} in this model, "
+            f"{there[0]} → {there[1]} in the adapter. The adapter is of another model."
+        )

@@ -12,8 +12,9 @@ directions     A is given (`eva`: what the inputs vary along), B zero
 ============== =========================================================================================
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from jaxml.quant import QArray
 from jaxml.quant.params import of_format
 
 STARTS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "loftq_N")
+MOVING = ("pissa", "olora", "loftq")  # with these a part of W moves into A and B
 VERA_D = 0.1  # where VeRA's d begins
 
 
@@ -34,7 +36,7 @@ def make(
     key: Array,
     w: Any,
     *,
-    rank: int,
+    ranks: Sequence[int],
     scale: Array,
     table: bool,
     transposed: bool,
@@ -44,6 +46,7 @@ def make(
     """(what stays frozen, A [..., in, rank], B [..., rank, out]) of one weight, perhaps with leading axes.
 
     Args:
+        ranks: of each stacked layer, or one: the columns of A and rows of B beyond a layer's own are 0.
         scale: [...], of the product A B.
         table: an embedding, whose default is A zero and B normal, as PEFT's.
         transposed: w is stored as [out, in].
@@ -54,23 +57,27 @@ def make(
     """
     *lead, d, f = w.shape
     d, f = (f, d) if transposed else (d, f)
+    rank = max(ranks)
+    kept = (jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]).astype(jnp.float32)
+    kept = jnp.broadcast_to(kept.reshape(-1, *(1,) * max(len(lead) - 1, 0), rank) if lead else kept[0], (*lead, rank))
+    own = lambda a, b: (a * kept[..., None, :], b * kept[..., :, None])
     zeros = lambda *shape: jnp.zeros((*lead, *shape), jnp.float32)
     if not isinstance(start, str):
         if path not in start or start[path].shape[-1] < rank or start[path].shape[:-1] != (*lead, d):
             got = start[path].shape if path in start else "none"
             raise ValueError(f"adapters.attach: {path} begins with directions {(*lead, d, rank)}, got {got}.")
-        return w, start[path][..., :rank], zeros(rank, f)
+        return w, *own(start[path][..., :rank], zeros(rank, f))
     kind, rounds = _parse(start)
     if kind == "default" and table:
-        return w, zeros(d, rank), jax.random.normal(key, (*lead, rank, f))
+        return w, *own(zeros(d, rank), jax.random.normal(key, (*lead, rank, f)))
     if kind in ("default", "gaussian"):
         bound = d**-0.5
         shape = (*lead, d, rank)
         a = jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-        return w, a if kind == "default" else jax.random.normal(key, shape) / rank, zeros(rank, f)
+        return w, *own(a if kind == "default" else jax.random.normal(key, shape) / rank, zeros(rank, f))
     if kind == "orthogonal":
-        if rank % 2:
-            raise ValueError(f"adapters.attach: start 'orthogonal' takes an even rank, got {rank} for {path}.")
+        if rank % 2 or len(set(ranks)) > 1:
+            raise ValueError(f"adapters.attach: start 'orthogonal' takes one even rank, got {ranks} for {path}.")
         k1, k2, k3 = jax.random.split(key, 3)
         q = jax.random.orthogonal(k1, rank, tuple(lead))
         a = jnp.matmul(jax.random.normal(k2, (*lead, d, rank // 2)), q[..., 0::2, :]) / 10
@@ -82,20 +89,23 @@ def make(
                 "adapters.attach: start 'loftq' takes dense weights and a format to quantise them in (quantize='nf4'), "
                 + (f"got {path} quantised already." if isinstance(w, QArray) else "got no format.")
             )
-        each = lambda key, w, scale: _loftq(w, rank, scale, of_format(quantize), rounds or 1, transposed)
+        each = lambda key, w, scale, kept: _loftq(w, kept, scale, of_format(quantize), rounds or 1, transposed)
     else:
-        part = _olora if kind == "olora" else lambda key, w, rank: _pissa(key, w, rank, rounds)
 
-        def each(key, w, scale):
+        def each(key, w, scale, kept):
             m = weights.dense(w)
             io = (m.swapaxes(-1, -2) if transposed else m).astype(jnp.float32)
-            a, b = part(key, io, rank)
-            a, b = a / jnp.sqrt(scale), b / jnp.sqrt(scale)
+            a, b = _olora(io, kept) if kind == "olora" else _pissa(key, io, kept, scale, rounds)
             rest = io - scale * (a @ b)
             rest = (rest.swapaxes(-1, -2) if transposed else rest).astype(m.dtype)
             return (w.like(rest) if isinstance(w, QArray) else rest), a, b
 
-    return _each(each, lead, key, w, scale)
+    return _each(each, lead, key, w, scale, kept)
+
+
+def moves(start: str | Mapping[str, Array]) -> bool:
+    """Whether a part of W moves into A and B."""
+    return isinstance(start, str) and start.startswith(MOVING)
 
 
 def _parse(start: str) -> tuple[str, int | None]:
@@ -109,20 +119,21 @@ def _parse(start: str) -> tuple[str, int | None]:
     return start, None
 
 
-def _each(function: Callable, lead: list[int], key: Array, w: Any, scale: Array) -> Any:
+def _each(function: Callable, lead: list[int], key: Array, w: Any, *others: Array) -> Any:
     """The function of each matrix, one after the other: in the memory of one."""
     if not lead:
-        return jax.jit(function)(key, w, scale)
-    n = scale.size
+        return jax.jit(function)(key, w, *others)
+    n = math.prod(lead)
     flat = lambda a: a.reshape(n, *a.shape[len(lead) :])
     back = lambda a: a.reshape(*lead, *a.shape[1:])
-    parts = (jax.random.split(key, n), jax.tree.map(flat, w), flat(scale))
+    parts = (jax.random.split(key, n), jax.tree.map(flat, w), *map(flat, others))
     out = jax.jit(lambda parts: jax.lax.map(lambda part: function(*part), parts))(parts)
     return jax.tree.map(back, out)
 
 
-def _pissa(key: Array, w: Array, rank: int, rounds: int | None) -> tuple[Array, Array]:
-    """(A, B) with A B the closest matrix of that rank; W [in, out]."""
+def _pissa(key: Array, w: Array, kept: Array, scale: Array, rounds: int | None) -> tuple[Array, Array]:
+    """(A, B) with s·A B the closest matrix of that rank; W [in, out]."""
+    rank = kept.size
     if rounds is None:
         u, s, vt = jnp.linalg.svd(w, full_matrices=False)
     else:
@@ -132,35 +143,35 @@ def _pissa(key: Array, w: Array, rank: int, rounds: int | None) -> tuple[Array, 
             q = basis.orthonormal(w @ basis.orthonormal(w.T @ q))
         u, s, vt = jnp.linalg.svd(q.T @ w, full_matrices=False)
         u = q @ u
-    root = jnp.sqrt(s[:rank])
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
+    root = kept * jnp.sqrt(s[:rank] / scale)
+    return u[:, :rank] * root[None], root[:, None] * vt[:rank]
 
 
-def _olora(key: Array, w: Array, rank: int) -> tuple[Array, Array]:
-    """Of the QR factors of torch's [out, in]: A leads from inputs."""
+def _olora(w: Array, kept: Array) -> tuple[Array, Array]:
+    """The first parts of the QR factors of torch's [out, in]; A leads from inputs."""
     q, r = jnp.linalg.qr(w.T)
-    return r[:rank].T, q[:, :rank].T
+    return r[: kept.size].T * kept[None], kept[:, None] * q[:, : kept.size].T
 
 
 def _loftq(
-    w: Array, rank: int, scale: Array, quantize: Callable, rounds: int, transposed: bool
+    w: Array, kept: Array, scale: Array, quantize: Callable, rounds: int, transposed: bool
 ) -> tuple[Any, Array, Array]:
     stored = lambda m: (m.swapaxes(-1, -2) if transposed else m).astype(w.dtype)
     io = stored(w.astype(jnp.float32)).astype(jnp.float32)
     left = io
     for _ in range(rounds):
         q = quantize(stored(left), axis=-1 if transposed else -2)
-        a, b = _pissa(jax.random.key(0), io - stored(q.dense()).astype(jnp.float32), rank, None)
-        left = io - a @ b
-    return q, a / jnp.sqrt(scale), b / jnp.sqrt(scale)
+        a, b = _pissa(jax.random.key(0), io - stored(q.dense()).astype(jnp.float32), kept, scale, None)
+        left = io - scale * (a @ b)
+    return q, a, b
 
 
 def squared_norms(w: Any, transposed: bool) -> Array:
     """Σ over inputs of W², [..., out], in float32, one matrix at a time."""
     axis = -1 if transposed else -2
     lead = list(w.shape[:-2])
-    each = lambda key, w, scale: jnp.sum(weights.dense(w).astype(jnp.float32) ** 2, axis=axis)
-    return _each(each, lead, jax.random.key(0), w, jnp.zeros(lead))
+    each = lambda key, w: jnp.sum(weights.dense(w).astype(jnp.float32) ** 2, axis=axis)
+    return _each(each, lead, jax.random.key(0), w)
 
 
 def shared(key: Array, sides: list[tuple[int, int]], rank: int, dtype: Any) -> tuple[Array, Array]:

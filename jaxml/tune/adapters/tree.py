@@ -186,9 +186,12 @@ def plain(adapted: Params, begun: Params, params: Params) -> Params:
             raise ValueError(f"adapters.plain: adapters are LoRAs without magnitudes, {path} is none of `begun`'s.")
         a = jnp.concatenate([w.a, found[path].a], axis=-1)
         b = jnp.concatenate([w.b, -found[path].b], axis=-2)
-        new[path] = dataclasses.replace(w, base=before[path], a=a, b=b, ranks=w.ranks and tuple(2 * r for r in w.ranks))
-        if w.ranks:
-            raise ValueError(f"adapters.plain: layers have one rank, those of {path} differ.")
+        if w.ranks:  # each layer's own columns first
+            turn = [[*range(r), *range(w.rank, w.rank + r)] for r in w.ranks]
+            turn = jnp.array([t + [j for j in range(2 * w.rank) if j not in t] for t in turn])
+            a, b = jnp.take_along_axis(a, turn[:, None], -1), jnp.take_along_axis(b, turn[:, :, None], -2)
+        ranks = w.ranks and tuple(2 * r for r in w.ranks)
+        new[path] = dataclasses.replace(w, base=before[path], a=a, b=b, ranks=ranks, start="default")
     return paths.replaced(params, new)
 
 
