@@ -85,6 +85,9 @@ def einsum(spec: str, x: Array, w: Array | Weight) -> Array:
             "Give the array (w.dense())."
         )
     free = x.ndim - len(left) if "..." in spec else 0
+    if not batch:
+        x = jnp.einsum(f"...{left}->...{''.join(rest)}{summed}", x)
+        return jnp.einsum(f"...{''.join(rest)}{kept}->...{out}", w.matmul(x, transpose))
     x = jnp.einsum(f"...{left}->{''.join(batch)}...{''.join(rest)}{summed}", x)
     lead, middle = x.shape[: len(batch)], x.shape[len(batch) : -1]
     y = w.matmul(x.reshape(*lead, -1, x.shape[-1]), transpose)

@@ -214,16 +214,19 @@ def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: 
     def step(state: State, frozen: Params, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         grad = jax.value_and_grad(functools.partial(batch_loss, config=config, options=options), has_aux=True)
 
-        def micro(sums, part):
-            (total, count), grads = grad(state.trainable, frozen, part)
+        key = jax.random.fold_in(jax.random.key(options.seed), state.step)  # of dropout
+
+        def micro(sums, numbered):
+            number, part = numbered
+            (total, count), grads = grad(state.trainable, frozen, part, key=jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, sums, (total, count, grads)), None
 
         if options.accumulate == 1:
-            (total, count), grads = grad(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch))
+            (total, count), grads = grad(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key=key)
         else:
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), state.trainable)
             zeros = (jnp.zeros(()), jnp.zeros(()), zeros)
-            (total, count, grads), _ = jax.lax.scan(micro, zeros, batch)
+            (total, count, grads), _ = jax.lax.scan(micro, zeros, (jnp.arange(options.accumulate), batch))
         count = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -247,14 +250,21 @@ def make_evaluate(config: DecoderConfig, options: Options):
 
 
 def batch_loss(
-    trainable: Params, frozen: Params, batch: dict[str, Array], *, config: DecoderConfig, options: Options
+    trainable: Params,
+    frozen: Params,
+    batch: dict[str, Array],
+    *,
+    config: DecoderConfig,
+    options: Options,
+    key: Array | None = None,
 ) -> tuple[Array, Array]:
-    """(Σ loss, Σ weights) of one batch [B, T], in float32.
+    """(Σ loss, Σ weights) of one batch [B, T], in float32; where adapters drop out, `key` decides what.
 
     With "anchors" in the batch, its last `options.anchor_rows` rows are anchors and that array their weights.
     """
     params = adapters.combine(decoder.cast(trainable, options.dtype) if options.dtype else trainable, frozen)
     params = decoder.unstack(params) if options.unroll else params
+    params = params if key is None else adapters.with_key(params, key)
     x = decoder.hidden(
         params,
         config,
@@ -268,10 +278,11 @@ def batch_loss(
     if "anchors" not in batch:
         return total, count
     last = lambda name: batch[name][-options.anchor_rows :]
-    base = decoder.hidden(
-        adapters.detach(frozen), config, last("tokens"), positions=last("positions"), segment_ids=last("segment_ids")
+    kept = adapters.detach(frozen)
+    base = decoder.hidden(kept, config, last("tokens"), positions=last("positions"), segment_ids=last("segment_ids"))
+    distance, places = divergence(
+        base, x[-options.anchor_rows :], head, batch["anchors"], base_head=decoder.head(kept), soft_cap=soft_cap
     )
-    distance, places = divergence(base, x[-options.anchor_rows :], head, batch["anchors"], soft_cap=soft_cap)
     return total + options.anchor_weight * count * distance / jnp.maximum(places, 1.0), count
 
 

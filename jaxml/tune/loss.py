@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Int
+from jaxml.weights import Weight, einsum, is_node
 
 
 def cross_entropy(
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Weight,
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
@@ -26,7 +27,7 @@ def cross_entropy(
 
     Args:
         hidden: final hidden states.
-        head: the matrix that makes logits.
+        head: the matrix that makes logits; of a weight node (adapted, quantised) logits are made again backwards.
         targets: the token to predict at each place.
         weights: of each place; 0 leaves it out.
         soft_cap: c·tanh(logits / c).
@@ -47,15 +48,18 @@ def cross_entropy(
     order = jnp.argsort(weights == 0, stable=True)  # weighted places first
     x = jnp.pad(x[order], ((0, more), (0, 0)))
     targets, weights = jnp.pad(targets[order], (0, more)), jnp.pad(weights[order], (0, more))
+    if is_node(head):
+        return _total_of_node(x, head, targets, weights, soft_cap, chunk), jnp.sum(weights)
     return _total(x, head, targets, weights, soft_cap, chunk), jnp.sum(weights)
 
 
 def divergence(
     base: Float[Array, "B T D"],
     hidden: Float[Array, "B T D"],
-    head: Float[Array, "V D"],
+    head: Float[Array, "V D"] | Weight,
     weights: Float[Array, "B T"],
     *,
+    base_head: Float[Array, "V D"] | Weight | None = None,
     soft_cap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -67,6 +71,7 @@ def divergence(
         base: final hidden states of the model that is to be kept; no gradient flows there.
         hidden: final hidden states of this model, on the same tokens.
         head, weights, soft_cap, chunk: as in `cross_entropy`.
+        base_head: of the model that is to be kept; the same where None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,18 +86,37 @@ def divergence(
     more = -hidden.shape[0] % chunk
     parts = lambda a: jnp.pad(a, ((0, more),) + ((0, 0),) * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:])
 
-    def log_probabilities(x):
-        logits = jnp.einsum("CD,VD->CV", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
-        return jax.nn.log_softmax(logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap))
+    base_head = jax.lax.stop_gradient(head if base_head is None else base_head)
+    log_probabilities = lambda x, head: jax.nn.log_softmax(_logits(x, head, soft_cap))
 
     @jax.checkpoint
     def one(part):
         base, hidden, weights = part
-        p, q = log_probabilities(base), log_probabilities(hidden)
+        p, q = log_probabilities(base, base_head), log_probabilities(hidden, head)
         return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
     total = jnp.sum(jax.lax.map(one, (parts(base), parts(hidden), parts(weights))))
     return total, jnp.sum(weights)
+
+
+def _logits(x: Float[Array, "C D"], head, soft_cap: float | None) -> Float[Array, "C V"]:
+    logits = einsum("CD,VD->CV", x, head).astype(jnp.float32)
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def _total_of_node(x, head, targets, weights, soft_cap, chunk) -> Float[Array, ""]:
+    """The sum for a head that is no array: differentiated as it stands, chunk by chunk."""
+
+    @jax.checkpoint
+    def one(part):
+        x, targets, weights = part
+        logits = _logits(x, head, soft_cap)
+        nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jnp.sum(weights * nll)
+
+    skip = lambda part: jnp.zeros((), jnp.float32)
+    parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in (x, targets, weights)]
+    return jnp.sum(jax.lax.map(lambda part: jax.lax.cond(jnp.any(part[2] != 0), one, skip, part), tuple(parts)))
 
 
 def _chunk() -> int:

@@ -68,6 +68,7 @@ def test_rows_that_are_not_numbers_stay_where_they_are():
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("scan", [False, True])
 def test_a_gradient_step_holds_one_dequantised_layer_at_most(scan, remat):
+    jax.config.update("jax_disable_most_optimizations", False)  # it is their result that counts here
     L, D = 6, 512
     q = [quant.nf4.quantize(w) for w in jax.random.normal(jax.random.key(0), (2, L, D, D))]
     factors = (jnp.zeros((L, D, 1)), jnp.zeros((L, 1, D)))

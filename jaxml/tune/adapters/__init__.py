@@ -7,6 +7,7 @@ from jaxml.tune.adapters import adalora
 from jaxml.tune.adapters.attach import METHODS, attach, plan
 from jaxml.tune.adapters.eva import eva
 from jaxml.tune.adapters.many import select, stack, take
+from jaxml.tune.adapters.mix import mix
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
 from jaxml.tune.adapters.optimizers import lora_fa, lora_plus
 from jaxml.tune.adapters.peft import load_peft, save_peft
@@ -39,6 +40,7 @@ __all__ = [
     "lora_fa",
     "lora_plus",
     "merge",
+    "mix",
     "plain",
     "plan",
     "save_peft",

@@ -96,7 +96,8 @@ class LoRA:
 
     def delta(self, dtype: Any = jnp.float32) -> Float[Array, "... D F"]:
         """s·A diag(e) B diag(g), inputs first; without DoRA's magnitudes."""
-        a, b = self._a().astype(dtype), self._b().astype(dtype)
+        deep = lambda m: m.reshape((1,) * (self.scale.ndim + 2 - m.ndim) + m.shape).astype(dtype)  # if it is shared
+        a, b = deep(self._a()), deep(self._b())
         a = a if self.diagonal is None else a * self.diagonal.astype(dtype)[..., None, :]
         b = b if self.outer is None else b * self.outer.astype(dtype)[..., None, :]
         return jnp.matmul(a, b) * self.scale.astype(dtype)[..., None, None]
