@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# Of the main job: lora, qlora, dora or full.
+METHOD ?= lora
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')
 # The oldest supported stack on Python 3.11, the newest on anything later.
@@ -19,7 +21,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	touch $(STAMP)
 
 run: setup
-	$(BIN)/jaxml quickstart
+	$(BIN)/jaxml quickstart --method $(METHOD)
 
 test: setup
 	$(BIN)/python -m pytest -n $(WORKERS)

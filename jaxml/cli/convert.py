@@ -24,7 +24,7 @@ def run(args):
 
     hf.check_new(args.out)
     model = load(args)
-    model = model.replace(params=adapters.merge(model.params))
+    model = model.replace(params=adapters.merge(model.params, requantize=True))
     if args.to == "hf":
         lm.save(model, args.out, shard_bytes=int(args.shard_gb * 2**30))
     else:

@@ -4,7 +4,20 @@ examples:
   jaxml finetune smollm2-135m train.jsonl --out runs/mine
   jaxml finetune smollm2-135m train.jsonl --out runs/mine --eval held.jsonl --rank 16 --targets q,v --epochs 3
   jaxml finetune path/to/model train.jsonl --out runs/full --method full --dtype bfloat16 --remat
+  jaxml finetune smollm2-135m train.jsonl --out runs/small --method qlora --rank 16 --compute bfloat16
+  jaxml finetune smollm2-135m train.jsonl --out runs/dora --method dora --start pissa --dropout 0.05
   jaxml finetune smollm2-135m train.jsonl --out runs/low --method galore --rank 128 --eight-bit
+
+======= ================================================================
+lora    two thin factors around every matrix (--start, --rslora, --lora-plus)
+qlora   the same around weights in NF4, quantised as they are read
+dora    with a magnitude for each output; qdora: around NF4
+vera    two vectors around random factors that all layers share
+adalora ranks that move where they count
+ia3     one number for each key, value and hidden unit
+full    every weight
+galore  every weight, with gradients projected to a low rank
+======= ================================================================
 
 Each line of the file is an object with the key text, the keys prompt and response, or the key messages.
 The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/, log.jsonl and loss.png.
@@ -21,9 +34,15 @@ def add(sub):
     sub.add_argument("data", metavar="DATA", help="JSONL to learn from")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
-    sub.add_argument("--method", choices=("lora", "full", "galore"), default="lora")
-    sub.add_argument("--rank", type=int, help="default: 8 of lora, 128 of galore")
-    sub.add_argument("--alpha", type=float, help="of lora (default: twice the rank)")
+    sub.add_argument("--method", choices=tuple(TAKES), default="lora")
+    sub.add_argument("--rank", type=int, help="default: 8; of adalora 12, of galore 128, of vera 256")
+    sub.add_argument("--alpha", type=float, help="of lora and its kin (default: twice the rank)")
+    sub.add_argument("--start", help="default, gaussian, orthogonal, pissa, pissa_niter_4, olora or loftq")
+    sub.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
+    sub.add_argument("--lora-plus", type=float, metavar="RATIO", help="learning rate of B over that of A")
+    sub.add_argument("--dropout", type=float, help="of adapters' inputs")
+    sub.add_argument("--target-rank", type=int, help="of adalora, in the end (default: two thirds of --rank)")
+    sub.add_argument("--whole", help="weights trained whole, by comma (embed, head, norm, *_norm)")
     sub.add_argument("--gap", type=int, help="of galore: steps between refreshes of a basis (default: 200)")
     sub.add_argument("--eight-bit", action="store_true", help="the optimizer's state in eight bits")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
@@ -48,8 +67,6 @@ def add(sub):
 
 
 def run(args):
-    import jax
-
     from jaxml import lm, log, tune
     from jaxml.tune import adapters, data
 
@@ -76,25 +93,23 @@ def run(args):
     examples = data.read_jsonl(args.data)
     held = data.read_jsonl(args.eval) if args.eval else []
     out = Path(args.out)
-    result = out / ("adapter" if args.method == "lora" else "model")
+    result = out / ("model" if args.method in ("full", "galore") else "adapter")
     if result.exists():
         raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
-    model = load(args)
-    if args.method == "lora" and not args.adapter:
-        targets = args.targets.split(",")
-        key = jax.random.key(args.seed)
-        model = model.replace(
-            params=adapters.attach(model.params, key, rank=args.rank or 8, alpha=args.alpha, targets=targets)
-        )
-    elif args.method != "lora":
-        model = model.replace(params=adapters.merge(model.params))
-    tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw))
+    model = _adapted(args)
+    if (quantised := _quantised(model)) and args.start and args.start.startswith(MOVING):
+        # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
+        if not (out / "base").exists():
+            lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
+        print(f"what is left of the weights, in {quantised}: {out / 'base'}")
+    tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw, steps))
     model, info = tune.fit(
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
         about=_method(args),
     )  # fmt: skip
-    if args.method == "lora":
-        adapters.save_peft(result, model.params, model.config, base_model=args.model)
+    if result.name == "adapter":
+        base = str(out / "base") if (out / "base").exists() else args.model
+        adapters.save_peft(result, model.params, model.config, base_model=base)
     else:
         lm.save(model, result)
     log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
@@ -103,14 +118,30 @@ def run(args):
     return 0
 
 
+_LORA = ("rank", "alpha", "start", "rslora", "lora_plus", "dropout", "whole", "quantize")
+TAKES = {
+    "lora": _LORA,
+    "qlora": _LORA,
+    "dora": _LORA,
+    "qdora": _LORA,
+    "vera": ("rank", "dropout", "whole", "quantize"),
+    "adalora": ("rank", "alpha", "target_rank", "dropout", "whole", "quantize"),
+    "ia3": ("whole", "quantize"),
+    "full": (),
+    "galore": ("rank", "gap"),
+}
+OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
+MOVING = ("pissa", "olora", "loftq")
+
+
 def _check(args):
     """Refuses what the method does not take."""
-    takes = {"lora": ("rank", "alpha"), "full": (), "galore": ("rank", "gap")}[args.method]
-    for name in ("rank", "alpha", "gap"):
+    for name in OPTIONS:
         value = getattr(args, name)
-        if value is not None and name not in takes:
-            raise ValueError(f"finetune: --{name} is no option of --method {args.method}. Leave it out.")
-        if value is not None and value <= 0:
+        if value and name not in TAKES[args.method]:
+            option = name.replace("_", "-")
+            raise ValueError(f"finetune: --{option} is no option of --method {args.method}. Leave it out.")
+        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and name != "dropout":
             raise ValueError(f"finetune: --{name} is above 0, got {value}.")
     if args.method == "full" and args.targets != "*":
         raise ValueError("finetune: --targets is no option of --method full. Leave it out.")
@@ -118,14 +149,64 @@ def _check(args):
 
 def _method(args) -> dict:
     """What a run must agree in to be gone on with, beside its options."""
-    return {k: getattr(args, k) for k in ("method", "rank", "alpha", "gap", "targets", "eight_bit")}
+    return {k: getattr(args, k) for k in ("method", *OPTIONS, "targets", "eight_bit")}
 
 
-def _around(args, adamw):
+def _adapted(args):
+    """The model with what is going to be trained on it."""
+    import jax
+    from rich.console import Console
+
+    from jaxml.tune import adapters
+
+    format = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
+    moving = bool(args.start and args.start.startswith(MOVING))
+    args.quantize = None if moving else format  # such a start needs the weights as they were
+    model = load(args)
+    if args.method in ("full", "galore"):
+        return model.replace(params=adapters.merge(model.params))
+    if args.adapter:
+        return model
+    params = adapters.attach(
+        model.params,
+        jax.random.key(args.seed),
+        method={"qlora": "lora", "qdora": "dora"}.get(args.method, args.method),
+        rank=args.rank or {"vera": 256, "adalora": 12}.get(args.method, 8),
+        alpha=args.alpha,
+        targets=None if args.targets == "*" else args.targets.split(","),
+        start=args.start or "default",
+        rslora=args.rslora,
+        dropout=args.dropout or 0.0,
+        whole=args.whole.split(",") if args.whole else (),
+        quantize=format if moving else None,
+        show=lambda plan: Console().print(plan, highlight=False),
+    )
+    return model.replace(params=params)
+
+
+def _quantised(model) -> str | None:
+    """The format of the model's weights under adapters, if they have one."""
+    from jaxml import paths
+    from jaxml.quant import QArray
+    from jaxml.tune import adapters
+
+    kinds = [w.kind for w in paths.named(adapters.detach(model.params)).values() if isinstance(w, QArray)]
+    return kinds[0] if kinds else None
+
+
+def _around(args, adamw, steps: int):
     """The optimizer that the arguments ask for, around AdamW."""
     from jaxml import optim
+    from jaxml.tune import adapters
 
     adamw = optim.eight_bit(adamw) if args.eight_bit else adamw
+    if args.method == "adalora":
+        target = args.target_rank or max(1, (args.rank or 12) * 2 // 3)
+        return adapters.adalora.optimizer(
+            adamw, target_rank=target, steps=steps, begin=steps // 10, end=steps // 4, every=max(1, steps // 100)
+        )
+    if args.lora_plus:
+        return adapters.lora_plus(adamw, args.lora_plus)
     if args.method != "galore":
         return adamw
     names = [] if args.targets == "*" else args.targets.split(",")

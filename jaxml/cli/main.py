@@ -16,6 +16,8 @@ VERBS = (
     "chat",
     "finetune",
     "evaluate",
+    "quantize",
+    "merge",
     "convert",
     "activations",
     "kan",
@@ -82,12 +84,18 @@ def _compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root / "jaxml" / "xla"))
 
 
-def model_arguments(sub: argparse.ArgumentParser) -> None:
-    """MODEL, --adapter and --dtype, as most verbs take them."""
+def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
+    """MODEL, --adapter, --dtype and --quantize, as most verbs take them."""
     sub.add_argument("model", metavar="MODEL", help="a known name (jaxml download), a GGUF file or a model folder")
-    sub.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter folder to put on the model")
+    if adapter:
+        sub.add_argument("--adapter", metavar="FOLDER", help="a PEFT adapter folder to put on the model")
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (default: the file's)"
+    )
+    sub.add_argument(
+        "--quantize",
+        choices=("nf4", "fp4", "int4", "int8"),
+        help="its matrices, as they are read",
     )
 
 
@@ -96,7 +104,7 @@ def load(args: argparse.Namespace):
     from jaxml import lm
     from jaxml.tune import adapters
 
-    model = lm.load(args.model, args.dtype)
+    model = lm.load(args.model, args.dtype, quantize=args.quantize)
     if args.adapter:
         model = model.replace(params=adapters.load_peft(args.adapter, model.params, model.config))
     return model

@@ -2,6 +2,7 @@
 
 examples:
   jaxml quickstart                       (about 6 minutes on two idle cores)
+  jaxml quickstart --method qlora        (the same on weights in NF4; or dora, full)
   jaxml quickstart --countries 4 --new-countries 2 --steps 2 --out /tmp/try
 
 Needs the model smollm2-135m (jaxml download smollm2-135m). A run that was stopped goes on where it was.
@@ -9,6 +10,7 @@ Needs the model smollm2-135m (jaxml download smollm2-135m). A run that was stopp
 
 import json
 import math
+import resource
 import shutil
 import time
 from importlib import resources
@@ -24,14 +26,15 @@ BEGINNINGS = (
 
 def add(sub):
     sub.add_argument("--model", default="smollm2-135m", help="a known name or a path")
-    sub.add_argument("--out", default="runs/quickstart", metavar="FOLDER")
+    sub.add_argument("--method", choices=("lora", "qlora", "dora", "full"), default="lora")
+    sub.add_argument("--out", metavar="FOLDER", help="default: runs/quickstart, with the method behind it if not lora")
     sub.add_argument("--fresh", action="store_true", help="forget an earlier run in that folder")
     sub.add_argument("--countries", type=int, default=24, help="countries to learn about")
     sub.add_argument("--new-countries", type=int, default=12, help="countries kept out")
     sub.add_argument("--epochs", type=float, default=6.0)
     sub.add_argument("--steps", type=int, help="instead of --epochs")
     sub.add_argument("--rank", type=int, default=8)
-    sub.add_argument("--learning-rate", type=float, default=1e-3)
+    sub.add_argument("--learning-rate", type=float, help="default: 1e-3; of full 5e-5")
     sub.add_argument("--anchor-weight", type=float, default=1.0, help="against forgetting; 0 leaves it out")
     sub.add_argument("--seed", type=int, default=0)
 
@@ -43,7 +46,8 @@ def run(args):
     from jaxml import lm, log, tune
     from jaxml.tune import adapters, facts
 
-    out, console = Path(args.out), Console()
+    named = "runs/quickstart" + ("" if args.method == "lora" else f"-{args.method}")
+    out, console = Path(args.out or named), Console()
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     if (out / "report.json").is_file():
@@ -52,7 +56,7 @@ def run(args):
         return 0
     started = time.perf_counter()
     console.print(f"Loading {args.model} …")
-    model = lm.load(args.model)
+    model = lm.load(args.model, quantize="nf4" if args.method == "qlora" else None)
     questions = facts.make(
         countries=args.countries, new_countries=args.new_countries, relations=RELATIONS, seed=args.seed
     )
@@ -63,14 +67,16 @@ def run(args):
     )
     out.mkdir(parents=True, exist_ok=True)
     before = _once(out / "before.json", lambda: _measure(console, "before", model, questions))
-    key = jax.random.key(args.seed)
-    adapted = model.replace(params=adapters.attach(model.params, key, rank=args.rank))
+    adapted = model
+    if args.method != "full":
+        kind, key = "dora" if args.method == "dora" else "lora", jax.random.key(args.seed)
+        adapted = model.replace(params=adapters.attach(model.params, key, method=kind, rank=args.rank))
     options = tune.Options(
         steps=args.steps,
         epochs=args.epochs,
         batch_size=2,
         length=128,
-        learning_rate=args.learning_rate,
+        learning_rate=args.learning_rate or (5e-5 if args.method == "full" else 1e-3),
         schedule="linear",
         anchor_weight=args.anchor_weight,
         seed=args.seed,
@@ -78,12 +84,14 @@ def run(args):
         save_every=20,
     )
     anchors = []
-    if args.anchor_weight > 0:
+    if args.anchor_weight > 0 and args.method != "full":  # anchors compare with the model under the adapters
         anchors = _once(out / "anchors.json", lambda: _anchors(console, model, args.seed))["examples"]
     tuned, info = tune.fit(adapted, [q.example for q in questions.train], options, anchors=anchors, folder=out)
-    shutil.rmtree(out / "adapter", ignore_errors=True)
-    adapters.save_peft(out / "adapter", tuned.params, tuned.config, base_model=args.model)
-    log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title="SmolLM2-135M learns facts (LoRA)")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    if args.method != "full":
+        shutil.rmtree(out / "adapter", ignore_errors=True)
+        adapters.save_peft(out / "adapter", tuned.params, tuned.config, base_model=args.model)
+    log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"SmolLM2-135M learns facts ({args.method})")
     after = _measure(console, "after", tuned.replace(params=adapters.merge(tuned.params)), questions)
 
     report = {
@@ -95,7 +103,12 @@ def run(args):
         report |= {f"{name}_before": before[name], f"{name}_after": after[name]}
     report |= {
         "questions": {k: len(getattr(questions, k)) for k in ("train", "held_out", "new_countries")},
+        "method": args.method,
         "steps": info["steps"],
+        "tokens_per_second": round(info["tokens"] / info["seconds"], 1),
+        "weights_mib": round(sum(a.nbytes for a in jax.tree.leaves(adapted.params)) / 2**20, 1),
+        "state_mib": round(_state_bytes(adapted.params, options) / 2**20, 1),
+        "peak_mib": peak,
         "trained_parameters": sum(math.prod(a.shape) for a in jax.tree.leaves(adapters.split(tuned.params)[0])),
         "seconds": round(before["seconds"] + time.perf_counter() - started, 1)
         if before["resumed"]
@@ -106,6 +119,18 @@ def run(args):
     log.write_text(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False))
     _show(console, report, out)
     return 0
+
+
+def _state_bytes(params, options) -> int:
+    """What a step keeps beside the frozen weights: the trained ones' gradients and moments."""
+    import jax
+
+    from jaxml import tune
+    from jaxml.tune import adapters
+
+    trained = adapters.split(params)[0]
+    state = jax.eval_shape(tune.optimizer(options, 1).init, trained)
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((trained, state)))
 
 
 def _once(path: Path, measure) -> dict:
@@ -191,9 +216,11 @@ def _show(console, report: dict, out: Path) -> None:
         answers.add_row(*(escape(e[k]) or "(nothing)" for k in ("question", "before", "after", "wanted")))
     console.print(answers)
     console.print(
-        f"{report['steps']} steps on {report['trained_parameters'] / 1e6:.2f} million LoRA parameters, "
-        f"{report['seconds']:.0f} s in all on {report['device']}.\n"
-        f"{out}: report.json, loss.png, adapter/ (PEFT's format), checkpoints/ (Orbax), log.jsonl"
+        f"{report['steps']} steps on {report['trained_parameters'] / 1e6:.2f} million parameters "
+        f"({report['method']}), {report['tokens_per_second']:.0f} tokens/s, {report['weights_mib']:.0f} MiB of weights, "
+        f"{report['state_mib']:.0f} MiB of what is trained, {report['seconds']:.0f} s in all on {report['device']}.\n"
+        f"{out}: report.json, loss.png, checkpoints/ (Orbax), log.jsonl"
+        + ("" if report["method"] == "full" else ", adapter/ (PEFT's format)")
     )
 
 

@@ -75,8 +75,8 @@ def load(
 
 def _convert(format: str, targets: Sequence[str]) -> Callable[[str, Any], Any]:
     """What quantises the weights that the patterns name, one at a time."""
-    make = of_format(format)
-    return lambda path, w: quantized(make, path, w, {}) if any(paths.matches(t, path) for t in targets) else w
+    make, chosen = of_format(format), paths.match((*paths.ALL_LINEAR, *paths.TABLES), targets, "lm.load")
+    return lambda path, w: quantized(make, path, w, {}) if path in chosen else w
 
 
 def _load_orbax(folder: Path, dtype) -> Model:

@@ -62,6 +62,10 @@ class QArray:
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Of the arrays that are stored."""
         return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(self))
@@ -107,7 +111,7 @@ def bits_per_weight(q: QArray) -> float:
         >>> round(bits_per_weight(quant.nf4.quantize(jax.random.normal(jax.random.key(0), (1024, 1024)))), 3)
         4.127
     """
-    return 8 * q.nbytes / math.prod(q.shape)
+    return 8 * q.nbytes / q.size
 
 
 # ---- products ---------------------------------------------------------------------------------------

@@ -1,0 +1,37 @@
+"""Quantise a model's matrices, one at a time as they are read, and write it.
+
+examples:
+  jaxml quantize smollm2-135m models/smollm2-nf4
+  jaxml quantize models/mine models/mine-int8 --format int8 --targets gate,up,down
+
+nf4, fp4 and int8 are written as bitsandbytes has them, in a Hugging Face folder that transformers loads; int4 and
+tables (embed, head) as an Orbax checkpoint. Every verb reads both.
+"""
+
+from jaxml.cli.main import model_arguments
+
+
+def add(sub):
+    model_arguments(sub)
+    sub.add_argument("out", metavar="FOLDER", help="must not exist, or be empty")
+    sub.add_argument("--format", choices=("nf4", "fp4", "int4", "int8"), default="nf4")
+    sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
+
+
+def run(args):
+    from jaxml import lm, paths, quant
+    from jaxml.lm import hf
+
+    hf.check_new(args.out)
+    if args.adapter or args.quantize:
+        raise ValueError("quantize: --adapter and --quantize are no options here. Merge adapters first (jaxml merge).")
+    targets = args.targets.split(",")
+    model = lm.load(args.model, args.dtype, quantize=args.format, targets=targets)
+    found = {path: w for path, w in paths.named(model.params).items() if isinstance(w, quant.QArray)}
+    paths.match(paths.matrices(model.params), targets, "quantize")
+    simple = args.format in quant.bnb.FORMATS and not set(found) & set(paths.TABLES)
+    (lm.save if simple else lm.save_orbax)(model, args.out)
+    weights = sum(w.size for w in found.values())
+    bits = 8 * sum(w.nbytes for w in found.values()) / weights
+    print(f"{weights / 1e6:.1f} million weights at {bits:.3f} bits in {args.format}: {args.out}")
+    return 0
