@@ -22,6 +22,8 @@ __all__ = [
     "log",
     "nn",
     "optim",
+    "paths",
+    "quant",
     "testing",
     "tune",
     "weights",

@@ -122,6 +122,88 @@ def test_full_fine_tuning_writes_a_model(folder, capsys):
     assert lm.load(folder / "full" / "model").config == tiny_model().config
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--method", "qlora", "--lora-plus", 4, "--rslora"],
+        ["--method", "qdora", "--start", "loftq", "--dropout", 0.1, "--targets", "q,up"],
+        ["--method", "vera", "--rank", 16],
+        ["--method", "adalora", "--rank", 6, "--target-rank", 3],
+        ["--method", "ia3", "--quantize", "int8"],
+        ["--method", "lora", "--start", "pissa", "--whole", "norm"],
+    ],
+    ids=lambda options: options[1],
+)
+def test_each_method_writes_an_adapter_that_loads_on_its_model(options, folder, capsys):
+    run = folder / "-".join(map(str, options[1:4]))
+    argv = [
+        "finetune",
+        folder / "model",
+        folder / "train.jsonl",
+        "--out",
+        run,
+        *options,
+        "--steps",
+        40,
+        "--batch-size",
+        2,
+    ]
+    argv += ["--length", 32, "--learning-rate", 0.02, "--no-progress", "--save-every", 0]
+    assert main([str(a) for a in argv]) == 0
+    assert "in all" in capsys.readouterr().out  # the plan
+    base = run / "base" if (run / "base").exists() else folder / "model"
+    assert (run / "base").exists() == ("loftq" in options)
+    argv = ["evaluate", base, folder / "train.jsonl", "--json", "--adapter", run / "adapter"]
+    argv += ["--quantize", "nf4"] if options[1] == "qlora" else ["--quantize", "int8"] if "int8" in options else []
+    assert main([str(a) for a in argv]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["perplexity"]
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert found < np.exp(logged[0]["loss"])
+
+
+def test_quantize_and_merge_write_folders_that_load(folder, capsys):
+    from jaxml import quant
+
+    model, small = folder / "model", folder / "small"
+    assert main(["quantize", str(model), str(small)]) == 0
+    assert "nf4" in capsys.readouterr().out
+    read = lm.load(small).params["layers"]["q"]
+    np.testing.assert_allclose(
+        read.dense(), quant.nf4.quantize(lm.load(model).params["layers"]["q"]).dense(), rtol=1e-5
+    )
+    assert main(["quantize", str(model), str(folder / "four"), "--format", "int4", "--targets", "q,embed"]) == 0
+    assert lm.load(folder / "four").params["embed"].kind == "int4"
+    run = folder / "for-merging"
+    argv = ["finetune", small, folder / "train.jsonl", "--out", run, "--steps", 2, "--batch-size", 2, "--length", 32]
+    assert main([str(a) for a in [*argv, "--no-progress"]]) == 0
+    for more, kind in (([], jax.Array), (["--requantize"], quant.QArray)):
+        out = folder / f"merged{len(more)}"
+        assert main([*map(str, ["merge", small, run / "adapter", out]), *more]) == 0
+        assert isinstance(lm.load(out).params["layers"]["q"], kind)
+        assert "not empty" in refused(capsys, "merge", small, run / "adapter", out)
+    assert "got 'zz'" in refused(capsys, "quantize", model, folder / "no", "--targets", "zz")
+    assert "Merge adapters" in refused(capsys, "quantize", model, folder / "no", "--adapter", run / "adapter")
+    assert not (folder / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "options, word",
+    [
+        (["--method", "ia3", "--rank", "4"], "--rank is no option"),
+        (["--method", "galore", "--quantize", "nf4"], "--quantize is no option"),
+        (["--method", "full", "--dropout", "0.1"], "--dropout is no option"),
+        (["--start", "nope"], "start is one of"),
+        (["--start", "loftq"], "got no format"),
+        (["--whole", "zz"], "'zz'"),
+        (["--lora-plus", "-1"], "above 0"),
+        (["--rank", "4000"], "1 … 32"),
+    ],
+)
+def test_what_a_method_does_not_take_is_refused(options, word, folder, capsys):
+    argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", folder / "no-run", *options]
+    assert word in refused(capsys, *argv)
+
+
 def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
     argv = ["finetune", folder / "model", folder / "train.jsonl", "--method", "galore", "--rank", 8, "--eight-bit"]
     argv += ["--gap", 2, "--batch-size", 2, "--length", 32, "--no-progress", "--steps", 4, "--save-every", 2]

@@ -217,8 +217,9 @@ def _show(console, report: dict, out: Path) -> None:
     console.print(answers)
     console.print(
         f"{report['steps']} steps on {report['trained_parameters'] / 1e6:.2f} million parameters "
-        f"({report['method']}), {report['tokens_per_second']:.0f} tokens/s, {report['weights_mib']:.0f} MiB of weights, "
-        f"{report['state_mib']:.0f} MiB of what is trained, {report['seconds']:.0f} s in all on {report['device']}.\n"
+        f"({report['method']}), {report['tokens_per_second']:.0f} tokens/s, {report['weights_mib']:.0f} MiB of "
+        f"weights, {report['state_mib']:.0f} MiB of what is trained, {report['seconds']:.0f} s in all on "
+        f"{report['device']}.\n"
         f"{out}: report.json, loss.png, checkpoints/ (Orbax), log.jsonl"
         + ("" if report["method"] == "full" else ", adapter/ (PEFT's format)")
     )
