@@ -15,10 +15,12 @@ A product keeps nothing but codes for the backward pass, where the weight is deq
 from jaxml.quant import bnb, fp4, int4, int8, nf4
 from jaxml.quant.params import FORMATS, dequantize_params, quantize_params
 from jaxml.quant.qarray import QArray, bits_per_weight
+from jaxml.quant.sharded import Sharded, shard
 
 __all__ = [
     "FORMATS",
     "QArray",
+    "Sharded",
     "bits_per_weight",
     "bnb",
     "dequantize_params",
@@ -27,4 +29,5 @@ __all__ = [
     "int8",
     "nf4",
     "quantize_params",
+    "shard",
 ]

@@ -1,0 +1,482 @@
+"""Adapters and quantised weights against peft, bitsandbytes and qwix; compiled for TPUs with none at hand.
+
+    python benchmarks/adapters.py                      # a quarter of an hour; needs the extras "oracle" and "tpu"
+    python benchmarks/adapters.py --subjects training  # some of training, matmul, many, memory, tpu
+    python benchmarks/adapters.py --table              # the tables of the newest results
+
+training: SmolLM2-135M, 20 steps of 4 × 128 tokens with AdamW from the same adapter (a PEFT folder that both sides
+read), rank 8 on all linear layers, float32: losses step by step, tokens per second (the fastest of the steps), peak
+memory. Each side and method in a process of its own. qlora is on NF4 weights of the same bytes (peft: bitsandbytes).
+matmul: x W of an NF4 matrix and its gradient in x, against the dense product of the same side; ours and bitsandbytes'.
+many: a forward pass with 64 adapters in one batch, against one adapter.
+memory: temporary memory of a gradient step over eight stacked 1024 × 1024 matrices, ours and qwix's.
+tpu: QLoRA steps of Llama-3.1-8B on one v5e chip and of Llama-3.1-70B on a v5e 4×4 slice, compiled: memory by chip.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+SUBJECTS = ("training", "matmul", "many", "memory", "tpu")
+METHODS = {"lora": {}, "dora": {"method": "dora"}, "pissa": {"start": "pissa"}, "qlora": {}}
+BATCH, LENGTH, STEPS, RANK = 4, 128, 20, 8
+RATE = 2e-4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--table", action="store_true", help="print the tables of the newest results and stop")
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
+    if options.child:
+        side, method, folder = options.child
+        print("RESULT " + json.dumps((ours if side == "jaxml" else theirs)(method, Path(folder))))
+        return
+    import jax
+
+    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
+    path = RESULTS / f"adapters-{kind}-{datetime.date.today().isoformat()}.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    report["device"] = jax.devices()[0].device_kind
+    for subject in options.subjects:
+        report[subject] = globals()[subject]()
+        temporary = path.with_suffix(".part")
+        temporary.write_text(json.dumps(report, indent=1))
+        os.replace(temporary, path)
+    print(path)
+
+
+# ---- training ----------------------------------------------------------------------------------------
+
+
+def training() -> list[dict]:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _prepare(folder)
+        for method in METHODS:
+            found = {side: _child(side, method, folder) for side in ("jaxml", "peft")}
+            apart = [abs(a - b) for a, b in zip(found["jaxml"]["losses"], found["peft"]["losses"])]
+            row = {"method": method, "largest_loss_difference": max(apart)}
+            row |= {"last_loss": found["jaxml"]["losses"][-1]}
+            for side, result in found.items():
+                row[f"{side}_tokens_per_s"] = BATCH * LENGTH / min(result["times"])
+                row[f"{side}_peak_mib"] = result["peak_mib"]
+            row["times_as_fast"] = row["jaxml_tokens_per_s"] / row["peft_tokens_per_s"]
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def _prepare(folder: Path) -> None:
+    """The model, dense and in NF4, and an adapter for each method."""
+    import jax
+
+    from jaxml import lm, quant
+    from jaxml.tune import adapters
+
+    model = lm.load("smollm2-135m")
+    lm.save(model, folder / "dense")
+    small = model.replace(params=quant.quantize_params(model.params, "nf4"))
+    lm.save(small, folder / "nf4")
+    for method, options in METHODS.items():
+        params = adapters.attach(model.params, jax.random.key(0), rank=RANK, **options)
+        adapters.save_peft(folder / method, params, model.config, base_model=str(folder / "dense"))
+
+
+def _child(side: str, method: str, folder: Path) -> dict:
+    command = [sys.executable, __file__, "--child", side, method, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{side} {method} failed:\n{done.stderr[-3000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+def _tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(10, 4000, (STEPS, BATCH, LENGTH)).astype(np.int32)
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def ours(method: str, folder: Path) -> dict:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import lm, tune
+    from jaxml.lm import decoder
+    from jaxml.tune import adapters
+    from jaxml.tune.fit import State, make_step, optimizer
+
+    model = lm.load(folder / ("nf4" if method == "qlora" else "dense"))
+    config = model.config
+    trainable, frozen = adapters.split(adapters.load_peft(folder / method, model.params, config))
+    unroll = jax.default_backend() == "cpu"
+    if unroll:
+        frozen = decoder.unstack(frozen)
+    del model
+    options = tune.Options(
+        batch_size=BATCH, length=LENGTH, schedule="constant", warmup=0.0, clip=None, unroll=unroll, learning_rate=RATE
+    )
+    tx = optimizer(options, STEPS)
+    step, weights = make_step(config, tx, options), np.ones((1, BATCH, LENGTH), np.float32)
+    weights[..., -1] = 0
+    state, losses, times = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32)), [], []
+    for x in _tokens()[:, None]:
+        batch = {
+            "tokens": x,
+            "targets": np.roll(x, -1, axis=2),
+            "weights": weights,
+            "segment_ids": np.ones_like(x),
+            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), x.shape),
+        }
+        started = time.perf_counter()
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+        times.append(time.perf_counter() - started)
+    return {"losses": losses, "times": times, "peak_mib": _peak()}
+
+
+def theirs(method: str, folder: Path) -> dict:
+    import peft
+    import torch
+    import transformers
+
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    base = folder / ("nf4" if method == "qlora" else "dense")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).to(where)
+    model = peft.PeftModel.from_pretrained(model, folder / method, is_trainable=True).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    losses, times = [], []
+    for x in _tokens():
+        ids = torch.from_numpy(x).long().to(where)
+        started = time.perf_counter()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(time.perf_counter() - started)
+    return {"losses": losses, "times": times, "peak_mib": _peak()}
+
+
+# ---- products ----------------------------------------------------------------------------------------
+
+
+def matmul() -> list[dict]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import quant
+    from jaxml.weights import dot
+
+    d, f = (4096, 4096) if jax.default_backend() == "gpu" else (2048, 2048)
+    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
+    w = 0.02 * jax.random.normal(jax.random.key(0), (d, f), dtype)
+    q = quant.nf4.quantize(w)
+    rows = []
+    both = lambda x, w: jax.vjp(lambda x: dot(x, w), x)
+    run = jax.jit(lambda x, ct, w: (lambda y, pull: (y, *pull(ct)))(*both(x, w)))
+    forward = jax.jit(dot)
+    rival = importlib.util.find_spec("bitsandbytes") is not None
+    for count in (1, 8, 64, 512, 2048):
+        x, ct = jnp.ones((count, d), dtype), jnp.ones((count, f), dtype)
+        calls = {
+            "dense": functools.partial(forward, x, w),
+            "nf4": functools.partial(forward, x, q),
+            "dense, gradient": functools.partial(run, x, ct, w),
+            "nf4, gradient": functools.partial(run, x, ct, q),
+        }
+        found = {name: _time(lambda call=call: jax.block_until_ready(call())) for name, call in calls.items()}
+        row = {"rows": count, "speed": found["dense"] / found["nf4"]}
+        row["speed_with_gradient"] = found["dense, gradient"] / found["nf4, gradient"]
+        row |= {"dense_ms": 1e3 * found["dense"], "nf4_ms": 1e3 * found["nf4"]}
+        if rival:
+            row |= _bitsandbytes(count, d, f)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def _bitsandbytes(count: int, d: int, f: int) -> dict:
+    import bitsandbytes as bnb
+    import torch
+
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if where == "cuda" else torch.float32
+    dense = torch.nn.Linear(d, f, bias=False).to(where, dtype)
+    small = bnb.nn.Linear4bit(d, f, bias=False, quant_type="nf4", compute_dtype=dtype, compress_statistics=True)
+    small.load_state_dict({"weight": dense.weight.data.cpu()})
+    small = small.to(where)
+    x = torch.ones(
+        (count, d), dtype=dtype, device=where, requires_grad=True
+    )  # with it: no rounding to bfloat16 on CPUs
+    wait = torch.cuda.synchronize if where == "cuda" else lambda: None
+    times = {}
+    for name, layer in (("dense", dense), ("nf4", small)):
+        times[name] = _time(lambda layer=layer: (layer(x), wait()))
+    return {"bitsandbytes_speed": times["dense"] / times["nf4"], "bitsandbytes_nf4_ms": 1e3 * times["nf4"]}
+
+
+def _time(call, rounds: int = 15) -> float:
+    call()
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def many() -> list[dict]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import lm
+    from jaxml.lm import decoder
+    from jaxml.tune import adapters
+
+    model = lm.load("smollm2-135m")
+    trees = [
+        adapters.attach(model.params, jax.random.key(i), rank=RANK, targets=["q", "v"], start="gaussian")
+        for i in range(64)
+    ]
+    rows = []
+    run = jax.jit(lambda params, tokens: decoder.hidden(params, model.config, tokens))
+    one, stacked = decoder.unstack(trees[0]), decoder.unstack(adapters.stack(trees))
+    for length in (1, 16, 64):
+        tokens = jnp.ones((64, length), jnp.int32)
+        all_ids = [adapters.select(stacked, jnp.arange(64)), adapters.select(stacked, jnp.arange(64)[::-1])]
+        alone = _time(lambda: run(one, tokens).block_until_ready(), 9)
+        before = run._cache_size()
+        together = _time(lambda: run(all_ids[0], tokens).block_until_ready(), 9)
+        run(all_ids[1], tokens)
+        row = {"rows": 64, "tokens_each": length, "one_s": alone, "sixty_four_s": together, "ratio": together / alone}
+        rows.append(row | {"compiled_again": run._cache_size() - before - 1})
+        print(rows[-1], flush=True)
+    return rows
+
+
+# ---- memory ------------------------------------------------------------------------------------------
+
+
+def memory() -> list[dict]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import quant
+    from jaxml.weights import dot
+
+    layers, d, rank = 8, 1024, 4
+    w = 0.03 * jax.random.normal(jax.random.key(0), (layers, d, d))
+    factors, x = (jnp.zeros((layers, d, rank)), jnp.zeros((layers, rank, d))), jnp.ones((4, d))
+
+    def loss(factors, base, x, product, scan):
+        layer = lambda x, part: (jnp.tanh(product(x, part[0]) + (x @ part[1]) @ part[2]), None)
+        if scan:
+            return jnp.sum(jax.lax.scan(layer, x, (base, *factors))[0] ** 2)
+        for i in range(layers):
+            x = layer(x, jax.tree.map(lambda a: a[i], (base, *factors)))[0]
+        return jnp.sum(x**2)
+
+    subjects = {"jaxml": (quant.nf4.quantize(w), dot)}
+    naive = lambda x, q: x @ q.dense()
+    subjects["dequantised in the forward pass"] = (subjects["jaxml"][0], naive)
+    if importlib.util.find_spec("qwix") is not None:
+        from qwix import dot_general, quantize
+
+        subjects["qwix"] = (
+            quantize(w, "nf4", channelwise_axes=(0, 2), tiled_axes={1: 64}),
+            lambda x, q: dot_general(x, q, (((1,), (0,)), ((), ()))),
+        )
+    else:
+        print("memory: qwix is not installed", flush=True)
+    rows = []
+    for name, (base, product) in subjects.items():
+        row = {"subject": name}
+        for scan in (True, False):
+            step = jax.jit(jax.grad(functools.partial(loss, product=product, scan=scan)))
+            found = step.lower(factors, base, x).compile().memory_analysis()
+            row["stacked_layers" if scan else "unrolled_layers"] = found.temp_size_in_bytes / (d * d * 4)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+# ---- compiled for TPUs ---------------------------------------------------------------------------------
+
+
+LLAMA = {"8B": (4096, 32, 32, 14336), "70B": (8192, 80, 64, 28672)}  # width, layers, heads, hidden
+
+
+def tpu() -> list[dict]:
+    rows = [_on_one_chip("8B", length) for length in (2048, 8192)]
+    return [*rows, _on_a_slice("70B", 2048)]
+
+
+def _abstract(size: str):
+    """(config, shapes of the parameters in NF4 with LoRAs of rank 16 around all linear layers)."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml.lm import decoder
+    from jaxml.lm.config import DecoderConfig
+    from jaxml.paths import MATRICES
+    from jaxml.quant.qarray import abstract
+    from jaxml.tune import adapters
+
+    width, layers, heads, hidden = LLAMA[size]
+    config = DecoderConfig(
+        family="llama", vocab_size=128256, width=width, num_layers=layers, num_heads=heads, num_kv_heads=8,
+        head_dim=128, hidden_dim=hidden, max_length=8192, rope_theta=5e5, norm_eps=1e-5, bos_id=0, eos_ids=(1,),
+        pad_id=2, tied_embeddings=False,
+    )  # fmt: skip
+    is_shape = lambda s: isinstance(s, tuple)
+    tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.bfloat16), decoder.shapes(config), is_leaf=is_shape)
+    for name in MATRICES:
+        tree["layers"][name] = abstract(tree["layers"][name].shape, "nf4", 64, True, -2, "bfloat16")
+    return config, jax.eval_shape(lambda p: adapters.attach(p, jax.random.key(0), rank=16), tree)
+
+
+def _step(config, params, batch: int, length: int, rows: int):
+    """(step, state, frozen, batch) of shapes; `rows` of the batch on a device."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import tune
+    from jaxml.tune import adapters
+    from jaxml.tune.fit import make_step, optimizer
+    from jaxml.tune.run import State
+
+    options = tune.Options(steps=100, batch_size=rows, length=length, remat=True, dtype="bfloat16")
+    tx = optimizer(options, 100)
+    trainable, frozen = adapters.split(params)
+    state = jax.eval_shape(lambda t: State(t, tx.init(t), jnp.zeros((), jnp.int32)), trainable)
+    of = lambda dtype: jax.ShapeDtypeStruct((1, batch, length), dtype)
+    names = ("tokens", "targets", "segment_ids", "positions")
+    return options, tx, make_step(config, tx, options), state, frozen, (
+        {name: of(jnp.int32) for name in names} | {"weights": of(jnp.float32)}
+    )  # fmt: skip
+
+
+def _report(what: str, compiled, seconds: float) -> dict:
+    m, gib = compiled.memory_analysis(), 2**30
+    whole = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    row = {"what": what, "arguments_gib": m.argument_size_in_bytes / gib, "temporary_gib": m.temp_size_in_bytes / gib}
+    row |= {"in_all_gib": whole / gib, "of_gib": 15.75, "compile_s": seconds}
+    print(row, flush=True)
+    return row
+
+
+def _on_one_chip(size: str, length: int) -> dict:
+    from jaxml import testing
+
+    config, params = _abstract(size)
+    _, _, step, state, frozen, batch = _step(config, params, 1, length, 1)
+    started = time.perf_counter()
+    compiled = testing.compile_for_tpu(step.__wrapped__, (state, frozen, batch), "v5e", donate=(0,))
+    return _report(f"Llama-3.1-{size}, one v5e chip, {length:,} tokens", compiled, time.perf_counter() - started)
+
+
+def _on_a_slice(size: str, length: int) -> dict:
+    """Frozen codes spread over 16 chips, each with a row of the batch; adapters and their moments on all."""
+    import jax
+    import optax
+    from jax.experimental import topologies
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from jaxml import quant
+    from jaxml.target import target
+    from jaxml.tune.fit import batch_loss
+    from jaxml.tune.run import State
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        os.environ.setdefault(name, "1")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    config, params = _abstract(size)
+    options, tx, _, state, frozen, batch = _step(config, params, 16, length, 1)
+    frozen, specs = quant.shard(frozen, "data", 16)
+    rows, same = PartitionSpec(None, "data"), PartitionSpec()
+
+    def step(state, frozen, batch):
+        def loss(trainable, frozen, batch):
+            total, count = batch_loss(
+                trainable, frozen, jax.tree.map(lambda a: a[0], batch), config=config, options=options
+            )
+            return jax.lax.psum(total, "data") / jax.lax.psum(count, "data")
+
+        spread = jax.shard_map(loss, mesh=mesh, in_specs=(same, specs, rows), out_specs=same)
+        value, grads = jax.value_and_grad(spread)(state.trainable, frozen, batch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+        return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), value
+
+    put = lambda spec: lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+    is_spec = lambda s: isinstance(s, PartitionSpec)
+    arguments = (
+        jax.tree.map(put(same), state),
+        jax.tree.map(lambda s, a: put(s)(a), specs, frozen, is_leaf=is_spec),
+        jax.tree.map(put(rows), batch),
+    )
+    started = time.perf_counter()
+    with target("TPU v5e"):
+        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    what = f"Llama-3.1-{size}, v5e 4×4, {length:,} tokens on each chip"
+    return _report(what, compiled, time.perf_counter() - started)
+
+
+# ---- tables ------------------------------------------------------------------------------------------
+
+
+TITLES = {
+    "training": "SmolLM2-135M, 20 steps of 4 × 128 tokens, rank 8 on all linear layers",
+    "matmul": "NF4 products, speed of the dense product of the same library",
+    "many": "64 adapters in one batch against one",
+    "memory": "Temporary memory of a QLoRA gradient step over eight layers, in dequantised layers",
+    "tpu": "QLoRA steps compiled for TPUs, rank 16 on all linear layers, memory of a chip",
+}
+
+
+def table() -> str:
+    """Markdown, of the newest results of each device."""
+    parts = []
+    for device in sorted({p.name[:-16] for p in RESULTS.glob("adapters-*-????-??-??.json")}):
+        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+        where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+        for key, title in TITLES.items():
+            if key in report:
+                columns = list(dict.fromkeys(c for row in report[key] for c in row))
+                rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
+                head = [c.replace("_", " ") for c in columns]
+                lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+                parts.append(f"{title}, {where}:\n\n" + "\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _shown(value) -> str:
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
