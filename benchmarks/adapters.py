@@ -400,7 +400,7 @@ def _on_one_chip(size: str, length: int) -> dict:
 
 
 def _on_a_slice(size: str, length: int) -> dict:
-    """Frozen codes spread over 16 chips, each with a row of the batch; adapters and their moments on all."""
+    """Frozen codes, adapters and moments spread over 16 chips, each with a row of the batch."""
     import jax
     import optax
     from jax.experimental import topologies
@@ -429,13 +429,17 @@ def _on_a_slice(size: str, length: int) -> dict:
 
         spread = jax.shard_map(loss, mesh=mesh, in_specs=(same, specs, rows), out_specs=same)
         value, grads = jax.value_and_grad(spread)(state.trainable, frozen, batch)
+        grads = jax.lax.with_sharding_constraint(grads, jax.tree.map(layers, grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
         return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), value
 
+    # Adapters of stacked layers: some layers' on each chip, gathered for the step.
+    layers = lambda a: NamedSharding(mesh, rows_of if a.ndim and a.shape[0] % 16 == 0 else same)
+    rows_of = PartitionSpec("data")
     put = lambda spec: lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
     is_spec = lambda s: isinstance(s, PartitionSpec)
     arguments = (
-        jax.tree.map(put(same), state),
+        jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=layers(a)), state),
         jax.tree.map(lambda s, a: put(s)(a), specs, frozen, is_leaf=is_spec),
         jax.tree.map(put(rows), batch),
     )

@@ -25,5 +25,6 @@ step optim_time python3 benchmarks/optim.py --subjects time --size 350M
 step kan python3 benchmarks/kan.py --subjects layer parameters
 step kan_kernel python3 benchmarks/kan.py --subjects kernel
 step feed_forward python3 benchmarks/feed_forward.py --subjects gpu
+step adapters python3 benchmarks/adapters.py --subjects training matmul many
 step optim_training python3 benchmarks/optim_training.py --minutes 8
 exit $failed

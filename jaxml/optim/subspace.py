@@ -248,7 +248,9 @@ class Node:
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
 
-    def matmul(self, x: Array) -> Array:
+    def matmul(self, x: Array, transpose: bool = False) -> Array:
+        if transpose:
+            raise ValueError("subspace: a target multiplies as x·w, got x·wᵀ. Leave tables and heads out of targets.")
         if len(self.shape) != 2:
             raise ValueError(f"subspace: a target is a matrix [in, out] where it is used, got {self.shape}.")
         by = self.coordinates if self.what == "gradient" else self.basis
@@ -259,6 +261,13 @@ class Node:
 
     def dense(self) -> Array:
         return packed.unpack(self.weight)
+
+    def take(self, ids: Array) -> Array:
+        raise ValueError("subspace: a target multiplies as x·w, got rows taken. Leave tables out of targets.")
+
+    def astype(self, dtype: Any) -> "Node":
+        """Products are in x's dtype whatever the weight's is."""
+        return self
 
     def __getattr__(self, name: str):
         raise AttributeError(

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Int
+from jaxml.linear import vary, varying_axes
+from jaxml.target import platform
 from jaxml.weights import Weight, einsum, is_node
 
 
@@ -114,13 +116,14 @@ def _total_of_node(x, head, targets, weights, soft_cap, chunk) -> Float[Array, "
         nll = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return jnp.sum(weights * nll)
 
-    skip = lambda part: jnp.zeros((), jnp.float32)
+    axes = varying_axes(x, head, targets, weights)
+    skip = lambda part: vary(jnp.zeros((), jnp.float32), axes)
     parts = [a.reshape(-1, chunk, *a.shape[1:]) for a in (x, targets, weights)]
     return jnp.sum(jax.lax.map(lambda part: jax.lax.cond(jnp.any(part[2] != 0), one, skip, part), tuple(parts)))
 
 
 def _chunk() -> int:
-    return 128 if jax.default_backend() == "cpu" else 1024
+    return 128 if platform() == "cpu" else 1024
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -141,7 +144,11 @@ def _backward(soft_cap, chunk, residuals, ct):
         ct = jnp.zeros((), jnp.float32)
     scaled = lambda g: None if g is None else (ct * g.astype(jnp.float32))
     dx_out = None if dx is None else scaled(dx).astype(dx.dtype)
-    dhead_out = None if dhead is None else scaled(dhead).astype(like_head.dtype)
+    dhead_out = None if dhead is None else scaled(dhead)
+    if dhead is not None:
+        # Inside `jax.shard_map` each device has its own tokens' part; the head is the same for all.
+        apart = varying_axes(dhead_out) - varying_axes(like_head)
+        dhead_out = (jax.lax.psum(dhead_out, tuple(apart)) if apart else dhead_out).astype(like_head.dtype)
     return dx_out, dhead_out, None, ct * nll
 
 
@@ -171,15 +178,18 @@ def _scan(x, head, targets, weights, soft_cap, chunk, want_dx: bool, want_dhead:
             dhead = dhead + jnp.einsum("CV,CD->VD", g, x, preferred_element_type=jnp.float32)
         return nll, dx, dhead
 
+    axes = varying_axes(x, head, targets, weights)  # of a mesh, inside `jax.shard_map`
+
     def skip(x, targets, weights, dhead):
-        return jnp.zeros(chunk, jnp.float32), jnp.zeros_like(x) if want_dx else None, dhead
+        nothing = (jnp.zeros(chunk, jnp.float32), jnp.zeros_like(x) if want_dx else None)
+        return (*vary(nothing, axes), dhead)
 
     def body(dhead, part):
         x, targets, weights = part
         nll, dx, dhead = jax.lax.cond(jnp.any(weights != 0), compute, skip, x, targets, weights, dhead)
         return dhead, (nll, dx)
 
-    dhead = jnp.zeros(head.shape, jnp.float32) if want_dhead else None
+    dhead = vary(jnp.zeros(head.shape, jnp.float32), axes) if want_dhead else None
     dhead, (nll, dx) = jax.lax.scan(body, dhead, (parts(x), parts(targets), parts(weights)))
     nll = nll.reshape(-1)
     return jnp.sum(nll * weights), nll, None if dx is None else dx.reshape(x.shape), dhead

@@ -8,6 +8,7 @@ from jaxml import quant, weights
 from jaxml.lm import decoder
 from jaxml.testing import tiny_model
 from jaxml.tune import adapters
+from jaxml.tune.loss import cross_entropy
 
 ROWS = PartitionSpec("data")
 
@@ -32,17 +33,22 @@ def test_codes_spread_over_devices_give_the_same_products_and_gradients():
     assert placed["w"].whole.codes.addressable_shards[0].data.shape == (6, 32)
 
 
-def test_a_decoder_trains_adapters_on_weights_that_are_spread_out():
+@pytest.mark.parametrize("head", [False, True])
+def test_a_decoder_trains_adapters_on_weights_that_are_spread_out(head):
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
-    model = tiny_model(width=64, head_dim=16, hidden_dim=64)
+    model = tiny_model(width=64, head_dim=16, hidden_dim=64, tied_embeddings=False)
     params = adapters.attach(
-        quant.quantize_params(model.params), jax.random.key(0), rank=4, start="gaussian", targets=["q", "up"]
-    )
+        quant.quantize_params(model.params), jax.random.key(0), rank=4, start="gaussian",
+        targets=["q", "head"] if head else ["q", "up"], whole=["norm"] if head else ["head"],
+    )  # fmt: skip
     trainable, frozen = adapters.split(params)
     tokens = np.random.default_rng(0).integers(3, 64, (8, 6)).astype(np.int32)
 
     def loss(trainable, frozen, tokens):
-        return jnp.sum(decoder.apply(adapters.combine(trainable, frozen), model.config, tokens) ** 2)
+        params = adapters.combine(trainable, frozen)
+        x = decoder.hidden(params, model.config, tokens, remat=True)
+        weights = jnp.ones(tokens.shape).at[:, -1].set(0)
+        return cross_entropy(x, decoder.head(params), jnp.roll(tokens, -1, 1), weights)[0]
 
     spread, specs = quant.shard(frozen, "data", 8)
     whole = jax.shard_map(
@@ -51,7 +57,8 @@ def test_a_decoder_trains_adapters_on_weights_that_are_spread_out():
     )  # fmt: skip
     got = jax.jit(jax.grad(whole))(trainable, spread, tokens)
     expected = jax.jit(jax.grad(loss))(trainable, frozen, tokens)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())), got, expected)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max()))
+    jax.tree.map(close, got, expected)
 
 
 def test_rows_that_do_not_divide_are_named():
