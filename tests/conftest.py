@@ -22,8 +22,8 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def quick_compiles(request):
     """Where arrays are small and programs many, each run once or a few times, compiling quickly is what matters."""
-    quick = request.path.parent.name in ("attention", "kan", "optim", "quant", "tune") or request.path.stem == "test_docs"
-    jax.config.update("jax_disable_most_optimizations", quick)
+    quick = {"attention", "kan", "optim", "quant", "tune", "test_docs"} & {request.path.parent.name, request.path.stem}
+    jax.config.update("jax_disable_most_optimizations", bool(quick))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
