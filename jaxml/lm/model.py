@@ -46,7 +46,7 @@ def load(
         dtype: of the parameters. Where None: a folder's tensors keep their own (bfloat16 stays bfloat16),
             a GGUF file's become float32.
         quantize: "nf4", "fp4", "int4" or "int8": matrices are quantised one by one as they are read, so that the dense
-            model is never held.
+            model is never held. What a folder holds in that format stays as it is; in another one it is refused.
         targets: which (`quant.quantize_params`).
 
     Raises:
@@ -76,7 +76,8 @@ def load(
 def _convert(format: str, targets: Sequence[str]) -> Callable[[str, Any], Any]:
     """What quantises the weights that the patterns name, one at a time."""
     make, chosen = of_format(format), paths.match((*paths.ALL_LINEAR, *paths.TABLES), targets, "lm.load")
-    return lambda path, w: quantized(make, path, w, {}) if path in chosen else w
+    done = lambda w: isinstance(w, QArray) and w.kind == format  # the file has it so already
+    return lambda path, w: quantized(make, path, w, {}) if path in chosen and not done(w) else w
 
 
 def _load_orbax(folder: Path, dtype) -> Model:

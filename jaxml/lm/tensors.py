@@ -100,9 +100,7 @@ def assemble(
         expected = shape[::-1] if matrix else shape
         if got != expected:
             raise ValueError(f"{source}: tensor {name} has the shape {list(expected)} by the config, got {list(got)}.")
-        if is_node(tensor):
-            return tensor
-        tensor = tensor.T if matrix else tensor
+        tensor = tensor.T if matrix and not is_node(tensor) else tensor
         return tensor if quantize is None else _named(name, lambda: quantize("/".join(path), tensor))
 
     params: Params = {"layers": {}}

@@ -54,6 +54,8 @@ def of_format(format: str) -> Callable:
 
 def quantized(quantize: Callable, path: str, w: Any, options: dict[str, Any]) -> QArray:
     """One weight, whose name an error tells."""
+    if isinstance(w, QArray):
+        raise ValueError(f"{path}: weights are quantised once, this one is in {w.kind}. Dequantise it first.")
     if is_node(w):
         raise ValueError(f"quantize_params: {path} is an array, got a {type(w).__name__}. Quantise before adapting.")
     try:

@@ -47,6 +47,16 @@ def test_loading_quantises_as_it_reads(tmp_path):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), read, expected)
 
 
+def test_a_quantised_folder_is_not_quantised_anew(tmp_path):
+    model = tiny_model()
+    lm.save(model.replace(params=quant.quantize_params(model.params, "nf4", targets=["q"])), tmp_path / "a")
+    read = lm.load(tmp_path / "a", quantize="nf4").params["layers"]
+    np.testing.assert_array_equal(read["q"].codes, lm.load(tmp_path / "a").params["layers"]["q"].codes)
+    assert read["up"].kind == "nf4"
+    with pytest.raises(ValueError, match="layers/q: weights are quantised once, this one is in nf4"):
+        lm.load(tmp_path / "a", quantize="int8")
+
+
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 def test_a_folder_reads_back_to_the_same_bits(format, tmp_path):
     model = tiny_model()
@@ -136,7 +146,7 @@ def test_a_weight_that_is_not_finite_or_quantised_already_is_named():
     bad = params | {"layers": params["layers"] | {"up": params["layers"]["up"].at[1, 2, 3].set(jnp.nan)}}
     with pytest.raises(ValueError, match=r"layers/up: .* finite, got 1"):
         quant.quantize_params(bad)
-    with pytest.raises(ValueError, match="is an array, got a QArray"):
+    with pytest.raises(ValueError, match="quantised once, this one is in nf4"):
         quant.quantize_params(quant.quantize_params(params))
 
 

@@ -233,6 +233,7 @@ def test_many_adapters_serve_one_batch_row_by_row_without_compiling_again():
         (lambda m, p: adapters.attach(m.params, jax.random.key(0), dropout=1.0), "dropout is in"),
         (lambda m, p: adapters.attach(m.params, jax.random.key(0), quantize="nf3"), "one of nf4"),
         (lambda m, p: adapters.attach(m.params, jax.random.key(0), start={}), "begins with directions"),
+        (lambda m, p: adapters.attach(m.params, jax.random.key(0), method="ia3", targets=["embed"]), "is a table"),
         (lambda m, p: adapters.lora_fa(optax.sgd(1.0), p), "A is frozen"),
         (lambda m, p: adapters.lora_fa(optax.sgd(1.0), m.params), "got none"),
         (lambda m, p: adapters.adalora.optimizer(optax.sgd(1.0), target_rank=2, steps=4, begin=4), "below steps"),

@@ -112,6 +112,10 @@ def attach(
     for k, path in zip(jax.random.split(key, max(len(chosen), 1)), chosen):
         w = found[path]
         if method == "ia3":
+            if path in paths.TABLES:
+                raise ValueError(
+                    f"adapters.attach: ia3 scales what matrices give or take, {path} is a table. Leave it out."
+                )
             new[path] = _ia3(w, path, dtype)
         else:
             if method == "vera" and shared is None:
