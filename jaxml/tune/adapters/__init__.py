@@ -10,7 +10,8 @@ from jaxml.tune.adapters.many import select, stack, take
 from jaxml.tune.adapters.mix import mix
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
 from jaxml.tune.adapters.optimizers import lora_fa, lora_plus
-from jaxml.tune.adapters.peft import load_peft, save_peft
+from jaxml.tune.adapters.peft_load import load_peft
+from jaxml.tune.adapters.peft_save import save_peft
 from jaxml.tune.adapters.tree import (
     combine,
     delta,

@@ -17,12 +17,32 @@ import jax.numpy as jnp
 from jaxml import weights
 from jaxml.axes import Array, Float, Int, wide
 
+
+class _Around:
+    """What every node here says of the weight that it stands around."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def untied(self) -> Any:
+        """What an embedding is as a head: adapters of the one are none of the other's."""
+        return self.base
+
+
 _static = lambda default=dataclasses.MISSING: dataclasses.field(default=default, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRA:
+class LoRA(_Around):
     """W + s·A diag(e) B diag(g) in the place of W, with DoRA's magnitudes m: m ⊙ (that) / its norms.
 
     A leads from inputs to the rank and B to outputs, whichever way W is stored. All arrays may have layers or experts
@@ -46,21 +66,8 @@ class LoRA:
     ranks: tuple[int, ...] | None = _static(None)  # of stacked layers, where they differ: the rest of A and B is 0
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
     def rank(self) -> int:
         return weights.value(self.a).shape[-1]
-
-    @property
-    def untied(self) -> Any:
-        """What an embedding is as a head: adapters of the one are none of the other's."""
-        return self.base
 
     def astype(self, dtype: Any) -> "LoRA":
         fields = {name: getattr(self, name) for name in ("a", "b", "diagonal", "outer", "magnitude")}
@@ -149,7 +156,7 @@ class LoRA:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scaled:
+class Scaled(_Around):
     """diag(inner)·W·diag(outer) in the place of W: one number for each input, or for each output."""
 
     base: Any  # [..., D, F]
@@ -157,14 +164,6 @@ class Scaled:
     outer: Float[Array, "... F"] | None = None
     method: str = _static("ia3")
     train: tuple[str, ...] = _static(("outer",))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
 
     def astype(self, dtype: Any) -> "Scaled":
         cast = lambda a: None if a is None else a.astype(dtype)
@@ -189,25 +188,13 @@ class Scaled:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class Whole(_Around):
     """A weight that is trained whole, beside the one that it began as."""
 
     base: Any
     value: Array | None
     method: str = _static("whole")
     train: tuple[str, ...] = _static(("value",))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def untied(self) -> Any:
-        return self.base
 
     def astype(self, dtype: Any) -> "Whole":
         cast = lambda a: None if a is None else a.astype(dtype)
@@ -225,7 +212,7 @@ class Whole:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stack:
+class Stack(_Around):
     """Many LoRAs around one W; row i of the batch takes number ids[i], or none where that is negative."""
 
     base: Any  # [..., D, F]
@@ -235,18 +222,6 @@ class Stack:
     method: str = _static("stack")
     train: tuple[str, ...] = _static(())
     transposed: bool = _static(False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def untied(self) -> Any:
-        return self.base
 
     def astype(self, dtype: Any) -> "Stack":
         return dataclasses.replace(self, base=self.base.astype(dtype), a=self.a.astype(dtype), b=self.b.astype(dtype))

@@ -1,10 +1,8 @@
-"""PEFT's folder format: adapter_config.json and adapter_model.safetensors, read and written."""
+"""PEFT's folder format, read."""
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,11 @@ from jaxml import paths, weights
 from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
-from jaxml.lm.tensors import tensor_names
 from jaxml.quant import QArray
 from jaxml.tune.adapters import starts
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
-from jaxml.tune.adapters.tree import is_adapter, of
-
-Modules = Mapping[str, str]  # path → module, "{}" for the layer
-_PREFIX = "base_model.model."
-_VERA = ("base_model.vera_A", "base_model.vera_B")
-_RANK_SHIFT = 1e-5  # PEFT divides AdaLoRA's product by the rank and this
+from jaxml.tune.adapters.peft_names import PREFIX, RANK_SHIFT, VERA, Modules, modules_of, short
+from jaxml.tune.adapters.tree import is_adapter
 
 # Keys of adapter_config.json that change what is computed, and the only value that is implemented.
 _REFUSED = {
@@ -43,172 +36,6 @@ _REFUSED = {
     "monteclora_config": None,
     "velora_config": None,
 }
-
-
-# ---- writing ----------------------------------------------------------------------------------------
-
-
-def save_peft(
-    folder: str | Path, params: Params, config: DecoderConfig | Modules, *, base_model: str = "", dtype: Any = None
-) -> Path:
-    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads as they are.
-
-    Args:
-        params: with adapters of one method, and perhaps weights that are trained whole.
-        config: of the decoder; or, of another model, the module for each path ("{}" for the layer of a stack), as in
-            {"layers/q": "encoder.layer.{}.attention.query"}.
-        base_model: name or path of the model under the adapter, for PEFT's own bookkeeping.
-        dtype: of the tensors; their own where None.
-
-    Raises:
-        ValueError: no adapters in the tree, several methods, or a weight that PEFT has no name for.
-        FileExistsError: the folder exists and is not empty.
-    """
-    found = of(params)
-    methods = {w.method for w in found.values() if not isinstance(w, Whole)}
-    if not found or not methods:
-        raise ValueError("adapters.save_peft: the parameters hold at least one LoRA or IA3, got none.")
-    if len(methods) > 1 or not methods <= {"lora", "vera", "adalora", "ia3"}:
-        raise ValueError(
-            f"adapters.save_peft: a folder holds adapters of one method, got {', '.join(sorted(methods))}."
-        )
-    modules = _modules(config)
-    for path in found:
-        if path not in modules:
-            raise ValueError(f"adapters.save_peft: PEFT has no module for {path}; it has {', '.join(modules)}.")
-    (method,) = methods
-    arrays = {}
-    for path, w in found.items():
-        for i, module in enumerate(_of_layers(path, modules, w)):
-            parts = _tensors(w, path, None if "{}" not in modules[path] else i)
-            arrays |= {f"{_PREFIX}{module}.{name}": part for name, part in parts.items()}
-    if method == "vera":
-        a, b = _vera_projections(found)
-        arrays |= {_VERA[0]: a.T, _VERA[1]: b.T}
-    arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
-    with hf.whole_folder(folder) as temporary:
-        hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
-        about = _about(found, modules, method) | {"base_model_name_or_path": base_model}
-        (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
-    return Path(folder)
-
-
-def _modules(config: DecoderConfig | Modules) -> dict[str, str]:
-    """Path → module name, "{}" for the layer."""
-    if not isinstance(config, DecoderConfig):
-        return dict(config)
-    names = {"/".join(path): name for path, name in tensor_names(config, "hf").items()}
-    return {path: name.removesuffix(".weight") for path, name in names.items() if name.endswith(".weight")}
-
-
-def _of_layers(path: str, modules: Modules, w: Any) -> list[str]:
-    """The module of each layer."""
-    name = modules[path]
-    return [name.format(i) for i in range(w.shape[0])] if "{}" in name else [name]
-
-
-def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
-    """Name within the module → tensor, of one layer."""
-    pick = lambda part: part if layer is None or part is None else part[layer]
-    if isinstance(w, Whole):
-        value = pick(w.value)
-        return {"weight": value.T if value.ndim == 2 and path not in paths.TABLES else value}
-    if isinstance(w, Scaled):
-        return {"ia3_l": pick(w.inner)[None] if w.inner is not None else pick(w.outer)[:, None]}
-    if w.method == "vera":
-        return {"vera_lambda_b": pick(w.outer), "vera_lambda_d": pick(w.diagonal)}
-    a, b = pick(w.a), pick(w.b)
-    if w.ranks is not None:
-        if not w.ranks[layer]:
-            return {}
-        a, b = a[:, : w.ranks[layer]], b[: w.ranks[layer]]
-    if w.method == "adalora":
-        return {"lora_A": a.T, "lora_B": b.T, "lora_E": pick(w.diagonal)[: a.shape[1], None]}
-    if path == "embed":
-        parts = {"lora_embedding_A": a.T, "lora_embedding_B": b.T}
-    else:
-        parts = {"lora_A.weight": a.T, "lora_B.weight": b.T}
-    return parts | ({} if w.magnitude is None else {"lora_magnitude_vector": pick(w.magnitude)})
-
-
-def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, Any]:
-    """adapter_config.json."""
-    adapted = {path: w for path, w in found.items() if not isinstance(w, Whole)}
-    whole = [_short(modules[path], end=2 if path == "norm" else 1) for path, w in found.items() if isinstance(w, Whole)]
-    about = {
-        "peft_type": method.upper(),
-        "task_type": "CAUSAL_LM",
-        "target_modules": sorted({_short(modules[path]) for path in adapted}),
-        "modules_to_save": sorted(set(whole)) or None,
-        "inference_mode": True,
-        "fan_in_fan_out": False,
-    }
-    if method == "ia3":
-        inputs = [_short(modules[path]) for path, w in adapted.items() if w.inner is not None]
-        return about | {"feedforward_modules": sorted(inputs), "init_ia3_weights": True}
-    first = next(iter(adapted.values()))
-    if method == "vera":
-        return about | {
-            "r": first.rank, "projection_prng_key": 0, "save_projection": True, "vera_dropout": first.dropout,
-            "d_initial": starts.VERA_D, "bias": "none", "init_weights": True,
-        }  # fmt: skip
-    ranks, alphas = {}, {}
-    for path, w in adapted.items():
-        for i, module in enumerate(_of_layers(path, modules, w)):
-            rank = w.rank if w.ranks is None else w.ranks[i]
-            scale = float(w.scale[i] if w.scale.ndim else w.scale)
-            ranks[module] = rank
-            alphas[module] = float(f"{scale * (rank + (_RANK_SHIFT if method == 'adalora' else 0)):.6g}")
-    if 0 in ranks.values():
-        about["target_modules"] = sorted(module for module, rank in ranks.items() if rank)
-    used = {module: rank for module, rank in ranks.items() if rank}
-    r, alpha = next(iter(used.values())), next(iter(alphas[module] for module in used))
-    about |= {"r": r, "lora_alpha": alpha, "lora_dropout": first.dropout, "bias": "none"}
-    about |= {"rank_pattern": _pattern(used, r, modules), "use_rslora": False, "init_lora_weights": True}
-    about |= {"alpha_pattern": _pattern({m: alphas[m] for m in used}, alpha, modules)}
-    if method == "adalora":
-        if about["rank_pattern"] or about["alpha_pattern"]:
-            raise ValueError("adapters.save_peft: AdaLoRA has one rank and scale for all weights, got several.")
-        return about | {"init_r": r, "target_r": r, "total_step": 1, "rank_pattern": None}
-    kinds = {(w.magnitude is not None) for w in adapted.values()}
-    if len(kinds) > 1:
-        raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
-    begun = {w.start for w in adapted.values() if not isinstance(w.base, QArray)}
-    if moved := {start for start in begun if starts.moves(start)}:
-        if len(begun) > 1 or not moved <= {"pissa", "olora"}:
-            raise ValueError(
-                f"adapters.save_peft: a part of W is in A and B (start {', '.join(sorted(begun))}), and PEFT cannot "
-                "find it again. Write `adapters.plain(...)`: LoRAs of twice the rank around the model as it was."
-            )
-        about["init_lora_weights"] = moved.pop()
-    return about | {"use_dora": kinds.pop()}
-
-
-def _pattern(values: dict[str, Any], most: Any, modules: Modules) -> dict[str, Any]:
-    """Module pattern → value, for those that differ; one entry for all layers that agree."""
-    out = {}
-    for name in modules.values():
-        of_layers = {m: v for m, v in values.items() if re.fullmatch(re.escape(name).replace(r"\{\}", r"\d+"), m)}
-        differing = {m: v for m, v in of_layers.items() if v != most}
-        if differing and len(differing) == len(of_layers) and len(set(differing.values())) == 1 and "{}" in name:
-            out[name.split("{}.")[-1]] = next(iter(differing.values()))
-        else:
-            out |= differing
-    return out
-
-
-def _short(module: str, end: int = 1) -> str:
-    return ".".join(module.split(".")[-end:])
-
-
-def _vera_projections(found: dict[str, Any]) -> tuple[Array, Array]:
-    nodes = [w for w in found.values() if isinstance(w, LoRA)]
-    largest = lambda parts: max(parts, key=lambda p: p.size)
-    a, b = (largest([weights.value(getattr(w, name)) for w in nodes]) for name in "ab")
-    return a, b
-
-
-# ---- reading ----------------------------------------------------------------------------------------
 
 
 def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Modules, dtype: Any = None) -> Params:
@@ -231,11 +58,11 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     for key, only in _REFUSED.items():
         if about.get(key) not in (only, None, False, [], {}):
             raise ValueError(f"{folder}: {key}={about[key]!r} is not implemented; only {only!r} is.")
-    modules, found = _modules(config), paths.named(params)
+    modules, found = modules_of(config), paths.named(params)
     with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
         names = list(file.keys())
         projections = _projections(folder, method, about, names, file)
-        parts = _by_path(folder, [n for n in names if n not in _VERA], modules, found)
+        parts = _by_path(folder, [n for n in names if n not in VERA], modules, found)
         read = lambda name: jnp.asarray(file.get_tensor(name), dtype)
         reader = _Reader(folder, about, method, modules, found, read, projections)
         new = {path: reader.node(path, of_layers) for path, of_layers in parts.items()}
@@ -252,12 +79,12 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
 def _projections(folder, method, about, names, file) -> tuple[Array, Array] | None:
     if method != "VERA":
         return None
-    if not set(_VERA) <= set(names):
+    if not set(VERA) <= set(names):
         raise ValueError(
             f"{folder}: VeRA's projections are not in the file (save_projection={about.get('save_projection')}); they "
             "are random numbers of torch. Save the adapter with save_projection=True."
         )
-    return tuple(jnp.asarray(file.get_tensor(name)).T for name in _VERA)
+    return tuple(jnp.asarray(file.get_tensor(name)).T for name in VERA)
 
 
 def _by_path(folder, names, modules: Modules, found) -> dict[str, dict[int, dict[str, str]]]:
@@ -266,7 +93,7 @@ def _by_path(folder, names, modules: Modules, found) -> dict[str, dict[int, dict
     out: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
         for path, pattern in patterns.items():
-            hit = pattern.fullmatch(name.removeprefix(_PREFIX)) if path in found else None
+            hit = pattern.fullmatch(name.removeprefix(PREFIX)) if path in found else None
             if hit is None:
                 continue
             layer, part = (int(hit[1]), hit[2]) if "{}" in modules[path] else (0, hit[1])
@@ -406,7 +233,7 @@ class _Reader:
                 break
         if self.method == "ADALORA":
             rank = self.about.get("init_r", rank)  # also of matrices that have lost ranks
-            return (alpha if alpha > 0 else rank) / (rank + _RANK_SHIFT)
+            return (alpha if alpha > 0 else rank) / (rank + RANK_SHIFT)
         return float(alpha) / (math.sqrt(rank) if self.about.get("use_rslora") else rank)
 
     def _targeted(self, path: str, layer: int) -> bool:
@@ -424,7 +251,7 @@ class _Reader:
         for i in range(count):
             if i not in layers:
                 name = f"{self.modules[path].format(i)}.{part.format('A')}"
-                raise ValueError(f"{self.folder}: tensor {_PREFIX}{name} is missing. The adapter is of another model.")
+                raise ValueError(f"{self.folder}: tensor {PREFIX}{name} is missing. The adapter is of another model.")
 
     def _fits(self, path: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
         if tuple(got) != tuple(wanted):
@@ -435,6 +262,6 @@ class _Reader:
 
     def _other(self, path: str, here: tuple[int, int], there: tuple[int, int]) -> str:
         return (
-            f"{self.folder}: {_short(self.modules[path])} is {here[0]} → {here[1]} in this model, "
+            f"{self.folder}: {short(self.modules[path])} is {here[0]} → {here[1]} in this model, "
             f"{there[0]} → {there[1]} in the adapter. The adapter is of another model."
         )

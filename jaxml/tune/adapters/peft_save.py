@@ -1,0 +1,160 @@
+"""PEFT's folder format, written: adapter_config.json and adapter_model.safetensors."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxml import paths, weights
+from jaxml.axes import Array, Params
+from jaxml.lm import hf
+from jaxml.lm.config import DecoderConfig
+from jaxml.quant import QArray
+from jaxml.tune.adapters import starts
+from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
+from jaxml.tune.adapters.peft_names import PREFIX, RANK_SHIFT, VERA, Modules, modules_of, of_layers, short
+from jaxml.tune.adapters.tree import of
+
+
+def save_peft(
+    folder: str | Path, params: Params, config: DecoderConfig | Modules, *, base_model: str = "", dtype: Any = None
+) -> Path:
+    """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads as they are.
+
+    Args:
+        params: with adapters of one method, and perhaps weights that are trained whole.
+        config: of the decoder; or, of another model, the module for each path ("{}" for the layer of a stack), as in
+            {"layers/q": "encoder.layer.{}.attention.query"}.
+        base_model: name or path of the model under the adapter, for PEFT's own bookkeeping.
+        dtype: of the tensors; their own where None.
+
+    Raises:
+        ValueError: no adapters in the tree, several methods, or a weight that PEFT has no name for.
+        FileExistsError: the folder exists and is not empty.
+    """
+    found = of(params)
+    methods = {w.method for w in found.values() if not isinstance(w, Whole)}
+    if not found or not methods:
+        raise ValueError("adapters.save_peft: the parameters hold at least one LoRA or IA3, got none.")
+    if len(methods) > 1 or not methods <= {"lora", "vera", "adalora", "ia3"}:
+        raise ValueError(
+            f"adapters.save_peft: a folder holds adapters of one method, got {', '.join(sorted(methods))}."
+        )
+    modules = modules_of(config)
+    for path in found:
+        if path not in modules:
+            raise ValueError(f"adapters.save_peft: PEFT has no module for {path}; it has {', '.join(modules)}.")
+    (method,) = methods
+    arrays = {}
+    for path, w in found.items():
+        for i, module in enumerate(of_layers(path, modules, w)):
+            parts = _tensors(w, path, None if "{}" not in modules[path] else i)
+            arrays |= {f"{PREFIX}{module}.{name}": part for name, part in parts.items()}
+    if method == "vera":
+        a, b = _vera_projections(found)
+        arrays |= {VERA[0]: a.T, VERA[1]: b.T}
+    arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
+    with hf.whole_folder(folder) as temporary:
+        hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
+        about = _about(found, modules, method) | {"base_model_name_or_path": base_model}
+        (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
+    return Path(folder)
+
+
+def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
+    """Name within the module → tensor, of one layer."""
+    pick = lambda part: part if layer is None or part is None else part[layer]
+    if isinstance(w, Whole):
+        value = pick(w.value)
+        return {"weight": value.T if value.ndim == 2 and path not in paths.TABLES else value}
+    if isinstance(w, Scaled):
+        return {"ia3_l": pick(w.inner)[None] if w.inner is not None else pick(w.outer)[:, None]}
+    if w.method == "vera":
+        return {"vera_lambda_b": pick(w.outer), "vera_lambda_d": pick(w.diagonal)}
+    a, b = pick(w.a), pick(w.b)
+    if w.ranks is not None:
+        if not w.ranks[layer]:
+            return {}
+        a, b = a[:, : w.ranks[layer]], b[: w.ranks[layer]]
+    if w.method == "adalora":
+        return {"lora_A": a.T, "lora_B": b.T, "lora_E": pick(w.diagonal)[: a.shape[1], None]}
+    if path == "embed":
+        parts = {"lora_embedding_A": a.T, "lora_embedding_B": b.T}
+    else:
+        parts = {"lora_A.weight": a.T, "lora_B.weight": b.T}
+    return parts | ({} if w.magnitude is None else {"lora_magnitude_vector": pick(w.magnitude)})
+
+
+def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, Any]:
+    """adapter_config.json."""
+    adapted = {path: w for path, w in found.items() if not isinstance(w, Whole)}
+    whole = [short(modules[path], end=2 if path == "norm" else 1) for path, w in found.items() if isinstance(w, Whole)]
+    about = {
+        "peft_type": method.upper(),
+        "task_type": "CAUSAL_LM",
+        "target_modules": sorted({short(modules[path]) for path in adapted}),
+        "modules_to_save": sorted(set(whole)) or None,
+        "inference_mode": True,
+        "fan_in_fan_out": False,
+    }
+    if method == "ia3":
+        inputs = [short(modules[path]) for path, w in adapted.items() if w.inner is not None]
+        return about | {"feedforward_modules": sorted(inputs), "init_ia3_weights": True}
+    first = next(iter(adapted.values()))
+    if method == "vera":
+        return about | {
+            "r": first.rank, "projection_prng_key": 0, "save_projection": True, "vera_dropout": first.dropout,
+            "d_initial": starts.VERA_D, "bias": "none", "init_weights": True,
+        }  # fmt: skip
+    ranks, alphas = {}, {}
+    for path, w in adapted.items():
+        for i, module in enumerate(of_layers(path, modules, w)):
+            rank = w.rank if w.ranks is None else w.ranks[i]
+            scale = float(w.scale[i] if w.scale.ndim else w.scale)
+            ranks[module] = rank
+            alphas[module] = float(f"{scale * (rank + (RANK_SHIFT if method == 'adalora' else 0)):.6g}")
+    if 0 in ranks.values():
+        about["target_modules"] = sorted(module for module, rank in ranks.items() if rank)
+    used = {module: rank for module, rank in ranks.items() if rank}
+    r, alpha = next(iter(used.values())), next(iter(alphas[module] for module in used))
+    about |= {"r": r, "lora_alpha": alpha, "lora_dropout": first.dropout, "bias": "none"}
+    about |= {"rank_pattern": _pattern(used, r, modules), "use_rslora": False, "init_lora_weights": True}
+    about |= {"alpha_pattern": _pattern({m: alphas[m] for m in used}, alpha, modules)}
+    if method == "adalora":
+        if about["rank_pattern"] or about["alpha_pattern"]:
+            raise ValueError("adapters.save_peft: AdaLoRA has one rank and scale for all weights, got several.")
+        return about | {"init_r": r, "target_r": r, "total_step": 1, "rank_pattern": None}
+    kinds = {(w.magnitude is not None) for w in adapted.values()}
+    if len(kinds) > 1:
+        raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
+    begun = {w.start for w in adapted.values() if not isinstance(w.base, QArray)}
+    if moved := {start for start in begun if starts.moves(start)}:
+        if len(begun) > 1 or not moved <= {"pissa", "olora"}:
+            raise ValueError(
+                f"adapters.save_peft: a part of W is in A and B (start {', '.join(sorted(begun))}), and PEFT cannot "
+                "find it again. Write `adapters.plain(...)`: LoRAs of twice the rank around the model as it was."
+            )
+        about["init_lora_weights"] = moved.pop()
+    return about | {"use_dora": kinds.pop()}
+
+
+def _pattern(values: dict[str, Any], most: Any, modules: Modules) -> dict[str, Any]:
+    """Module pattern → value, for those that differ; one entry for all layers that agree."""
+    out = {}
+    for name in modules.values():
+        of_layers = {m: v for m, v in values.items() if re.fullmatch(re.escape(name).replace(r"\{\}", r"\d+"), m)}
+        differing = {m: v for m, v in of_layers.items() if v != most}
+        if differing and len(differing) == len(of_layers) and len(set(differing.values())) == 1 and "{}" in name:
+            out[name.split("{}.")[-1]] = next(iter(differing.values()))
+        else:
+            out |= differing
+    return out
+
+
+def _vera_projections(found: dict[str, Any]) -> tuple[Array, Array]:
+    nodes = [w for w in found.values() if isinstance(w, LoRA)]
+    largest = lambda parts: max(parts, key=lambda p: p.size)
+    a, b = (largest([weights.value(getattr(w, name)) for w in nodes]) for name in "ab")
+    return a, b
