@@ -48,8 +48,8 @@ def is_node(w: Any) -> bool:
     return isinstance(w, Weight) and not isinstance(w, jax.Array)
 
 
-def dot(x: Array, w: Array | Weight) -> Array:
-    """x·w over the last axis of `x` and the first of `w`; the result has x's dtype.
+def dot(x: Array, w: Array | Weight, transpose: bool = False) -> Array:
+    """x·w over the last axis of `x` and the first of `w`, or x·wᵀ; the result has x's dtype.
 
     Example:
         >>> import jax.numpy as jnp
@@ -57,8 +57,9 @@ def dot(x: Array, w: Array | Weight) -> Array:
         (2, 4)
     """
     if is_node(w):
-        return w.matmul(x)
-    return jnp.matmul(x, w.astype(x.dtype))
+        return w.matmul(x, transpose)
+    w = w.astype(x.dtype)
+    return jnp.matmul(x, w.swapaxes(-1, -2) if transpose else w)
 
 
 def einsum(spec: str, x: Array, w: Array | Weight) -> Array:

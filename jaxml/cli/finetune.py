@@ -97,7 +97,7 @@ def run(args):
     if result.exists():
         raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
     model = _adapted(args)
-    if (quantised := _quantised(model)) and args.start and args.start.startswith(MOVING):
+    if (quantised := _quantised(model)) and adapters.starts.moves(args.start):
         # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
         if not (out / "base").exists():
             lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
@@ -131,18 +131,16 @@ TAKES = {
     "galore": ("rank", "gap"),
 }
 OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
-MOVING = ("pissa", "olora", "loftq")
 
 
 def _check(args):
     """Refuses what the method does not take."""
     for name in OPTIONS:
-        value = getattr(args, name)
+        value, option = getattr(args, name), name.replace("_", "-")
         if value and name not in TAKES[args.method]:
-            option = name.replace("_", "-")
             raise ValueError(f"finetune: --{option} is no option of --method {args.method}. Leave it out.")
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and name != "dropout":
-            raise ValueError(f"finetune: --{name} is above 0, got {value}.")
+            raise ValueError(f"finetune: --{option} is above 0, got {value}.")
     if args.method == "full" and args.targets != "*":
         raise ValueError("finetune: --targets is no option of --method full. Leave it out.")
 
@@ -160,7 +158,7 @@ def _adapted(args):
     from jaxml.tune import adapters
 
     format = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
-    moving = bool(args.start and args.start.startswith(MOVING))
+    moving = adapters.starts.moves(args.start)
     args.quantize = None if moving else format  # such a start needs the weights as they were
     model = load(args)
     if args.method in ("full", "galore"):

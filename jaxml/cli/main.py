@@ -23,6 +23,7 @@ VERBS = (
     "kan",
     "doctor",
 )
+FORMATS = ("nf4", "fp4", "int4", "int8")  # of `jaxml.quant`, said here so that --help need not import it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,11 +93,7 @@ def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (default: the file's)"
     )
-    sub.add_argument(
-        "--quantize",
-        choices=("nf4", "fp4", "int4", "int8"),
-        help="its matrices, as they are read",
-    )
+    sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read")
 
 
 def load(args: argparse.Namespace):

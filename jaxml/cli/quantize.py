@@ -8,13 +8,13 @@ nf4, fp4 and int8 are written as bitsandbytes has them, in a Hugging Face folder
 tables (embed, head) as an Orbax checkpoint. Every verb reads both.
 """
 
-from jaxml.cli.main import model_arguments
+from jaxml.cli.main import FORMATS, model_arguments
 
 
 def add(sub):
     model_arguments(sub)
     sub.add_argument("out", metavar="FOLDER", help="must not exist, or be empty")
-    sub.add_argument("--format", choices=("nf4", "fp4", "int4", "int8"), default="nf4")
+    sub.add_argument("--format", choices=FORMATS, default="nf4")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
 
 
@@ -28,7 +28,6 @@ def run(args):
     targets = args.targets.split(",")
     model = lm.load(args.model, args.dtype, quantize=args.format, targets=targets)
     found = {path: w for path, w in paths.named(model.params).items() if isinstance(w, quant.QArray)}
-    paths.match(paths.matrices(model.params), targets, "quantize")
     simple = args.format in quant.bnb.FORMATS and not set(found) & set(paths.TABLES)
     (lm.save if simple else lm.save_orbax)(model, args.out)
     weights = sum(w.size for w in found.values())

@@ -13,11 +13,11 @@ from jaxml.axes import Array, Params
 from jaxml.quant import QArray
 from jaxml.quant.params import of_format, quantized
 from jaxml.tune.adapters import starts
-from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
+from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
+from jaxml.tune.adapters.tree import is_adapter, of
 from jaxml.weights import is_node
 
 METHODS = ("lora", "dora", "vera", "adalora", "ia3")
-_NODES = (LoRA, Scaled, Stack, Whole)
 _IA3_OUTPUTS, _IA3_INPUTS = ("layers/k", "layers/v"), ("layers/down",)
 
 
@@ -62,7 +62,7 @@ def attach(
         targets: shell patterns over paths such as "layers/q"; one without "/" is matched with the last part alone ("q",
             "*"). All matrices of a decoder's layers where None; its "embed" and "head" only where named. Of ia3:
             keys, values and `down` where None.
-        start: of A and B, by name (`starts.STARTS`), or directions by path as `starts.eva` gives them.
+        start: of A and B, by name (`starts.STARTS`), or directions by path as `eva` gives them.
         rslora: rank-stabilised scale (Kalajdzievski 2023).
         freeze_a: LoRA-FA: only B is trained (`lora_fa` corrects its gradient).
         dropout: of the inputs of A, where a training loop hands out keys (`with_key`; `tune.fit` does).
@@ -99,7 +99,7 @@ def attach(
     chosen = paths.match(found, targets, "adapters.attach") if targets else []
     saved = [path for path in paths.match(everything, whole, "adapters.attach") if path not in chosen] if whole else []
     for path in (*chosen, *saved):
-        if isinstance(everything[path], _NODES):
+        if is_adapter(everything[path]):
             kind = type(everything[path]).__name__
             raise ValueError(f"adapters.attach: {path} has an adapter ({kind}). Merge or detach it first.")
     if quantize is not None:
@@ -212,8 +212,7 @@ def _by_pattern(given: Mapping[str, Any] | None, default: Any, depth: int | None
             [[path, of_layer(path, i)] for i in range(depth)] if depth and path.startswith("layers/") else [[path]]
         )
         pick = lambda names: next((v for p, v in given.items() if any(paths.matches(p, n) for n in names)), default)
-        of = [pick(names) for names in spellings]
-        return of
+        return [pick(names) for names in spellings]
 
     return values
 
@@ -230,9 +229,7 @@ def plan(params: Params) -> str:
     """
     rows = [("weight", "shape", "method", "rank", "scale", "trained")]
     total = 0
-    for path, w in paths.named(params).items():
-        if not isinstance(w, _NODES):
-            continue
+    for path, w in of(params).items():
         count = sum(math.prod(leaf.shape) for name in w.train for leaf in jax.tree.leaves(getattr(w, name)))
         total += count
         base = f" over {w.base.kind}" if isinstance(w.base, QArray) else ""

@@ -20,7 +20,7 @@ def stack(adapted: Sequence[Params]) -> Params:
         adapted: trees with LoRAs around the same model.
 
     Raises:
-        ValueError: no tree, or an adapter that is no LoRA without magnitudes (its names its path).
+        ValueError: no tree, or an adapter that is no LoRA without magnitudes (names its path).
 
     Example:
         >>> import jax
@@ -46,8 +46,7 @@ def stack(adapted: Sequence[Params]) -> Params:
         pairs = [_padded(n if n is not None else _nothing(first), most) for n in nodes]
         a, b = (jnp.stack(part, axis=lead) for part in zip(*pairs))
         new[path] = Stack(first.base, a, b, transposed=first.transposed)
-    bare = {path: first_base for path, first_base in _bases(adapted[0]).items() if path not in new}
-    return paths.replaced(adapted[0], bare | new)
+    return paths.replaced(adapted[0], new)
 
 
 def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
@@ -70,10 +69,6 @@ def take(stacked: Params, number: int) -> Params:
         a, b = (jnp.take(part, number, axis=lead) for part in (w.a, w.b))
         new[path] = LoRA(w.base, a, b, jnp.ones(w.shape[:-2], jnp.float32), transposed=w.transposed)
     return paths.replaced(stacked, new)
-
-
-def _bases(tree: Params) -> dict:
-    return {path: w.base for path, w in of(tree).items()}
 
 
 def _nothing(like: LoRA) -> LoRA:

@@ -77,7 +77,7 @@ class LoRA(_Around):
     def matmul(self, x: Float[Array, "... D"], transpose: bool = False) -> Float[Array, "... F"]:
         if transpose != self.transposed:
             return self._backwards(x)
-        main = _product(x, self.base, self.transposed)
+        main = weights.dot(x, self.base, self.transposed)
         if self.key is None or not self.dropout:
             y = main + self._low(x)
             return y if self.magnitude is None else y * _across(self.gain(), y)
@@ -85,7 +85,7 @@ class LoRA(_Around):
         if self.magnitude is None:
             return main + self._low(dropped)
         gain = _across(self.gain(), main)
-        return main + (gain - 1) * _product(dropped, self.base, self.transposed) + gain * self._low(dropped)
+        return main + (gain - 1) * weights.dot(dropped, self.base, self.transposed) + gain * self._low(dropped)
 
     def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:
         main = weights.take(self.base, ids)
@@ -116,7 +116,7 @@ class LoRA(_Around):
         """
         fixed = lambda v: jax.lax.stop_gradient(v.astype(jnp.float32))
         a, b, s = fixed(self._a()), fixed(self._b()), fixed(self.scale)[..., None]
-        cross = _product(a.swapaxes(-1, -2), self.base, self.transposed)
+        cross = weights.dot(a.swapaxes(-1, -2), self.base, self.transposed)
         gram = jnp.matmul(a.swapaxes(-1, -2), a)
         squared = self.squares + 2 * s * jnp.sum(fixed(cross) * b, -2) + s**2 * jnp.sum(b * jnp.matmul(gram, b), -2)
         return self.magnitude.astype(jnp.float32) * jax.lax.rsqrt(squared)
@@ -137,7 +137,7 @@ class LoRA(_Around):
         h = jnp.matmul(h, self._b().astype(x.dtype).swapaxes(-1, -2))
         h = h if self.diagonal is None else h * _across(self.diagonal, h)
         y = jnp.matmul(h, self._a().astype(x.dtype).swapaxes(-1, -2))
-        return _product(x, self.base, not self.transposed) + y * _across(self.scale[..., None], y)
+        return weights.dot(x, self.base, not self.transposed) + y * _across(self.scale[..., None], y)
 
     def _drop(self, x: Array) -> Array:
         kept = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
@@ -172,7 +172,7 @@ class Scaled(_Around):
     def matmul(self, x: Float[Array, "... D"], transpose: bool = False) -> Float[Array, "... F"]:
         first, last = (self.outer, self.inner) if transpose else (self.inner, self.outer)
         x = x if first is None else x * _across(first, x)
-        y = _product(x, self.base, transpose)
+        y = weights.dot(x, self.base, transpose)
         return y if last is None else y * _across(last, y)
 
     def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:
@@ -201,7 +201,7 @@ class Whole(_Around):
         return dataclasses.replace(self, base=cast(self.base), value=cast(self.value))
 
     def matmul(self, x: Array, transpose: bool = False) -> Array:
-        return _product(x, self.value, transpose)
+        return weights.dot(x, self.value, transpose)
 
     def take(self, ids: Int[Array, "..."]) -> Array:
         return weights.take(self.value, ids)
@@ -232,7 +232,7 @@ class Stack(_Around):
         a, b = self._chosen(x)
         rows = x.reshape(x.shape[0], -1, x.shape[-1])
         low = jnp.matmul(jnp.matmul(rows, a), b)
-        return _product(x, self.base, transpose) + low.reshape(*x.shape[:-1], -1)
+        return weights.dot(x, self.base, transpose) + low.reshape(*x.shape[:-1], -1)
 
     def take(self, ids: Int[Array, "B ..."]) -> Float[Array, "B ... F"]:
         main = weights.take(self.base, ids)
@@ -241,7 +241,7 @@ class Stack(_Around):
         return main + jnp.matmul(rows, b).reshape(main.shape)
 
     def dense(self) -> Array:
-        raise ValueError("adapters.Stack: many adapters have no one matrix. Take one with `adapters.unstack`.")
+        raise ValueError("adapters.Stack: many adapters have no one matrix. Take one with `adapters.take`.")
 
     def _chosen(self, x: Array) -> tuple[Array, Array]:
         if self.ids is None:
@@ -252,13 +252,6 @@ class Stack(_Around):
         some = (ids >= 0).astype(x.dtype)[:, None, None]
         at = jnp.maximum(ids, 0)
         return self.a[at].astype(x.dtype), self.b[at].astype(x.dtype) * some
-
-
-def _product(x: Array, w: Any, transpose: bool) -> Array:
-    if weights.is_node(w):
-        return w.matmul(x, transpose)
-    w = w.astype(x.dtype)
-    return jnp.matmul(x, w.swapaxes(-1, -2) if transpose else w)
 
 
 def _across(v: Float[Array, "... F"], x: Float[Array, "... T F"]) -> Array:

@@ -103,7 +103,7 @@ def make(
     return _each(each, lead, key, w, scale, kept)
 
 
-def moves(start: str | Mapping[str, Array]) -> bool:
+def moves(start: str | Mapping[str, Array] | None) -> bool:
     """Whether a part of W moves into A and B."""
     return isinstance(start, str) and start.startswith(MOVING)
 
