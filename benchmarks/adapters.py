@@ -1,7 +1,7 @@
 """Adapters and quantised weights against peft, bitsandbytes and qwix; compiled for TPUs with none at hand.
 
     python benchmarks/adapters.py                      # a quarter of an hour; needs the extras "oracle" and "tpu"
-    python benchmarks/adapters.py --subjects training  # some of training, matmul, many, memory, tpu
+    python benchmarks/adapters.py --subjects training  # some of training, matmul, many, memory, tpu, schedule
     python benchmarks/adapters.py --table              # the tables of the newest results
 
 training: SmolLM2-135M, 20 steps of 4 × 128 tokens with AdamW from the same adapter (a PEFT folder that both sides
@@ -11,6 +11,8 @@ matmul: x W of an NF4 matrix and its gradient in x, against the dense product of
 many: a forward pass with 64 adapters in one batch, against one adapter.
 memory: temporary memory of a gradient step over eight stacked 1024 × 1024 matrices, ours and qwix's.
 tpu: QLoRA steps of Llama-3.1-8B on one v5e chip and of Llama-3.1-70B on a v5e 4×4 slice, compiled: memory by chip.
+schedule: x W and its gradient in x, W 4096 × 14336, compiled: cycles of the kernel's static schedule, and what reading
+its operands takes at the chip's bandwidth if that is more; beside XLA's estimate of a bfloat16 product likewise.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -30,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("training", "matmul", "many", "memory", "tpu")
+SUBJECTS = ("training", "matmul", "many", "memory", "tpu", "schedule")
 METHODS = {"lora": {}, "dora": {"method": "dora"}, "pissa": {"start": "pissa"}, "qlora": {}}
 BATCH, LENGTH, STEPS, RANK = 4, 128, 20, 8
 RATE = 2e-4
@@ -47,6 +50,9 @@ def main() -> None:
         return
     if options.child:
         side, method, folder = options.child
+        if side == "schedule":
+            print("RESULT " + json.dumps(_schedule(method, Path(folder))))
+            return
         print("RESULT " + json.dumps((ours if side == "jaxml" else theirs)(method, Path(folder))))
         return
     import jax
@@ -450,6 +456,76 @@ def _on_a_slice(size: str, length: int) -> dict:
     return _report(what, compiled, time.perf_counter() - started)
 
 
+# ---- static schedules ----------------------------------------------------------------------------------
+
+
+CHIPS = {"v5e": (1.5e9, 819e9), "v6e": (1.75e9, 1640e9)}  # cycles and bytes a second
+
+
+def schedule() -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        return [row for chip in CHIPS for row in _child("schedule", chip, Path(folder))]
+
+
+def _schedule(chip: str, folder: Path) -> list[dict]:
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final_bundles"
+    os.environ["LIBTPU_INIT_ARGS"] = flags + " --xla_jf_emit_annotations=true"  # before libtpu is loaded
+    import jax
+    import jax.numpy as jnp
+
+    from jaxml import quant, weights
+    from jaxml.testing import compile_for_tpu
+
+    D, F = 4096, 14336
+    hertz, bandwidth = CHIPS[chip]
+    rows = []
+    for format in ("nf4", "int8"):
+        w = jax.eval_shape(quant.FORMATS[format], jax.ShapeDtypeStruct((D, F), jnp.bfloat16))
+        for tokens in (8, 2048):
+            for product, inner in (("y", D), ("dx", F)):
+                x = jax.ShapeDtypeStruct((tokens, inner), jnp.bfloat16)
+
+                def cycles(w, x=x, transpose=product == "dx"):
+                    for path in folder.glob("*"):
+                        path.unlink()
+                    run = lambda x, w: weights.dot(x, w, transpose)
+                    text = compile_for_tpu(run, (x, w), chip).as_text()
+                    rest = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', text))
+                    kernel = max((_of_kernel(path, x, w, chip) for path in _schedules(folder)), default=0)
+                    read = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, w)))
+                    return rest + max(kernel, read / bandwidth * hertz) if kernel else rest
+
+                ours, by_xla = cycles(w), cycles(quant.with_implementation(w, "xla"))
+                dense = cycles(jax.ShapeDtypeStruct((D, F), jnp.bfloat16))
+                row = {"chip": chip, "format": format, "rows": tokens, "product": product, "kernel_kcycles": ours / 1e3}
+                row |= {"xla_kcycles": by_xla / 1e3, "bf16_kcycles": dense / 1e3, "of_bf16_speed": dense / ours}
+                print(row, flush=True)
+                rows.append(row)
+    return rows
+
+
+def _schedules(folder: Path) -> list[Path]:
+    return [p for p in folder.glob("*quantised_product*final_bundles.txt") if "schedule-analysis" not in p.name]
+
+
+def _of_kernel(path: Path, x, w, chip: str) -> float:
+    """Cycles: the largest stretch on every step of the grid, the others once a tile of the result."""
+    sys.path.append(str(Path(__file__).parent))
+    from tpu_schedule import stretches
+
+    from jaxml.quant import kernel_tpu
+    from jaxml.target import target
+
+    stored, run = w.rows
+    with target(f"TPU {chip}"):
+        cut = kernel_tpu.cut_of(x, stored, run)
+    up = lambda size, piece: -(-size // piece)
+    tiles = up(x.shape[0], cut.rows), up(stored, cut.stored), up(run, cut.run)
+    results = tiles[0] * (tiles[1] if x.shape[1] == run else tiles[2])
+    bundles = [n for depth, n in stretches(path.read_text()) if depth > 0]
+    return tiles[0] * tiles[1] * tiles[2] * max(bundles) + results * (sum(bundles) - max(bundles))
+
+
 # ---- tables ------------------------------------------------------------------------------------------
 
 
@@ -459,6 +535,7 @@ TITLES = {
     "many": "64 adapters in one batch against one",
     "memory": "Temporary memory of a QLoRA gradient step over eight layers, in dequantised layers",
     "tpu": "QLoRA steps compiled for TPUs, rank 16 on all linear layers, memory of a chip",
+    "schedule": "Products by a 4096 × 14336 matrix on TPUs, thousands of cycles, static",
 }
 
 

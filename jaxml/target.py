@@ -32,6 +32,11 @@ def target(device_kind: str):
         _target.reset(token)
 
 
+def named() -> bool:
+    """Whether `target` says what it is, rather than JAX."""
+    return _target.get() is not None
+
+
 def platform() -> str:
     """Where the computation is going to run: "cpu", "gpu", "tpu", "interpret" or "interpret gpu"."""
     kind = _target.get()

@@ -9,10 +9,12 @@ format   bits     scale of      use
 ``int8`` 8 + …    a channel     near-exact; or of blocks
 ======== ======== ============= ==========================================================
 
-A product keeps nothing but codes for the backward pass, where the weight is dequantised again.
+A product keeps nothing but codes for the backward pass, where the weight is dequantised again. `explain` says by which
+program, `with_implementation` chooses one.
 """
 
 from jaxml.quant import bnb, fp4, int4, int8, nf4
+from jaxml.quant.kernel import explain, with_implementation
 from jaxml.quant.params import FORMATS, dequantize_params, quantize_params
 from jaxml.quant.qarray import QArray, bits_per_weight
 from jaxml.quant.sharded import Sharded, shard
@@ -24,10 +26,12 @@ __all__ = [
     "bits_per_weight",
     "bnb",
     "dequantize_params",
+    "explain",
     "fp4",
     "int4",
     "int8",
     "nf4",
     "quantize_params",
     "shard",
+    "with_implementation",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Int, wide
 from jaxml.linear import linear
-from jaxml.quant import codebook
+from jaxml.quant import codebook, kernel
 from jaxml.target import platform
 
 NESTED_BLOCK = 256  # scales that share one scale of their own
@@ -42,6 +42,7 @@ class QArray:
     matrix: tuple[int, int] = dataclasses.field(metadata=dict(static=True))  # (D, F)
     axis: int = dataclasses.field(metadata=dict(static=True))
     dtype: str = dataclasses.field(metadata=dict(static=True))  # of the matrix that it stands for
+    implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))  # of products, by name
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -95,7 +96,9 @@ class QArray:
             raise ValueError(
                 f"QArray.matmul: the last axis of x is the matrix's {inner}, got x {x.shape} and a matrix {self.shape}."
             )
-        return _matmul(x, self, transpose)
+        if x.ndim < 2:
+            return self.matmul(x[None], transpose)[..., 0, :]
+        return _matmul(x, self, transpose, kernel.choose(x, self))
 
     def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:
         """Rows of the matrix; of a table (`axis` −1) only those are dequantised."""
@@ -117,13 +120,13 @@ def bits_per_weight(q: QArray) -> float:
 # ---- products ---------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames="transpose")
-def _matmul(x: Array, q: QArray, transpose: bool) -> Array:
-    if x.ndim < 2:
-        return _matmul(x[None], q, transpose)[..., 0, :]
-
+@functools.partial(jax.jit, static_argnames=("transpose", "by"))
+def _matmul(x: Array, q: QArray, transpose: bool, by: str) -> Array:
     def product(q, x, transpose):
-        return jnp.matmul(x, _turned(_after(x, q), x.dtype, transpose))
+        q = _after(x, q)
+        if by == "xla":
+            return jnp.matmul(x, _turned(q, x.dtype, transpose))
+        return kernel.product(by, q, _unit(scales(q), q.kind), x, along=transpose == (q.axis == -1))
 
     forward = functools.partial(product, transpose=transpose)
     backward = functools.partial(product, transpose=not transpose)

@@ -1,0 +1,162 @@
+"""Which program multiplies by a quantised matrix.
+
+`xla` dequantises the whole matrix and multiplies: any format, any device, sharded by XLA. `mosaic_tpu` and `triton` are
+kernels that dequantise tile by tile and store nothing; both compute the forward product and the one by the transpose,
+which is all that the derivatives need. Weights and results are the same to the rounding of sums.
+
+On a TPU the kernel comes first where it can run; on a GPU it is taken by name (`with_implementation`), until a
+measurement says how many rows it is for.
+"""
+
+import dataclasses
+import types
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from jaxml.axes import Array, Float, Params
+from jaxml.linear import vary, varying_axes
+from jaxml.target import INTERPRET, INTERPRET_GPU, named, platform
+
+if TYPE_CHECKING:
+    from jaxml.quant.qarray import QArray
+
+IMPLEMENTATIONS = ("mosaic_tpu", "triton", "xla")
+ORDER = {"tpu": ("mosaic_tpu", "xla"), INTERPRET: ("mosaic_tpu", "xla")}  # elsewhere xla alone
+SHORTEST = 32  # weights that share a scale, in the kernel for GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """The program of a product, and why it is none of the others."""
+
+    chosen: str
+    refused: dict[str, str]
+
+
+def explain(x: Array, q: "QArray") -> Explanation:
+    """The implementation that ``weights.dot(x, q)`` takes (shapes are enough), and why not the others.
+
+    Example:
+        >>> import jax
+        >>> from jaxml import quant
+        >>> q = quant.nf4.quantize(jax.random.normal(jax.random.key(0), (64, 8)))
+        >>> explain(jax.ShapeDtypeStruct((2, 64), "float32"), q).chosen in IMPLEMENTATIONS
+        True
+    """
+    chosen = choose(x, q)
+    given = f"{chosen} is asked for" if q.implementation else "a faster one comes first"
+    reasons = {
+        name: unsupported(name, x, q) or (None if q.implementation else _not_by_itself(name)) or given
+        for name in IMPLEMENTATIONS
+    }
+    return Explanation(chosen, {name: why for name, why in reasons.items() if name != chosen})
+
+
+def with_implementation(params: Params, implementation: str | None) -> Params:
+    """The same parameters, whose quantised matrices are multiplied by the implementation of that name.
+
+    Args:
+        params: a pytree; adapters may stand around the quantised matrices.
+        implementation: of `IMPLEMENTATIONS`; None for the first that can (`explain`).
+
+    Raises:
+        ValueError: no such implementation. A product that it cannot compute raises NotImplementedError.
+
+    Example:
+        >>> from jaxml import quant, weights
+        >>> params = {"w": quant.nf4.quantize(jnp.ones((64, 8)))}
+        >>> weights.dot(jnp.ones((2, 64)), with_implementation(params, "xla")["w"]).shape
+        (2, 8)
+    """
+    from jaxml.quant.qarray import QArray
+
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"with_implementation: implementation is one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}."
+        )
+    is_q = lambda w: isinstance(w, QArray)
+    new = lambda w: dataclasses.replace(w, implementation=implementation) if is_q(w) else w
+    return jax.tree.map(new, params, is_leaf=is_q)
+
+
+def choose(x: Array, q: "QArray") -> str:
+    """The named implementation, or the first that can; raises where the named one cannot."""
+    if q.implementation is None:
+        order = ORDER.get(platform(), ("xla",))
+        return next(name for name in order if not (unsupported(name, x, q) or _not_by_itself(name)))
+    if reason := unsupported(q.implementation, x, q):
+        raise NotImplementedError(
+            f"quant: {q.implementation} cannot multiply {x.shape} by {q.kind} {q.shape}: {reason}. Take 'xla'."
+        )
+    return q.implementation
+
+
+def unsupported(name: str, x: Array, q: "QArray") -> str | None:
+    """Why the implementation cannot compute x times the matrix, or None."""
+    if name == "xla":
+        return None
+    if reason := _device(name, x.dtype):
+        return reason
+    if not q.in_rows:
+        return f"it needs rows of whole blocks, they have {q.rows[1]} weights in blocks of {q.block}"
+    lead = q.shape[:-2]
+    if x.shape[: len(lead)] != lead:
+        return f"it multiplies stacked matrices by as many stacks of rows, got x {x.shape} and {q.shape}"
+    if name == "triton" and q.block < SHORTEST:
+        return f"it needs blocks of {SHORTEST} weights or more, they have {q.block}"
+    return None
+
+
+def _device(name: str, dtype) -> str | None:
+    if name == "triton":
+        if platform() not in ("gpu", INTERPRET_GPU):
+            return f"it needs a GPU, this is {platform()!r}"
+        if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
+        return None
+    from jaxml.attention import blocks  # where it is used: it brings Pallas along
+
+    if reason := blocks.unsupported():
+        return reason
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it computes in float32 and bfloat16, x is {jnp.dtype(dtype).name}"
+    return None
+
+
+def _not_by_itself(name: str) -> str | None:
+    """Why a kernel that could run is not taken unless it is named, or None."""
+    if name == "xla":
+        return None
+    if name == "triton":
+        return "on GPUs it is taken by name (quant.with_implementation)"
+    mesh = jax.sharding.get_abstract_mesh()
+    one = named() or jax.device_count() == 1  # a target is one device, unless a mesh says otherwise
+    alone = one if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
+    return None if alone else "there are several devices, and XLA shards a kernel only within jax.shard_map"
+
+
+def product(name: str, q: "QArray", unit: Float[Array, "... rows blocks"], x: Float[Array, "... C"], along: bool):
+    """x S, or x Sᵀ where the sum goes `along` the stored rows S, by that kernel."""
+    of = _kernels(name).product
+    axes = varying_axes(q, unit, x)
+    codes, unit, x = vary((q.codes, unit, x), axes)
+    lead = codes.ndim - 2
+
+    def one(x, codes, unit):
+        return of(x, codes, unit, q.kind, along)
+
+    for _ in range(lead):
+        one = jax.vmap(one)
+    y = one(x.reshape(*codes.shape[:-2], -1, x.shape[-1]), codes, unit)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _kernels(name: str) -> types.ModuleType:
+    """Imported where it is used: Pallas takes its time."""
+    if name == "triton":
+        from jaxml.quant import kernel_gpu as module
+    else:
+        from jaxml.quant import kernel_tpu as module
+    return module

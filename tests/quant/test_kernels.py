@@ -1,0 +1,143 @@
+"""The kernels against the definition: interpreted, compiled for TPUs, lowered for GPUs."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxml import quant, testing, weights
+from jaxml.target import target
+
+ON = {"mosaic_tpu": "interpret", "triton": "interpret gpu"}
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+
+
+def matrix(kind, shape=(320, 72), **options):
+    return quant.FORMATS[kind](jax.random.normal(jax.random.key(0), shape), **options)
+
+
+def both(by, q, *, rows=5, transpose=False, dtype="float32"):
+    """(the kernel's product and gradient, those of the dense matrix in float64)."""
+    inner, outer = q.matrix[::-1] if transpose else q.matrix
+    lead = q.shape[:-2]
+    x = jax.random.normal(jax.random.key(1), (*lead, rows, inner), dtype)
+    g = jax.random.normal(jax.random.key(2), (*lead, rows, outer), dtype)
+    q = quant.with_implementation(q, by)
+    with target(ON[by]):
+        y, vjp = jax.vjp(lambda x: weights.dot(x, q, transpose), x)
+        dx = vjp(g)[0]
+    assert y.dtype == dx.dtype == x.dtype
+    d = np.asarray(q.dense().astype(dtype), np.float64)
+    d = d.swapaxes(-1, -2) if transpose else d
+    return (y, dx), (np.asarray(x, np.float64) @ d, np.asarray(g, np.float64) @ d.swapaxes(-1, -2))
+
+
+def close(got, wanted, q, dtype="float32"):
+    for a, b in zip(got, wanted):
+        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=20 * testing.tolerance(dtype, max(q.matrix)))
+
+
+@pytest.mark.parametrize("by", ON)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("nf4", {}),
+        ("nf4", {"double": False, "block": 32}),
+        ("nf4", {"axis": -1, "block": 8}),
+        ("fp4", {}),
+        ("int4", {}),
+        ("int8", {}),
+        ("int8", {"block": 64}),
+    ],
+)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_products_and_gradients_are_those_of_the_dense_matrix(by, kind, options, transpose):
+    if by == "triton" and options.get("block") == 8:
+        options = options | {"block": 32}
+    q = matrix(kind, (320, 64) if "axis" in options else (320, 72), **options)
+    close(*both(by, q, transpose=transpose), q)
+
+
+@pytest.mark.parametrize("by, rows", [("mosaic_tpu", 520), ("triton", 70)])
+def test_many_rows(by, rows):
+    q = matrix("nf4")
+    close(*both(by, q, rows=rows), q)
+
+
+@pytest.mark.parametrize("by", ON)
+def test_bfloat16_is_rounded_where_the_definition_rounds(by):
+    q = matrix("nf4", (256, 64))
+    close(*both(by, q, dtype="bfloat16"), q, "bfloat16")
+
+
+@pytest.mark.parametrize("by", ON)
+def test_stacked_matrices(by):
+    q = matrix("nf4", (2, 3, 128, 40))
+    close(*both(by, q), q)
+
+
+def test_on_tpus_the_kernel_comes_first_and_says_why_not():
+    q, x = matrix("nf4"), jax.ShapeDtypeStruct((4, 320), jnp.bfloat16)
+    with target("TPU v5e"):
+        assert quant.explain(x, q).chosen == "mosaic_tpu"
+        assert "comes first" in quant.explain(x, q).refused["xla"]
+        half = jax.ShapeDtypeStruct((4, 320), jnp.float16)
+        assert "bfloat16" in quant.explain(half, q).refused["mosaic_tpu"]
+        over = matrix("nf4", (48, 20))
+        assert "whole blocks" in quant.explain(jax.ShapeDtypeStruct((4, 48), jnp.bfloat16), over).refused["mosaic_tpu"]
+    with target("NVIDIA H100"):
+        assert "by name" in quant.explain(x, q).refused["triton"]
+        assert quant.explain(x, quant.with_implementation(q, "triton")).chosen == "triton"
+    assert quant.explain(x, q).chosen == "xla"
+
+
+def test_an_implementation_that_cannot_run_says_so():
+    q = quant.with_implementation(matrix("nf4"), "triton")
+    with pytest.raises(NotImplementedError, match=r"needs a GPU.*Take 'xla'"):
+        weights.dot(jnp.ones((2, 320)), q)
+    with pytest.raises(ValueError, match="one of mosaic_tpu, triton, xla, got 'cuda'"):
+        quant.with_implementation(q, "cuda")
+
+
+def test_within_shard_map_on_several_devices():
+    mesh = jax.sharding.Mesh(jax.devices(), ("data",))
+    n = len(jax.devices())
+    w = jax.random.normal(jax.random.key(0), (128, 8 * n))
+    params = {"w": quant.with_implementation(quant.nf4.quantize(w), "mosaic_tpu")}
+    x = jax.random.normal(jax.random.key(1), (2 * n, 128))
+    spread, specs = quant.shard(params, "data", n)
+    rows = jax.sharding.PartitionSpec("data")
+    run = lambda params, x: jax.value_and_grad(lambda x: jnp.sum(weights.dot(x, params["w"]) ** 2))(x)[1]
+    with target("interpret"):
+        got = jax.shard_map(run, mesh=mesh, in_specs=(specs, rows), out_specs=rows, check_vma=False)(
+            spread, x
+        )  # interpreted kernels mix what varies and what does not
+    d = params["w"].dense()
+    np.testing.assert_allclose(got, 2 * (x @ d) @ d.T, rtol=1e-4, atol=1e-2)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("rows", [8, 2048])
+def test_compiled_for_a_tpu_no_dequantised_matrix_is_stored(kind, rows):
+    D, F = 4096, 1024
+    q = jax.eval_shape(quant.FORMATS[kind], jax.ShapeDtypeStruct((D, F), jnp.bfloat16))
+    x, g = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (D, F))
+    step = lambda x, q, g: jax.vjp(lambda x: weights.dot(x, q), x)[1](g)
+    compiled = testing.compile_for_tpu(step, (x, q, g), "v5e")
+    assert "quantised_product" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < D * F * 2 / 2
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_lowered_for_gpus(kind, dtype):
+    q = jax.eval_shape(quant.FORMATS[kind], jax.ShapeDtypeStruct((1024, 256), dtype))
+    q = dataclasses.replace(q, implementation="triton")
+    x, g = (jax.ShapeDtypeStruct((8, n), dtype) for n in (1024, 256))
+    step = lambda x, q, g: jax.vjp(lambda x: weights.dot(x, q), x)[1](g)
+    assert testing.lower_for_gpu(step, (x, q, g)).as_text().count("__gpu$xla.gpu.triton") >= 1
