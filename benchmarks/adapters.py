@@ -492,8 +492,8 @@ def _schedule(chip: str, folder: Path) -> list[dict]:
                     text = compile_for_tpu(run, (x, w), chip).as_text()
                     rest = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', text))
                     kernel = max((_of_kernel(path, x, w, chip) for path in _schedules(folder)), default=0)
-                    read = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, w)))
-                    return rest + max(kernel, read / bandwidth * hertz) if kernel else rest
+                    reading = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, w))) / bandwidth * hertz
+                    return rest + max(kernel, reading) if kernel else max(rest, reading)
 
                 ours, by_xla = cycles(w), cycles(quant.with_implementation(w, "xla"))
                 dense = cycles(jax.ShapeDtypeStruct((D, F), jnp.bfloat16))

@@ -10,6 +10,7 @@ measurement says how many rows it is for.
 
 import dataclasses
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Params
 from jaxml.linear import vary, varying_axes
+from jaxml.quant import codebook
 from jaxml.target import INTERPRET, INTERPRET_GPU, named, platform
 
 if TYPE_CHECKING:
@@ -151,6 +153,11 @@ def product(name: str, q: "QArray", unit: Float[Array, "... rows blocks"], x: Fl
         one = jax.vmap(one)
     y = one(x.reshape(*codes.shape[:-2], -1, x.shape[-1]), codes, unit)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def lookup(name: str) -> Callable:
+    """What finds the values of the scales' codes, for that implementation: ``table[codes]``."""
+    return _kernels(name).lookup if name == "mosaic_tpu" else codebook.lookup
 
 
 def _kernels(name: str) -> types.ModuleType:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxml.axes import Array, Float, Int
 from jaxml.kernels import Tile, padded
+from jaxml.linear import vary, varying_axes
 from jaxml.quant.codebook import TABLES
 from jaxml.target import INTERPRET_GPU, platform
 
@@ -116,7 +117,7 @@ def product(
         compiler_params=plgpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=platform() == INTERPRET_GPU,
         name="quantised_product",
-    )(table, codes, unit, x)
+    )(vary(table, varying_axes(x)), codes, unit, x)
     if along:
         return y[:M, :R]
     return jnp.moveaxis(y, 0, -1).reshape(y.shape[1], -1)[:M, : held * halves]

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxml.attention import blocks
 from jaxml.axes import Array, Float, Int
 from jaxml.kernels import LANES, padded
+from jaxml.linear import vary, varying_axes
 from jaxml.quant.codebook import TABLES
 from jaxml.target import INTERPRET, platform
 
@@ -108,9 +109,39 @@ def product(
         ),
         interpret=platform() == INTERPRET,
         name="quantised_product",
-    )(_table(kind), codes, unit, x)
+    )(vary(_table(kind), varying_axes(x)), codes, unit, x)
     y = y if along or not apart else _in_order(y, back=True)
     return y[:M, : R if along else run]
+
+
+def lookup(table: np.ndarray, codes: Int[Array, "..."]) -> Float[Array, "..."]:
+    """``table[codes]`` of 256 values, float32: each half of them lies along the lanes."""
+    rows, piece = -(-codes.size // LANES), 32 if platform() == INTERPRET else 512
+    flat = jnp.pad(codes.reshape(-1), (0, -codes.size % LANES)).reshape(rows, LANES)
+    piece = min(piece, -(-rows // 32) * 32)
+
+    def kernel(table, codes, out):
+        for r in range(0, piece, 32):
+            some = codes[r : r + 32].astype(jnp.int32)
+            for n in range(0, 32, SUBLANES):
+                code = some[n : n + SUBLANES]
+                low, high = (_pick(table[half], code & (LANES - 1), 1) for half in (0, 1))
+                out[r + n : r + n + SUBLANES] = jnp.where(code >= LANES, high, low)
+
+    values = jnp.asarray(table, jnp.float32).reshape(2, 1, LANES)
+    found = pl.pallas_call(
+        kernel,
+        grid=(pl.cdiv(rows, piece),),
+        in_specs=[
+            pl.BlockSpec((2, SUBLANES, LANES), lambda i: (0, 0, 0)),
+            pl.BlockSpec((piece, LANES), lambda i: (i, 0)),
+        ],
+        out_specs=pl.BlockSpec((piece, LANES), lambda i: (i, 0)),
+        out_shape=jax.ShapeDtypeStruct((rows, LANES), jnp.float32, manual_axis_type=jax.typeof(flat).manual_axis_type),
+        interpret=platform() == INTERPRET,
+        name="quantised_scales",
+    )(vary(jnp.broadcast_to(values, (2, SUBLANES, LANES)), varying_axes(flat)), flat)
+    return found.reshape(-1)[: codes.size].reshape(codes.shape)
 
 
 def _dense(table, codes, unit, kind: str, block: int, first, n: int, apart: bool) -> Float[Array, "stored lanes"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -126,7 +127,7 @@ def _matmul(x: Array, q: QArray, transpose: bool, by: str) -> Array:
         q = _after(x, q)
         if by == "xla":
             return jnp.matmul(x, _turned(q, x.dtype, transpose))
-        return kernel.product(by, q, _unit(scales(q), q.kind), x, along=transpose == (q.axis == -1))
+        return kernel.product(by, q, _unit(scales(q, kernel.lookup(by)), q.kind), x, along=transpose == (q.axis == -1))
 
     forward = functools.partial(product, transpose=transpose)
     backward = functools.partial(product, transpose=not transpose)
@@ -175,14 +176,14 @@ def stored_rows(q: QArray) -> Float[Array, "... rows run"]:
     return (of[..., : rows * run] * _unit(per_weight, q.kind)).reshape(*of.shape[:-1], rows, run)
 
 
-def scales(q: QArray) -> Float[Array, "... rows blocks"]:
+def scales(q: QArray, lookup: Callable = codebook.lookup) -> Float[Array, "... rows blocks"]:
     """The largest magnitude of each block, float32."""
     if q.nested is None:
         return q.scales
     lead = q.codes.shape[: -2 if q.in_rows else -1]
     flat = q.scales.reshape(*lead, -1)
     of = jnp.repeat(q.nested.scales, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
-    values = codebook.lookup(codebook.dynamic(), flat) * of + q.nested.offset[..., None]
+    values = lookup(codebook.dynamic(), flat) * of + q.nested.offset[..., None]
     return values.reshape(q.scales.shape)
 
 
