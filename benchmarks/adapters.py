@@ -493,6 +493,7 @@ def _schedule(chip: str, folder: Path) -> list[dict]:
                     rest = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', text))
                     kernel = max((_of_kernel(path, x, w, chip) for path in _schedules(folder)), default=0)
                     reading = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, w))) / bandwidth * hertz
+                    rest += sum(_of_scales(path, w) for path in folder.glob("*quantised_scales*final_bundles.txt"))
                     return rest + max(kernel, reading) if kernel else max(rest, reading)
 
                 ours, by_xla = cycles(w), cycles(quant.with_implementation(w, "xla"))
@@ -506,6 +507,14 @@ def _schedule(chip: str, folder: Path) -> list[dict]:
 
 def _schedules(folder: Path) -> list[Path]:
     return [p for p in folder.glob("*quantised_product*final_bundles.txt") if "schedule-analysis" not in p.name]
+
+
+def _of_scales(path: Path, w) -> int:
+    from tpu_schedule import stretches
+
+    if "schedule-analysis" in path.name:
+        return 0
+    return -(-w.scales.size // (512 * 128)) * sum(bundles for _, bundles in stretches(path.read_text()))
 
 
 def _of_kernel(path: Path, x, w, chip: str) -> float:

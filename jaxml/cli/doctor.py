@@ -101,4 +101,17 @@ def _kernels() -> dict[str, str]:
         "gated_feed_forward": kernels.unsupported("float32"),
     }
     may = f'runs on {jax.default_backend()} where implementation="kernel"; XLA otherwise'
-    return {name: may if why is None else f"XLA; no kernel: {why}" for name, why in reasons.items()}
+    found = {name: may if why is None else f"XLA; no kernel: {why}" for name, why in reasons.items()}
+    return found | {"quantised products": _quantised()}
+
+
+def _quantised() -> str:
+    """What multiplies bfloat16 rows by an NF4 matrix, and why nothing else."""
+    import jax
+
+    from jaxml import quant
+
+    x = jax.ShapeDtypeStruct((8, 1024), "bfloat16")
+    q = jax.eval_shape(quant.nf4.quantize, jax.ShapeDtypeStruct((1024, 1024), "bfloat16"))
+    said = quant.explain(x, q)
+    return f"{said.chosen} runs; " + "; ".join(f"not {name}: {why}" for name, why in said.refused.items())
