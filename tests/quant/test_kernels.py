@@ -11,6 +11,9 @@ import pytest
 from jaxml import quant, testing, weights
 from jaxml.target import target
 
+# Newer versions of JAX announce that it is to go; jaxml's kernels for GPUs are written in it as long as it is there.
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+
 ON = {"mosaic_tpu": "interpret", "triton": "interpret gpu"}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
