@@ -140,16 +140,17 @@ def _not_by_itself(name: str) -> str | None:
 
 
 def product(name: str, q: "QArray", unit: Float[Array, "... rows blocks"], x: Float[Array, "... C"], along: bool):
-    """x S, or x Sᵀ where the sum goes `along` the stored rows S, by that kernel."""
+    """x S, or x Sᵀ where the sum goes `along` the stored rows S, by that kernel.
+
+    Args:
+        q: its codes are S: two weights a byte, or one (int8).
+        unit: what multiplies the codes' values, float32; the blocks of a row are equally long.
+    """
     of = _kernels(name).product
     axes = varying_axes(q, unit, x)
     codes, unit, x = vary((q.codes, unit, x), axes)
-    lead = codes.ndim - 2
-
-    def one(x, codes, unit):
-        return of(x, codes, unit, q.kind, along)
-
-    for _ in range(lead):
+    one = lambda x, codes, unit: of(x, codes, unit, q.kind, along)
+    for _ in range(codes.ndim - 2):
         one = jax.vmap(one)
     y = one(x.reshape(*codes.shape[:-2], -1, x.shape[-1]), codes, unit)
     return y.reshape(*x.shape[:-1], y.shape[-1])

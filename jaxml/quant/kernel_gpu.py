@@ -24,13 +24,7 @@ ALONG, ACROSS = Tile(16, 32, 128, warps=4), Tile(16, 128, 32, warps=4)  # rows o
 def product(
     x: Float[Array, "M C"], codes: Int[Array, "R bytes"], unit: Float[Array, "R blocks"], kind: str, along: bool
 ) -> Float[Array, "M N"]:
-    """x S where `along` is false, x Sᵀ where it is true, of the stored rows S.
-
-    Args:
-        codes: two weights a byte, or one (int8).
-        unit: what multiplies the codes' values, float32; the blocks of a row are equally long.
-        along: the sum goes along the stored rows.
-    """
+    """x S, or x Sᵀ where the sum goes `along` the stored rows S; `kernel.product` says of what."""
     (M, _), (R, held) = x.shape, codes.shape
     halves = 1 if kind == "int8" else 2
     lanes = held // unit.shape[1]  # bytes that share a scale

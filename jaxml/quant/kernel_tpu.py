@@ -39,13 +39,7 @@ class Cut(NamedTuple):
 def product(
     x: Float[Array, "M C"], codes: Int[Array, "R bytes"], unit: Float[Array, "R blocks"], kind: str, along: bool
 ) -> Float[Array, "M N"]:
-    """x S where `along` is false, x Sᵀ where it is true, of the stored rows S.
-
-    Args:
-        codes: two weights a byte, or one (int8).
-        unit: what multiplies the codes' values, float32; the blocks of a row are equally long.
-        along: the sum goes along the stored rows.
-    """
+    """x S, or x Sᵀ where the sum goes `along` the stored rows S; `kernel.product` says of what."""
     M, R, run = x.shape[0], codes.shape[0], codes.shape[1] * (1 if kind == "int8" else 2)
     cut, block = cut_of(x, R, run), run // unit.shape[1]
     apart = cut.few and kind != "int8"
