@@ -195,6 +195,30 @@ def test_ranks_that_adalora_has_taken_away_are_read(tmp_path):
 
 @needs_oracle
 @pytest.mark.filterwarnings("ignore")
+def test_ranks_that_adalora_has_taken_away_are_not_written(tmp_path):
+    import peft
+
+    model, params, config = untied(tmp_path)
+    ours = moved(adapters.attach(params, jax.random.key(0), method="adalora", rank=5, targets=["q", "up"]))
+    q, up = ours["layers"]["q"], ours["layers"]["up"]
+    ours["layers"]["q"] = dataclasses.replace(q, diagonal=q.diagonal.at[0, 1:4].set(0).at[1].set(0))
+    expected = np.asarray(decoder.apply(ours, config, TOKENS))
+    adapters.save_peft(tmp_path / "ours", ours, config)
+    about = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    kept = {name: sum(flags) for name, flags in about["rank_pattern"].items() if "q_proj" in name}
+    assert list(kept.values()) == [2, 0] and up.rank == about["init_r"] == 5
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits(theirs, TOKENS), expected, atol=1e-4, rtol=1e-4)
+    again = adapters.load_peft(tmp_path / "ours", params, config)
+    assert again["layers"]["q"].ranks == (2, 0)
+    np.testing.assert_allclose(decoder.apply(again, config, TOKENS), expected, atol=1e-4, rtol=1e-4)
+    adapters.save_peft(tmp_path / "again", again, config)  # whose matrices are narrower than PEFT's first rank
+    twice = adapters.load_peft(tmp_path / "again", params, config)
+    np.testing.assert_allclose(decoder.apply(twice, config, TOKENS), expected, atol=1e-4, rtol=1e-4)
+
+
+@needs_oracle
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("start", ["pissa_niter_4", "olora", "pissa"])
 def test_starts_that_move_weights_are_exported_as_plain_lora_of_twice_the_rank(start, tmp_path):
     import peft

@@ -47,10 +47,11 @@ def save_peft(
         if path not in modules:
             raise ValueError(f"adapters.save_peft: PEFT has no module for {path}; it has {', '.join(modules)}.")
     (method,) = methods
+    kept = _kept(found, modules) if method == "adalora" else {}
     arrays = {}
     for path, w in found.items():
         for i, module in enumerate(of_layers(path, modules, w)):
-            parts = _tensors(w, path, None if "{}" not in modules[path] else i)
+            parts = _tensors(w, path, None if "{}" not in modules[path] else i, kept.get(module))
             arrays |= {f"{PREFIX}{module}.{name}": part for name, part in parts.items()}
     if method == "vera":
         a, b = _vera_projections(found)
@@ -58,13 +59,13 @@ def save_peft(
     arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
     with hf.whole_folder(folder) as temporary:
         hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
-        about = _about(found, modules, method) | {"base_model_name_or_path": base_model}
+        about = _about(found, modules, method, kept) | {"base_model_name_or_path": base_model}
         (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
     return Path(folder)
 
 
-def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
-    """Name within the module → tensor, of one layer."""
+def _tensors(w: Any, path: str, layer: int | None, kept: np.ndarray | None) -> dict[str, Array]:
+    """Name within the module → tensor, of one layer; of AdaLoRA the ranks that are kept."""
     pick = lambda part: part if layer is None or part is None else part[layer]
     if isinstance(w, Whole):
         value = pick(w.value)
@@ -74,12 +75,12 @@ def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
     if w.method == "vera":
         return {"vera_lambda_b": pick(w.outer), "vera_lambda_d": pick(w.diagonal)}
     a, b = pick(w.a), pick(w.b)
+    if w.method == "adalora":
+        return {"lora_A": a.T[kept], "lora_B": b.T[:, kept], "lora_E": pick(w.diagonal)[kept, None]}
     if w.ranks is not None:
         if not w.ranks[layer]:
             return {}
         a, b = a[:, : w.ranks[layer]], b[: w.ranks[layer]]
-    if w.method == "adalora":
-        return {"lora_A": a.T, "lora_B": b.T, "lora_E": pick(w.diagonal)[: a.shape[1], None]}
     if path == "embed":
         parts = {"lora_embedding_A": a.T, "lora_embedding_B": b.T}
     else:
@@ -87,7 +88,19 @@ def _tensors(w: Any, path: str, layer: int | None) -> dict[str, Array]:
     return parts | ({} if w.magnitude is None else {"lora_magnitude_vector": pick(w.magnitude)})
 
 
-def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, Any]:
+def _kept(found: dict[str, Any], modules: Modules) -> dict[str, np.ndarray]:
+    """Which of AdaLoRA's ranks have a singular value, for each module; all of them before the first step."""
+    nodes = {path: w for path, w in found.items() if not isinstance(w, Whole)}
+    begun = any(bool((w.diagonal != 0).any()) for w in nodes.values())
+    kept = {}
+    for path, w in nodes.items():
+        e = np.asarray(w.diagonal, np.float32).reshape(-1, w.rank)
+        for i, module in enumerate(of_layers(path, modules, w)):
+            kept[module] = e[i] != 0 if begun else np.arange(w.rank) < (w.rank if w.ranks is None else w.ranks[i])
+    return kept
+
+
+def _about(found: dict[str, Any], modules: Modules, method: str, kept: dict[str, np.ndarray]) -> dict[str, Any]:
     """adapter_config.json."""
     adapted = {path: w for path, w in found.items() if not isinstance(w, Whole)}
     whole = [short(modules[path], end=2 if path == "norm" else 1) for path, w in found.items() if isinstance(w, Whole)]
@@ -108,13 +121,15 @@ def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, An
             "r": first.rank, "projection_prng_key": 0, "save_projection": True, "vera_dropout": first.dropout,
             "d_initial": starts.VERA_D, "bias": "none", "init_weights": True,
         }  # fmt: skip
+    if method == "adalora":
+        return about | _about_adalora(adapted, kept)
     ranks, alphas = {}, {}
     for path, w in adapted.items():
         for i, module in enumerate(of_layers(path, modules, w)):
             rank = w.rank if w.ranks is None else w.ranks[i]
             scale = float(w.scale[i] if w.scale.ndim else w.scale)
             ranks[module] = rank
-            alphas[module] = float(f"{scale * (rank + (RANK_SHIFT if method == 'adalora' else 0)):.6g}")
+            alphas[module] = float(f"{scale * rank:.6g}")
     if 0 in ranks.values():
         about["target_modules"] = sorted(module for module, rank in ranks.items() if rank)
     used = {module: rank for module, rank in ranks.items() if rank}
@@ -122,10 +137,6 @@ def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, An
     about |= {"r": r, "lora_alpha": alpha, "lora_dropout": first.dropout, "bias": "none"}
     about |= {"rank_pattern": _pattern(used, r, modules), "use_rslora": False, "init_lora_weights": True}
     about |= {"alpha_pattern": _pattern({m: alphas[m] for m in used}, alpha, modules)}
-    if method == "adalora":
-        if about["rank_pattern"] or about["alpha_pattern"]:
-            raise ValueError("adapters.save_peft: AdaLoRA has one rank and scale for all weights, got several.")
-        return about | {"init_r": r, "target_r": r, "total_step": 1, "rank_pattern": None}
     kinds = {(w.magnitude is not None) for w in adapted.values()}
     if len(kinds) > 1:
         raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
@@ -138,6 +149,20 @@ def _about(found: dict[str, Any], modules: Modules, method: str) -> dict[str, An
             )
         about["init_lora_weights"] = moved.pop()
     return about | {"use_dora": kinds.pop()}
+
+
+def _about_adalora(adapted: dict[str, Any], kept: dict[str, np.ndarray]) -> dict[str, Any]:
+    scales = {float(s) for w in adapted.values() for s in np.asarray(w.scale).reshape(-1) if s}
+    if len(scales) > 1:
+        raise ValueError(f"adapters.save_peft: PEFT has one scale for all of AdaLoRA's matrices, got {sorted(scales)}.")
+    r = max(w.rank for w in adapted.values())
+    flags = {f"{module}.lora_E": [*of.tolist(), *[False] * (r - len(of))] for module, of in kept.items()}
+    return {
+        "r": r, "init_r": r, "target_r": r, "total_step": 1, "bias": "none", "init_lora_weights": True,
+        "lora_alpha": float(f"{max(scales, default=1.0) * (r + RANK_SHIFT):.6g}"),
+        "lora_dropout": next(iter(adapted.values())).dropout,
+        "rank_pattern": None if all(all(of) for of in flags.values()) else flags,
+    }  # fmt: skip
 
 
 def _pattern(values: dict[str, Any], most: Any, modules: Modules) -> dict[str, Any]:
