@@ -51,3 +51,23 @@ def generation() -> str:
     kind = kind.lower().replace("tpu", "").strip()
     names = {"v5 lite": "v5e", "v5": "v5p", "v6 lite": "v6e", "7x": "tpu7x", "v7x": "tpu7x"}
     return names.get(kind, kind)
+
+
+CAPABILITIES = {"A100": 80, "A10": 86, "L4": 89, "H100": 90, "H200": 90, "B200": 100}  # of the GPUs that `target` names
+
+
+def compute_capability() -> int:
+    """Ten times that of the GPU: 90 is Hopper's.
+
+    Example:
+        >>> with target("NVIDIA H100"):
+        ...     compute_capability()
+        90
+    """
+    kind = _target.get()
+    if kind is None:
+        return round(10 * float(jax.devices()[0].compute_capability))
+    name = kind.removeprefix("NVIDIA ").split()[0]
+    if name not in CAPABILITIES:
+        raise ValueError(f"target: the GPUs that can be named are NVIDIA {', '.join(CAPABILITIES)}, got {kind!r}.")
+    return CAPABILITIES[name]

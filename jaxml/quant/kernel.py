@@ -1,14 +1,17 @@
 """Which program multiplies by a quantised matrix.
 
-`xla` dequantises the whole matrix and multiplies: any format, any device, sharded by XLA. `mosaic_tpu` and `triton` are
-kernels that dequantise tile by tile and store nothing; both compute the forward product and the one by the transpose,
-which is all that the derivatives need. Weights and results are the same to the rounding of sums.
+`xla` dequantises the whole matrix and multiplies: any format, any device, sharded by XLA. The others are kernels that
+dequantise tile by tile and store nothing: `mosaic_tpu`; for GPUs `jax_triton` (Triton itself, called by the package
+jax-triton) and `triton` (Pallas). All compute the forward product and the one by the transpose, which is all that the
+derivatives need. Weights and results are the same to the rounding of sums.
 
-On a TPU the kernel comes first where it can run; on a GPU it is taken by name (`with_implementation`), until a
+On a TPU the kernel comes first where it can run; on a GPU one is taken by name (`with_implementation`), until a
 measurement says how many rows it is for.
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -24,9 +27,10 @@ from jaxml.target import INTERPRET, INTERPRET_GPU, named, platform
 if TYPE_CHECKING:
     from jaxml.quant.qarray import QArray
 
-IMPLEMENTATIONS = ("mosaic_tpu", "triton", "xla")
+IMPLEMENTATIONS = ("mosaic_tpu", "jax_triton", "triton", "xla")
 ORDER = {"tpu": ("mosaic_tpu", "xla"), INTERPRET: ("mosaic_tpu", "xla")}  # elsewhere xla alone
-SHORTEST = 32  # weights that share a scale, in the kernel for GPUs
+GPU = ("jax_triton", "triton")
+SHORTEST = 32  # weights that share a scale, in the kernels for GPUs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,18 +110,18 @@ def unsupported(name: str, x: Array, q: "QArray") -> str | None:
     lead = q.shape[:-2]
     if x.shape[: len(lead)] != lead:
         return f"it multiplies stacked matrices by as many stacks of rows, got x {x.shape} and {q.shape}"
-    if name == "triton" and q.block < SHORTEST:
+    if name in GPU and q.block < SHORTEST:
         return f"it needs blocks of {SHORTEST} weights or more, they have {q.block}"
     return None
 
 
 def _device(name: str, dtype) -> str | None:
-    if name == "triton":
+    if name in GPU:
         if platform() not in ("gpu", INTERPRET_GPU):
             return f"it needs a GPU, this is {platform()!r}"
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
-        return None
+        return _without_jax_triton(platform()) if name == "jax_triton" else None
     from jaxml.attention import blocks  # where it is used: it brings Pallas along
 
     if reason := blocks.unsupported():
@@ -127,11 +131,25 @@ def _device(name: str, dtype) -> str | None:
     return None
 
 
+@functools.cache
+def _without_jax_triton(where: str) -> str | None:
+    """Why Triton's own kernels cannot be called, or None."""
+    needs = ("triton", "torch") if where == INTERPRET_GPU else ("triton", "jax-triton")
+    for package in needs:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return f"it needs the package {package}: python -m pip install 'jaxml[cuda]'"
+    if where != INTERPRET_GPU and version in ("0.3.1", "0.4.0", "0.4.1") and jax.__version_info__ >= (0, 12):
+        return f"jax-triton {version} fails with jax {jax.__version__}: it wants jax below 0.12, or a newer jax-triton"
+    return None
+
+
 def _not_by_itself(name: str) -> str | None:
     """Why a kernel that could run is not taken unless it is named, or None."""
     if name == "xla":
         return None
-    if name == "triton":
+    if name in GPU:
         return "on GPUs it is taken by name (quant.with_implementation)"
     mesh = jax.sharding.get_abstract_mesh()
     one = named() or jax.device_count() == 1  # a target is one device, unless a mesh says otherwise
@@ -139,14 +157,19 @@ def _not_by_itself(name: str) -> str | None:
     return None if alone else "there are several devices, and XLA shards a kernel only within jax.shard_map"
 
 
-def product(name: str, q: "QArray", unit: Float[Array, "... rows blocks"], x: Float[Array, "... C"], along: bool):
+def product(name: str, q: "QArray", x: Float[Array, "... C"], along: bool) -> Float[Array, "... N"]:
     """x S, or x Sᵀ where the sum goes `along` the stored rows S, by that kernel.
 
     Args:
-        q: its codes are S: two weights a byte, or one (int8).
-        unit: what multiplies the codes' values, float32; the blocks of a row are equally long.
+        q: its codes are S: two weights a byte, or one (int8); the blocks of a row are equally long.
     """
-    of = _kernels(name).product
+    from jaxml.quant.qarray import units
+
+    if name == "jax_triton":
+        from jaxml.quant import kernel_jax_triton
+
+        return kernel_jax_triton.product(q, x, along)
+    of, unit = _kernels(name).product, units(q, _lookup(name))
     axes = varying_axes(q, unit, x)
     codes, unit, x = vary((q.codes, unit, x), axes)
     one = lambda x, codes, unit: of(x, codes, unit, q.kind, along)
@@ -156,7 +179,7 @@ def product(name: str, q: "QArray", unit: Float[Array, "... rows blocks"], x: Fl
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def lookup(name: str) -> Callable:
+def _lookup(name: str) -> Callable:
     """What finds the values of the scales' codes, for that implementation: ``table[codes]``."""
     return _kernels(name).lookup if name == "mosaic_tpu" else codebook.lookup
 

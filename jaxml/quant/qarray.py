@@ -127,7 +127,7 @@ def _matmul(x: Array, q: QArray, transpose: bool, by: str) -> Array:
         q = _after(x, q)
         if by == "xla":
             return jnp.matmul(x, _turned(q, x.dtype, transpose))
-        return kernel.product(by, q, _unit(scales(q, kernel.lookup(by)), q.kind), x, along=transpose == (q.axis == -1))
+        return kernel.product(by, q, x, along=transpose == (q.axis == -1))
 
     forward = functools.partial(product, transpose=transpose)
     backward = functools.partial(product, transpose=not transpose)
@@ -185,6 +185,11 @@ def scales(q: QArray, lookup: Callable = codebook.lookup) -> Float[Array, "... r
     of = jnp.repeat(q.nested.scales, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
     values = lookup(codebook.dynamic(), flat) * of + q.nested.offset[..., None]
     return values.reshape(q.scales.shape)
+
+
+def units(q: QArray, lookup: Callable = codebook.lookup) -> Float[Array, "... rows blocks"]:
+    """What multiplies the values of a block's codes, float32."""
+    return _unit(scales(q, lookup), q.kind)
 
 
 def _nested_at(q: QArray, ids: Array) -> Array:

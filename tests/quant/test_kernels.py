@@ -15,6 +15,9 @@ from jaxml.target import target
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 
 ON = {"mosaic_tpu": "interpret", "triton": "interpret gpu"}
+has = lambda *packages: all(importlib.util.find_spec(package) for package in packages)
+if has("triton", "torch"):
+    ON |= {"jax_triton": "interpret gpu"}
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
 
 
@@ -58,16 +61,16 @@ def close(got, wanted, q, dtype="float32"):
 )
 @pytest.mark.parametrize("transpose", [False, True])
 def test_products_and_gradients_are_those_of_the_dense_matrix(by, kind, options, transpose):
-    if by == "triton" and options.get("block") == 8:
+    if by != "mosaic_tpu" and options.get("block") == 8:
         options = options | {"block": 32}
     q = matrix(kind, (320, 64) if "axis" in options else (320, 72), **options)
     close(*both(by, q, transpose=transpose), q)
 
 
-@pytest.mark.parametrize("by, rows", [("mosaic_tpu", 520), ("triton", 70)])
-def test_many_rows(by, rows):
+@pytest.mark.parametrize("by", ON)
+def test_many_rows(by):
     q = matrix("nf4")
-    close(*both(by, q, rows=rows), q)
+    close(*both(by, q, rows={"mosaic_tpu": 520, "triton": 70}.get(by, 20)), q)
 
 
 @pytest.mark.parametrize("by", ON)
@@ -101,7 +104,7 @@ def test_an_implementation_that_cannot_run_says_so():
     q = quant.with_implementation(matrix("nf4"), "triton")
     with pytest.raises(NotImplementedError, match=r"needs a GPU.*Take 'xla'"):
         weights.dot(jnp.ones((2, 320)), q)
-    with pytest.raises(ValueError, match="one of mosaic_tpu, triton, xla, got 'cuda'"):
+    with pytest.raises(ValueError, match="one of mosaic_tpu, jax_triton, triton, xla, got 'cuda'"):
         quant.with_implementation(q, "cuda")
 
 
@@ -138,9 +141,23 @@ def test_compiled_for_a_tpu_no_dequantised_matrix_is_stored(kind, rows):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_lowered_for_gpus(kind, dtype):
+@pytest.mark.parametrize("by, call", [("triton", "__gpu$xla.gpu.triton"), ("jax_triton", "triton_kernel_call")])
+def test_lowered_for_gpus(by, call, kind, dtype):
     q = jax.eval_shape(quant.FORMATS[kind], jax.ShapeDtypeStruct((1024, 256), dtype))
-    q = dataclasses.replace(q, implementation="triton")
+    q = dataclasses.replace(q, implementation=by)
     x, g = (jax.ShapeDtypeStruct((8, n), dtype) for n in (1024, 256))
-    step = lambda x, q, g: jax.vjp(lambda x: weights.dot(x, q), x)[1](g)
-    assert testing.lower_for_gpu(step, (x, q, g)).as_text().count("__gpu$xla.gpu.triton") >= 1
+    step = lambda x, q, g: (weights.dot(x, q), *jax.vjp(lambda x: weights.dot(x, q), x)[1](g))
+    if by == "jax_triton" and not has("jax_triton", "triton"):
+        pytest.skip("needs jax-triton")
+    if by == "jax_triton" and jax.__version_info__ >= (0, 12):
+        with pytest.raises(NotImplementedError, match=r"jax-triton \S+ fails with jax"):
+            testing.lower_for_gpu(step, (x, q, g))
+        return
+    assert testing.lower_for_gpu(step, (x, q, g)).as_text().count(call) == 2
+
+
+@pytest.mark.skipif(not has("triton", "torch"), reason="needs Triton's interpreter")
+@pytest.mark.parametrize("kind, shape", [("nf4", (1024, 96)), ("int8", (1024, 96))])
+def test_long_sums_are_split_over_programs(kind, shape):
+    q = matrix(kind, shape)
+    close(*both("jax_triton", q), q)
