@@ -191,57 +191,68 @@ def theirs(method: str, folder: Path) -> dict:
 
 
 def matmul() -> list[dict]:
+    """On a GPU of eight matrices one after the other, so that none stays in the cache."""
     import jax
     import jax.numpy as jnp
 
     from jaxml import quant
     from jaxml.weights import dot
 
-    d, f = (4096, 4096) if jax.default_backend() == "gpu" else (2048, 2048)
-    dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
-    w = 0.02 * jax.random.normal(jax.random.key(0), (d, f), dtype)
-    q = quant.nf4.quantize(w)
+    gpu = jax.default_backend() == "gpu"
+    d, f, copies = (4096, 14336, 8) if gpu else (2048, 2048, 1)
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    dense = [0.02 * jax.random.normal(jax.random.key(i), (d, f), dtype) for i in range(copies)]
+    small = [quant.nf4.quantize(w) for w in dense]
+    forward = jax.jit(lambda xs, ws: [dot(x, w) for x, w in zip(xs, ws)])
+
+    @jax.jit
+    def gradient(xs, cts, ws):
+        both = [jax.vjp(lambda x, w=w: dot(x, w), x) for x, w in zip(xs, ws)]
+        return [(y, *pull(ct)) for (y, pull), ct in zip(both, cts)]
+
     rows = []
-    both = lambda x, w: jax.vjp(lambda x: dot(x, w), x)
-    run = jax.jit(lambda x, ct, w: (lambda y, pull: (y, *pull(ct)))(*both(x, w)))
-    forward = jax.jit(dot)
-    rival = importlib.util.find_spec("bitsandbytes") is not None
+    timed = lambda run, *arguments: _time(lambda: jax.block_until_ready(run(*arguments))) / copies
     for count in (1, 8, 64, 512, 2048):
-        x, ct = jnp.ones((count, d), dtype), jnp.ones((count, f), dtype)
-        calls = {
-            "dense": functools.partial(forward, x, w),
-            "nf4": functools.partial(forward, x, q),
-            "dense, gradient": functools.partial(run, x, ct, w),
-            "nf4, gradient": functools.partial(run, x, ct, q),
-        }
-        found = {name: _time(lambda call=call: jax.block_until_ready(call())) for name, call in calls.items()}
+        draw = lambda seed, size: [
+            jax.random.normal(jax.random.key(seed + i), (count, size), dtype) for i in range(copies)
+        ]
+        xs, cts = draw(100, d), draw(200, f)
+        found = {"dense": timed(forward, xs, dense), "nf4": timed(forward, xs, small)}
         row = {"rows": count, "speed": found["dense"] / found["nf4"]}
-        row["speed_with_gradient"] = found["dense, gradient"] / found["nf4, gradient"]
+        row["speed_with_gradient"] = timed(gradient, xs, cts, dense) / timed(gradient, xs, cts, small)
         row |= {"dense_ms": 1e3 * found["dense"], "nf4_ms": 1e3 * found["nf4"]}
-        if rival:
-            row |= _bitsandbytes(count, d, f)
+        exact = jnp.matmul(xs[0].astype(jnp.float32), small[0].dense().astype(jnp.float32), precision="highest")
+        for name in quant.IMPLEMENTATIONS:
+            if not quant.explain(xs[0], small[0]).refused.get(name, "").startswith("on GPUs it is taken by name"):
+                continue
+            named = [quant.with_implementation(q, name) for q in small]
+            wrong = jnp.max(jnp.abs(forward(xs, named)[0].astype(jnp.float32) - exact)) / jnp.max(jnp.abs(exact))
+            row |= {f"{name}_error": float(wrong), f"{name}_speed": found["dense"] / timed(forward, xs, named)}
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            row |= _bitsandbytes(count, d, f, copies)
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def _bitsandbytes(count: int, d: int, f: int) -> dict:
+def _bitsandbytes(count: int, d: int, f: int, copies: int) -> dict:
     import bitsandbytes as bnb
     import torch
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if where == "cuda" else torch.float32
-    dense = torch.nn.Linear(d, f, bias=False).to(where, dtype)
-    small = bnb.nn.Linear4bit(d, f, bias=False, quant_type="nf4", compute_dtype=dtype, compress_statistics=True)
-    small.load_state_dict({"weight": dense.weight.data.cpu()})
-    small = small.to(where)
-    x = torch.ones(
-        (count, d), dtype=dtype, device=where, requires_grad=True
-    )  # with it: no rounding to bfloat16 on CPUs
+    dense = [torch.nn.Linear(d, f, bias=False).to(where, dtype) for _ in range(copies)]
+    options = dict(bias=False, quant_type="nf4", compute_dtype=dtype, compress_statistics=True)
+    small = [bnb.nn.Linear4bit(d, f, **options) for _ in range(copies)]
+    for layer, of in zip(small, dense):
+        layer.load_state_dict({"weight": of.weight.data.cpu()})
+    small = [layer.to(where) for layer in small]
+    # With a gradient to come: no rounding to bfloat16 on CPUs.
+    x = torch.randn((count, d), dtype=dtype, device=where, requires_grad=True)
     wait = torch.cuda.synchronize if where == "cuda" else lambda: None
     times = {}
-    for name, layer in (("dense", dense), ("nf4", small)):
-        times[name] = _time(lambda layer=layer: (layer(x), wait()))
+    for name, layers in (("dense", dense), ("nf4", small)):
+        times[name] = _time(lambda layers=layers: ([layer(x) for layer in layers], wait())) / copies
     return {"bitsandbytes_speed": times["dense"] / times["nf4"], "bitsandbytes_nf4_ms": 1e3 * times["nf4"]}
 
 
@@ -333,7 +344,8 @@ def memory() -> list[dict]:
 # ---- compiled for TPUs ---------------------------------------------------------------------------------
 
 
-LLAMA = {"8B": (4096, 32, 32, 14336), "70B": (8192, 80, 64, 28672)}  # width, layers, heads, hidden
+# width, layers, heads, hidden, vocabulary
+LLAMA = {"8B": (4096, 32, 32, 14336, 128256), "70B": (8192, 80, 64, 28672, 128256), "tiny": (512, 2, 4, 1024, 512)}
 
 
 def tpu() -> list[dict]:
@@ -341,8 +353,8 @@ def tpu() -> list[dict]:
     return [*rows, _on_a_slice("70B", 2048)]
 
 
-def _abstract(size: str):
-    """(config, shapes of the parameters in NF4 with LoRAs of rank 16 around all linear layers)."""
+def _abstract(size: str, rank: int = 16, quantised: bool = True):
+    """(config, shapes of the parameters in NF4 or bfloat16 with LoRAs around all linear layers)."""
     import jax
     import jax.numpy as jnp
 
@@ -352,17 +364,17 @@ def _abstract(size: str):
     from jaxml.quant.qarray import abstract
     from jaxml.tune import adapters
 
-    width, layers, heads, hidden = LLAMA[size]
+    width, layers, heads, hidden, vocabulary = LLAMA[size]
     config = DecoderConfig(
-        family="llama", vocab_size=128256, width=width, num_layers=layers, num_heads=heads, num_kv_heads=8,
-        head_dim=128, hidden_dim=hidden, max_length=8192, rope_theta=5e5, norm_eps=1e-5, bos_id=0, eos_ids=(1,),
-        pad_id=2, tied_embeddings=False,
+        family="llama", vocab_size=vocabulary, width=width, num_layers=layers, num_heads=heads,
+        num_kv_heads=min(8, heads), head_dim=128, hidden_dim=hidden, max_length=8192, rope_theta=5e5, norm_eps=1e-5,
+        bos_id=0, eos_ids=(1,), pad_id=2, tied_embeddings=False,
     )  # fmt: skip
     is_shape = lambda s: isinstance(s, tuple)
     tree = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.bfloat16), decoder.shapes(config), is_leaf=is_shape)
-    for name in MATRICES:
+    for name in MATRICES if quantised else ():
         tree["layers"][name] = abstract(tree["layers"][name].shape, "nf4", 64, True, -2, "bfloat16")
-    return config, jax.eval_shape(lambda p: adapters.attach(p, jax.random.key(0), rank=16), tree)
+    return config, jax.eval_shape(lambda p: adapters.attach(p, jax.random.key(0), rank=rank), tree)
 
 
 def _step(config, params, batch: int, length: int, rows: int):

@@ -26,5 +26,7 @@ step kan python3 benchmarks/kan.py --subjects layer parameters
 step kan_kernel python3 benchmarks/kan.py --subjects kernel
 step feed_forward python3 benchmarks/feed_forward.py --subjects gpu
 step adapters python3 benchmarks/adapters.py --subjects training matmul many
+step adapters_qlora python3 benchmarks/adapters_gpu.py --methods qlora
+step adapters_lora python3 benchmarks/adapters_gpu.py --methods lora
 step optim_training python3 benchmarks/optim_training.py --minutes 8
 exit $failed
