@@ -1,9 +1,10 @@
 """Which program multiplies by a quantised matrix.
 
 `xla` dequantises the whole matrix and multiplies: any format, any device, sharded by XLA. The others are kernels that
-dequantise tile by tile and store nothing: `mosaic_tpu`; for GPUs `jax_triton` (Triton itself, called by the package
-jax-triton) and `triton` (Pallas). All compute the forward product and the one by the transpose, which is all that the
-derivatives need. Weights and results are the same to the rounding of sums.
+dequantise tile by tile and store nothing: `mosaic_tpu`; for GPUs with many rows `mosaic_gpu` (Hopper), with few rows
+`jax_triton` (Triton itself, called by the package jax-triton) and `triton` (Pallas). All compute the forward product
+and the one by the transpose, which is all that the derivatives need. Weights and results are the same to the rounding
+of sums.
 
 On a TPU the kernel comes first where it can run; on a GPU one is taken by name (`with_implementation`), until a
 measurement says how many rows it is for.
@@ -22,15 +23,16 @@ import jax.numpy as jnp
 from jaxml.axes import Array, Float, Params
 from jaxml.linear import vary, varying_axes
 from jaxml.quant import codebook
-from jaxml.target import INTERPRET, INTERPRET_GPU, named, platform
+from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, named, platform
 
 if TYPE_CHECKING:
     from jaxml.quant.qarray import QArray
 
-IMPLEMENTATIONS = ("mosaic_tpu", "jax_triton", "triton", "xla")
+IMPLEMENTATIONS = ("mosaic_tpu", "mosaic_gpu", "jax_triton", "triton", "xla")
 ORDER = {"tpu": ("mosaic_tpu", "xla"), INTERPRET: ("mosaic_tpu", "xla")}  # elsewhere xla alone
-GPU = ("jax_triton", "triton")
-SHORTEST = 32  # weights that share a scale, in the kernels for GPUs
+GPU = ("mosaic_gpu", "jax_triton", "triton")
+SHORTEST = {"mosaic_gpu": 64, "jax_triton": 32, "triton": 32}  # weights that share a scale, at least
+HOPPER = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +112,10 @@ def unsupported(name: str, x: Array, q: "QArray") -> str | None:
     lead = q.shape[:-2]
     if x.shape[: len(lead)] != lead:
         return f"it multiplies stacked matrices by as many stacks of rows, got x {x.shape} and {q.shape}"
-    if name in GPU and q.block < SHORTEST:
-        return f"it needs blocks of {SHORTEST} weights or more, they have {q.block}"
+    if q.block < SHORTEST.get(name, 0):
+        return f"it needs blocks of {SHORTEST[name]} weights or more, they have {q.block}"
+    if name == "mosaic_gpu" and (q.rows[0] % 128 or q.rows[1] % 128):
+        return f"it needs a matrix of multiples of 128, got {q.matrix}"
     return None
 
 
@@ -121,6 +125,8 @@ def _device(name: str, dtype) -> str | None:
             return f"it needs a GPU, this is {platform()!r}"
         if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
+        if name == "mosaic_gpu":
+            return _not_on_hopper(dtype)
         return _without_jax_triton(platform()) if name == "jax_triton" else None
     from jaxml.attention import blocks  # where it is used: it brings Pallas along
 
@@ -129,6 +135,14 @@ def _device(name: str, dtype) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16):
         return f"it computes in float32 and bfloat16, x is {jnp.dtype(dtype).name}"
     return None
+
+
+def _not_on_hopper(dtype) -> str | None:
+    if platform() == INTERPRET_GPU:
+        return "no interpreter knows its instructions"
+    if compute_capability() != HOPPER:
+        return f"it needs a Hopper GPU (compute capability 9.0), this one has {compute_capability() / 10:.1f}"
+    return "it computes in bfloat16 and float16, x is float32" if dtype == jnp.float32 else None
 
 
 @functools.cache
@@ -174,9 +188,14 @@ def product(name: str, q: "QArray", x: Float[Array, "... C"], along: bool) -> Fl
     codes, unit, x = vary((q.codes, unit, x), axes)
     one = lambda x, codes, unit: of(x, codes, unit, q.kind, along)
     for _ in range(codes.ndim - 2):
-        one = jax.vmap(one)
+        one = _one_by_one(one) if name == "mosaic_gpu" else jax.vmap(one)
     y = one(x.reshape(*codes.shape[:-2], -1, x.shape[-1]), codes, unit)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return vary(y.reshape(*x.shape[:-1], y.shape[-1]), axes)
+
+
+def _one_by_one(function: Callable) -> Callable:
+    """Like `jax.vmap`, for a kernel that has no rule for it."""
+    return lambda *arrays: jax.lax.map(lambda each: function(*each), arrays)
 
 
 def _lookup(name: str) -> Callable:
@@ -186,7 +205,9 @@ def _lookup(name: str) -> Callable:
 
 def _kernels(name: str) -> types.ModuleType:
     """Imported where it is used: Pallas takes its time."""
-    if name == "triton":
+    if name == "mosaic_gpu":
+        from jaxml.quant import kernel_mosaic_gpu as module
+    elif name == "triton":
         from jaxml.quant import kernel_gpu as module
     else:
         from jaxml.quant import kernel_tpu as module

@@ -104,7 +104,7 @@ def test_an_implementation_that_cannot_run_says_so():
     q = quant.with_implementation(matrix("nf4"), "triton")
     with pytest.raises(NotImplementedError, match=r"needs a GPU.*Take 'xla'"):
         weights.dot(jnp.ones((2, 320)), q)
-    with pytest.raises(ValueError, match="one of mosaic_tpu, jax_triton, triton, xla, got 'cuda'"):
+    with pytest.raises(ValueError, match="one of mosaic_tpu, mosaic_gpu, jax_triton, triton, xla, got 'cuda'"):
         quant.with_implementation(q, "cuda")
 
 
@@ -141,8 +141,13 @@ def test_compiled_for_a_tpu_no_dequantised_matrix_is_stored(kind, rows):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-@pytest.mark.parametrize("by, call", [("triton", "__gpu$xla.gpu.triton"), ("jax_triton", "triton_kernel_call")])
+@pytest.mark.parametrize(
+    "by, call",
+    [("triton", "__gpu$xla.gpu.triton"), ("jax_triton", "triton_kernel_call"), ("mosaic_gpu", "mosaic_gpu_v2")],
+)
 def test_lowered_for_gpus(by, call, kind, dtype):
+    if by == "mosaic_gpu" and dtype == "float32":
+        pytest.skip("tensor cores take 16 bits from registers")
     q = jax.eval_shape(quant.FORMATS[kind], jax.ShapeDtypeStruct((1024, 256), dtype))
     q = dataclasses.replace(q, implementation=by)
     x, g = (jax.ShapeDtypeStruct((8, n), dtype) for n in (1024, 256))
@@ -161,3 +166,32 @@ def test_lowered_for_gpus(by, call, kind, dtype):
 def test_long_sums_are_split_over_programs(kind, shape):
     q = matrix(kind, shape)
     close(*both("jax_triton", q), q)
+
+
+@pytest.mark.parametrize("kind, options", [("nf4", {}), ("int4", {"block": 256}), ("int8", {})])
+@pytest.mark.parametrize("along", [True, False])
+def test_each_thread_of_hoppers_kernel_finds_its_own_weights(kind, options, along):
+    from jaxml.quant import kernel_mosaic_gpu as hopper
+
+    halves = 1 if kind == "int8" else 2
+    height = hopper.GROUPS * hopper.HEIGHT
+    tile = hopper.tile_of(along, halves)
+    codes = np.random.default_rng(0).integers(0, 256, (tile.rows, tile.bytes))
+    offset = np.arange(codes.size)
+    memory = np.zeros(codes.size, int)  # the copy engine's swizzle: pieces of 16 bytes, by the number of 128 bytes
+    memory[offset ^ (offset >> 7 & tile.bytes // 16 - 1) << 4] = codes.reshape(-1)
+    stored = np.stack([codes >> 4, codes & 15], -1).reshape(tile.rows, -1) if halves == 2 else codes
+    wanted = stored if along else stored.T  # outputs × weights that are summed
+    thread = np.arange(128 * hopper.GROUPS)
+    place = thread // 128, thread // 32 % 4, thread // 4 % 8, thread % 4
+    got = np.full((height, hopper.STEP), -1)
+    for row in (0, 8):
+        for column in (n + e for n in range(0, hopper.STEP, 8) for e in (0, 1)):
+            first = (row, column // 2 * 2) if along else (0, column)
+            byte = memory[tile.address(*place, *(first if halves == 2 else (row, column)))]
+            code = byte if halves == 1 else byte >> 4 if first == (row, column) else byte & 15
+            group, warp, g, c = place
+            got[group * 64 + warp * 16 + g + row, c * 2 + column] = code
+    if not along and halves == 2:
+        got = got.reshape(-1, 2, 8, hopper.STEP).swapaxes(1, 2).reshape(got.shape)
+    np.testing.assert_array_equal(got, wanted)
