@@ -503,9 +503,8 @@ def _schedule(chip: str, folder: Path) -> list[dict]:
                     run = lambda x, w: weights.dot(x, w, transpose)
                     text = compile_for_tpu(run, (x, w), chip).as_text()
                     rest = sum(int(n) for n in re.findall(r'"estimated_cycles":"?(\d+)', text))
-                    kernel = max((_of_kernel(path, x, w, chip) for path in _schedules(folder, "product")), default=0)
+                    kernel = max((_of_kernel(path, x, w, chip) for path in _schedules(folder)), default=0)
                     reading = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((x, w))) / bandwidth * hertz
-                    rest += sum(_of_scales(path, w) for path in _schedules(folder, "scales"))
                     return rest + max(kernel, reading) if kernel else max(rest, reading)
 
                 ours, by_xla = cycles(w), cycles(quant.with_implementation(w, "xla"))
@@ -517,14 +516,9 @@ def _schedule(chip: str, folder: Path) -> list[dict]:
     return rows
 
 
-def _schedules(folder: Path, kernel: str) -> list[Path]:
-    return [p for p in folder.glob(f"*quantised_{kernel}*final_bundles.txt") if "schedule-analysis" not in p.name]
-
-
-def _of_scales(path: Path, w) -> int:
-    from tpu_schedule import stretches
-
-    return -(-w.scales.size // (512 * 128)) * sum(bundles for _, bundles in stretches(path.read_text()))
+def _schedules(folder: Path) -> list[Path]:
+    found = folder.glob("*quantised_product*final_bundles.txt")
+    return [path for path in found if "schedule-analysis" not in path.name]
 
 
 def _of_kernel(path: Path, x, w, chip: str) -> float:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Params
 from jaxml.linear import vary, varying_axes
-from jaxml.quant import codebook
 from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, named, platform
 
 if TYPE_CHECKING:
@@ -177,19 +176,13 @@ def product(name: str, q: "QArray", x: Float[Array, "... C"], along: bool) -> Fl
     Args:
         q: its codes are S: two weights a byte, or one (int8); the blocks of a row are equally long.
     """
-    from jaxml.quant.qarray import units
-
-    if name == "jax_triton":
-        from jaxml.quant import kernel_jax_triton
-
-        return kernel_jax_triton.product(q, x, along)
-    of, unit = _kernels(name).product, units(q, _lookup(name))
-    axes = varying_axes(q, unit, x)
-    codes, unit, x = vary((q.codes, unit, x), axes)
-    one = lambda x, codes, unit: of(x, codes, unit, q.kind, along)
-    for _ in range(codes.ndim - 2):
+    axes = varying_axes(q, x)
+    q, x = vary((q, x), axes)
+    of, lead = _kernels(name).product, q.codes.shape[:-2]
+    one = lambda q, x: of(q, x, along)
+    for _ in lead if name != "jax_triton" else ():  # which takes a stack at once
         one = _one_by_one(one) if name == "mosaic_gpu" else jax.vmap(one)
-    y = one(x.reshape(*codes.shape[:-2], -1, x.shape[-1]), codes, unit)
+    y = one(q, x.reshape(*lead, -1, x.shape[-1]))
     return vary(y.reshape(*x.shape[:-1], y.shape[-1]), axes)
 
 
@@ -198,15 +191,12 @@ def _one_by_one(function: Callable) -> Callable:
     return lambda *arrays: jax.lax.map(lambda each: function(*each), arrays)
 
 
-def _lookup(name: str) -> Callable:
-    """What finds the values of the scales' codes, for that implementation: ``table[codes]``."""
-    return _kernels(name).lookup if name == "mosaic_tpu" else codebook.lookup
-
-
 def _kernels(name: str) -> types.ModuleType:
     """Imported where it is used: Pallas takes its time."""
     if name == "mosaic_gpu":
         from jaxml.quant import kernel_mosaic_gpu as module
+    elif name == "jax_triton":
+        from jaxml.quant import kernel_jax_triton as module
     elif name == "triton":
         from jaxml.quant import kernel_gpu as module
     else:

@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from jaxml.axes import Array, Float, Int
+from jaxml.axes import Array, Float
 from jaxml.kernels import Tile, padded
 from jaxml.linear import vary, varying_axes
 from jaxml.quant.codebook import TABLES
+from jaxml.quant.qarray import QArray, units
 from jaxml.target import INTERPRET_GPU, platform
 
 ROWS = 64  # of x in a tile, at most
 ALONG, ACROSS = Tile(16, 32, 128, warps=4), Tile(16, 128, 32, warps=4)  # rows of x, of y; bytes or rows summed at once
 
 
-def product(
-    x: Float[Array, "M C"], codes: Int[Array, "R bytes"], unit: Float[Array, "R blocks"], kind: str, along: bool
-) -> Float[Array, "M N"]:
+def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N"]:
     """x S, or x Sᵀ where the sum goes `along` the stored rows S; `kernel.product` says of what."""
+    codes, unit, kind = q.codes, units(q), q.kind
     (M, _), (R, held) = x.shape, codes.shape
     halves = 1 if kind == "int8" else 2
     lanes = held // unit.shape[1]  # bytes that share a scale

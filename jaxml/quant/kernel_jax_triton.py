@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from jaxml.axes import Array, Float
-from jaxml.linear import vary, varying_axes
 from jaxml.quant import codebook
 from jaxml.quant.qarray import NESTED_BLOCK, QArray
 from jaxml.target import INTERPRET_GPU, compute_capability, named, platform
@@ -26,10 +25,8 @@ PROGRAMS = 512  # as many as fill the largest GPUs a few times
 LEAST = 4  # steps of a sum that is split
 
 
-def product(q: QArray, x: Float[Array, "... C"], along: bool) -> Float[Array, "... N"]:
-    """x S, or x Sᵀ where the sum goes `along` the stored rows S; leading axes of x before its rows are the stack's."""
-    axes = varying_axes(q, x)
-    q, x = vary((q, x), axes)
+def product(q: QArray, x: Float[Array, "... M C"], along: bool) -> Float[Array, "... M N"]:
+    """x S, or x Sᵀ where the sum goes `along` the stored rows S of stacked matrices; `kernel.product` says of what."""
     (R, run), lead, halves = q.rows, q.codes.shape[:-2], 1 if q.kind == "int8" else 2
     rows = x.reshape(math.prod(lead), -1, x.shape[-1])
     L, M, _ = rows.shape
@@ -52,7 +49,6 @@ def product(q: QArray, x: Float[Array, "... C"], along: bool) -> Float[Array, ".
     )  # fmt: skip
     arguments = rows, q.codes, q.scales, *nested, values, jnp.asarray(codebook.dynamic(), jnp.float32)
     y = _call(arguments, partial, (kept, down, L * splits), sizes)
-    y = vary(y, axes)
     y = y[:, 0] if splits == 1 else jnp.sum(y, axis=1).astype(x.dtype)
     return y.reshape(*x.shape[:-1], N)
 

@@ -21,10 +21,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from jaxml.axes import Array, Float, Int
+from jaxml.axes import Array, Float
 from jaxml.kernels import padded
 from jaxml.linear import vary, varying_axes
 from jaxml.quant.codebook import TABLES
+from jaxml.quant.qarray import QArray, units
 
 GROUPS, HEIGHT, STEP = 2, 64, 64  # warp groups that multiply; outputs of each; weights summed at once
 WIDEST = 256  # rows of x in a tile
@@ -61,10 +62,9 @@ def tile_of(along: bool, halves: int) -> Tile:
     return Tile(height, STEP // halves, True, halves) if along else Tile(STEP, height // halves, False, halves)
 
 
-def product(
-    x: Float[Array, "M C"], codes: Int[Array, "R bytes"], unit: Float[Array, "R blocks"], kind: str, along: bool
-) -> Float[Array, "M N"]:
+def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N"]:
     """x S, or x Sᵀ where the sum goes `along` the stored rows S; `kernel.product` says of what."""
+    codes, unit, kind = q.codes, units(q), q.kind
     M, (R, held), halves = x.shape[0], codes.shape, 1 if kind == "int8" else 2
     block = held * halves // unit.shape[1]
     width = min(WIDEST, -(-M // 64) * 64)

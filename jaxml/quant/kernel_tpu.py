@@ -1,9 +1,9 @@
 """Products with quantised matrices on TPUs: a Pallas kernel that dequantises tiles and never stores them.
 
 A weight's value is looked up along sublanes (eight of the sixteen values at a time, one vector instruction each), its
-scale along lanes. Two weights share a byte, so that the high halves of a tile's bytes are its even columns. With few
-rows it is x (or y) that is put into that order; with many rows the bytes are spread over twice the lanes, which costs
-nothing while the matrix units are busy.
+scale along lanes; a tile's scales are themselves looked up before, in the table of the dynamic map. Two weights share a
+byte, so that the high halves of a tile's bytes are its even columns. With few rows it is x (or y) that is put into that
+order; with many rows the bytes are spread over twice the lanes, which costs nothing while the matrix units are busy.
 """
 
 import math
@@ -16,14 +16,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
-from jaxml.axes import Array, Float, Int
+from jaxml.axes import Array, Float
 from jaxml.kernels import LANES, padded
 from jaxml.linear import vary, varying_axes
-from jaxml.quant.codebook import TABLES
+from jaxml.quant import codebook
+from jaxml.quant.qarray import NESTED_BLOCK, QArray, unit_of
 from jaxml.target import INTERPRET, platform
 
 SUBLANES = 8
 PAIR = 2 * LANES  # weights in 128 bytes
+HALF = LANES // 2
 FEW = 512  # rows of x that are put into the order of the bytes, at most
 
 
@@ -36,14 +38,25 @@ class Cut(NamedTuple):
     few: bool
 
 
-def product(
-    x: Float[Array, "M C"], codes: Int[Array, "R bytes"], unit: Float[Array, "R blocks"], kind: str, along: bool
-) -> Float[Array, "M N"]:
+def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N"]:
     """x S, or x Sᵀ where the sum goes `along` the stored rows S; `kernel.product` says of what."""
-    M, R, run = x.shape[0], codes.shape[0], codes.shape[1] * (1 if kind == "int8" else 2)
-    cut, block = cut_of(x, R, run), run // unit.shape[1]
+    M, (R, run), kind, codes = x.shape[0], q.rows, q.kind, q.codes
+    cut, per_row = cut_of(x, R, run), q.scales.shape[1]
+    block = run // per_row
     apart = cut.few and kind != "int8"
-    unit = padded(unit, cut.stored, LANES)  # by zeros: what lies beyond the codes' ends is multiplied by them
+    span = min(per_row, max(32, cut.run // block))  # of blocks whose scales are made at once
+    deep = -(-per_row // span) * span
+    axes = varying_axes(x)
+    if q.nested is None:
+        scales, nested = padded(q.scales.T, deep, cut.stored), ()  # beyond the codes' ends by zeros
+    else:
+        scales, nested = q.scales.T, q.nested.scales
+        groups = -(-R // cut.stored) * cut.stored * deep // NESTED_BLOCK + (_windows(per_row) + 1) * LANES
+        halves = jnp.pad(nested, (0, groups - nested.size + -groups % HALF)).reshape(-1, HALF)
+        nested = jnp.concatenate([halves[:-1], halves[1:]], axis=1).reshape(1, -1)  # 128 from every 64th on
+        dynamic = jnp.asarray(codebook.dynamic(), jnp.float32).reshape(2, 1, LANES)
+        dynamic = jnp.concatenate([vary(dynamic, axes), jnp.broadcast_to(q.nested.offset, (1, 1, LANES))])
+        nested = nested, jnp.broadcast_to(dynamic, (3, SUBLANES, LANES))
     tiles = pl.cdiv(R, cut.stored), pl.cdiv(run, cut.run)
     if along:
         x = padded(x, cut.rows, cut.run)
@@ -55,15 +68,20 @@ def product(
         summed, kept, of_codes = *tiles, lambda i, j, s: (s, j)
         step, width = cut.stored, cut.run
 
-    def kernel(table, codes, unit, x, y, total):
+    def kernel(table, codes, scales, *refs):
+        *nested, x, y, unit, total = refs
+
         @pl.when(pl.program_id(2) == 0)
         def _():
             total[...] = jnp.zeros(total.shape, total.dtype)
 
         first = pl.program_id(2 if along else 1) * cut.run
+        column = first // block // span * span
+        _units(unit, scales, nested, kind, pl.program_id(1 if along else 2) * cut.stored, column, per_row, span)
+        first = first - column * block
         for n in range(cut.run // PAIR):  # as wide as the widest matrix unit
             here = pl.ds(n * PAIR, PAIR)
-            halves = [_dense(table, codes, unit, kind, block, first, 2 * n + half, apart) for half in (0, 1)]
+            halves = [_dense(table, codes, unit, kind, block, span, first, 2 * n + half, apart) for half in (0, 1)]
             w = jnp.concatenate(halves, axis=1).astype(x.dtype)
             if along:
                 total[...] += _dot(x[:, here], w, 1)
@@ -82,11 +100,15 @@ def product(
             in_specs=[
                 pl.BlockSpec((2, SUBLANES, LANES), lambda i, j, s: (0, 0, 0)),
                 pl.BlockSpec((cut.stored, cut.run * codes.shape[1] // run), of_codes),
-                pl.BlockSpec((cut.stored, unit.shape[1]), lambda *i: (of_codes(*i)[0], 0)),
+                pl.BlockSpec((deep, cut.stored), lambda *i: (0, of_codes(*i)[0])),
+                *(pl.BlockSpec(a.shape, lambda *i, of=a.ndim: (0,) * of) for a in nested),
                 pl.BlockSpec((cut.rows, step), lambda i, j, s: (i, s)),
             ],
             out_specs=pl.BlockSpec((cut.rows, width), lambda i, j, s: (i, j)),
-            scratch_shapes=[pltpu.VMEM((cut.rows, width), jnp.float32)],
+            scratch_shapes=[
+                pltpu.VMEM((cut.stored, -(-span // LANES) * LANES), jnp.float32),
+                pltpu.VMEM((cut.rows, width), jnp.float32),
+            ],
         ),
         out_shape=jax.ShapeDtypeStruct(
             (x.shape[0], kept * width), x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type
@@ -98,47 +120,60 @@ def product(
         cost_estimate=pl.CostEstimate(
             flops=2 * M * R * run,
             transcendentals=0,
-            bytes_accessed=(codes.size + 4 * unit.size) * (x.shape[0] // cut.rows)
+            bytes_accessed=q.nbytes * (x.shape[0] // cut.rows)
             + x.dtype.itemsize * (x.size * kept + x.shape[0] * kept * width),
         ),
         interpret=platform() == INTERPRET,
         name="quantised_product",
-    )(vary(_table(kind), varying_axes(x)), codes, unit, x)
+    )(vary(_table(kind), axes), codes, scales, *nested, x)
     y = y if along or not apart else _in_order(y, back=True)
     return y[:M, : R if along else run]
 
 
-def lookup(table: np.ndarray, codes: Int[Array, "..."]) -> Float[Array, "..."]:
-    """``table[codes]`` of 256 values, float32: each half of them lies along the lanes."""
-    rows, piece = -(-codes.size // LANES), 32 if platform() == INTERPRET else 512
-    flat = jnp.pad(codes.reshape(-1), (0, -codes.size % LANES)).reshape(rows, LANES)
-    piece = min(piece, -(-rows // 32) * 32)
+def _units(unit, scales, nested: tuple, kind: str, row, column, per_row: int, span: int) -> None:
+    """Writes what multiplies the values of the tile's blocks: those from (row, column) on of the matrix's scales.
 
-    def kernel(table, codes, out):
-        for r in range(0, piece, 32):
-            some = codes[r : r + 32].astype(jnp.int32)
-            for n in range(0, 32, SUBLANES):
-                code = some[n : n + SUBLANES]
-                low, high = (_pick(table[half], code & (LANES - 1), 1) for half in (0, 1))
-                out[r + n : r + n + SUBLANES] = jnp.where(code >= LANES, high, low)
-
-    values = jnp.asarray(table, jnp.float32).reshape(2, 1, LANES)
-    found = pl.pallas_call(
-        kernel,
-        grid=(pl.cdiv(rows, piece),),
-        in_specs=[
-            pl.BlockSpec((2, SUBLANES, LANES), lambda i: (0, 0, 0)),
-            pl.BlockSpec((piece, LANES), lambda i: (i, 0)),
-        ],
-        out_specs=pl.BlockSpec((piece, LANES), lambda i: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct((rows, LANES), jnp.float32, manual_axis_type=jax.typeof(flat).manual_axis_type),
-        interpret=platform() == INTERPRET,
-        name="quantised_scales",
-    )(vary(jnp.broadcast_to(values, (2, SUBLANES, LANES)), varying_axes(flat)), flat)
-    return found.reshape(-1)[: codes.size].reshape(codes.shape)
+    XLA keeps so narrow a matrix with its rows along lanes; that is how the scales come, and they are turned.
+    """
+    rows, start = unit.shape[0], row * per_row + column
+    for at in range(0, span, LANES):
+        deep = min(LANES, span - at)
+        for r in range(0, rows, LANES):
+            wide = pl.ds(r, min(LANES, rows))
+            some = scales[pl.ds(at if span == per_row else pl.multiple_of(column + at, 32), deep), wide]
+            parts = []
+            for n in range(0, deep, SUBLANES):
+                of = some[n : n + SUBLANES]
+                if nested:
+                    of = _nested(of.astype(jnp.int32), *nested, start, r * per_row + at + n, per_row)
+                parts.append(unit_of(of, kind))
+            unit[wide, at : at + deep] = jnp.concatenate(parts).T
 
 
-def _dense(table, codes, unit, kind: str, block: int, first, n: int, apart: bool) -> Float[Array, "stored lanes"]:
+def _nested(codes, scales, dynamic, start, further: int, per_row: int) -> Float[Array, "sublanes lanes"]:
+    """Scales of a row along the sublanes, of rows along the lanes: from their codes, `further` than `start` on."""
+    sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, codes.shape, axis) for axis in (0, 1))
+    low, high = (_pick(dynamic[n, : codes.shape[0]], codes & (LANES - 1), 1) for n in (0, 1))
+    group = start // NESTED_BLOCK + further // NESTED_BLOCK
+    half = group // HALF
+    place = start % NESTED_BLOCK + further % NESTED_BLOCK + sublane + lane * per_row
+    of_lane = place // NESTED_BLOCK + (group - half * HALF)
+    of_groups = jnp.zeros(codes.shape, jnp.float32)
+    for n in range(_windows(per_row)):
+        window = scales[:, pl.ds(pl.multiple_of((half + 2 * n) * LANES, LANES), LANES)]
+        found = _pick(jnp.broadcast_to(window, (codes.shape[0], LANES)), of_lane & (LANES - 1), 1)
+        of_groups = found if n == 0 else jnp.where(of_lane < n * LANES, of_groups, found)
+    return jnp.where(codes < LANES, low, high) * of_groups + dynamic[2, : codes.shape[0], : codes.shape[1]]
+
+
+def _windows(per_row: int) -> int:
+    """Of 128 scales of scales, from any 64th on, those that the scales of 128 rows can have."""
+    return -(-(LANES * per_row // NESTED_BLOCK + 3 + HALF) // LANES)
+
+
+def _dense(
+    table, codes, unit, kind: str, block: int, span: int, first, n: int, apart: bool
+) -> Float[Array, "stored lanes"]:
     """The n-th 128 weights of each stored row of the tile: in order, or (`apart`) every second of 256."""
     rows = codes.shape[0]
     lane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
@@ -148,6 +183,8 @@ def _dense(table, codes, unit, kind: str, block: int, first, n: int, apart: bool
     column = start // block
     units = unit[:, pl.ds(pl.multiple_of(column // LANES * LANES, LANES), LANES)]
     of_lane = column % LANES + (lane * (2 if apart else 1)) // block
+    if span < LANES:  # beyond the row's end, where x is 0, no lane may be one that was never written
+        of_lane = jnp.minimum(of_lane, span - 1)
     out = []
     for r in range(0, rows, SUBLANES):
         code = held[r : r + SUBLANES]
@@ -182,7 +219,7 @@ def _in_order(a: Array, back: bool = False) -> Array:
 
 
 def _table(kind: str) -> Float[Array, "halves values lanes"]:
-    of = np.zeros(16) if kind == "int8" else TABLES[kind]
+    of = np.zeros(16) if kind == "int8" else codebook.TABLES[kind]
     return jnp.broadcast_to(jnp.asarray(of, jnp.float32).reshape(2, SUBLANES, 1), (2, SUBLANES, LANES))
 
 

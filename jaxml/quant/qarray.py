@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -173,23 +172,23 @@ def stored_rows(q: QArray) -> Float[Array, "... rows run"]:
         return _scaled(of, scales(q), q.kind)
     rows, run = q.rows
     per_weight = jnp.repeat(scales(q), q.block, axis=-1)[..., : rows * run]
-    return (of[..., : rows * run] * _unit(per_weight, q.kind)).reshape(*of.shape[:-1], rows, run)
+    return (of[..., : rows * run] * unit_of(per_weight, q.kind)).reshape(*of.shape[:-1], rows, run)
 
 
-def scales(q: QArray, lookup: Callable = codebook.lookup) -> Float[Array, "... rows blocks"]:
+def scales(q: QArray) -> Float[Array, "... rows blocks"]:
     """The largest magnitude of each block, float32."""
     if q.nested is None:
         return q.scales
     lead = q.codes.shape[: -2 if q.in_rows else -1]
     flat = q.scales.reshape(*lead, -1)
     of = jnp.repeat(q.nested.scales, NESTED_BLOCK, axis=-1)[..., : flat.shape[-1]]
-    values = lookup(codebook.dynamic(), flat) * of + q.nested.offset[..., None]
+    values = codebook.lookup(codebook.dynamic(), flat) * of + q.nested.offset[..., None]
     return values.reshape(q.scales.shape)
 
 
-def units(q: QArray, lookup: Callable = codebook.lookup) -> Float[Array, "... rows blocks"]:
+def units(q: QArray) -> Float[Array, "... rows blocks"]:
     """What multiplies the values of a block's codes, float32."""
-    return _unit(scales(q, lookup), q.kind)
+    return unit_of(scales(q), q.kind)
 
 
 def _nested_at(q: QArray, ids: Array) -> Array:
@@ -221,10 +220,10 @@ def pack(codes: Int[Array, "... codes"]) -> Int[Array, "... bytes"]:
 
 def _scaled(values: Array, of: Array, kind: str) -> Array:
     blocks = values.reshape(*of.shape, -1)
-    return (blocks * _unit(of, kind)[..., None]).reshape(values.shape)
+    return (blocks * unit_of(of, kind)[..., None]).reshape(values.shape)
 
 
-def _unit(of: Array, kind: str) -> Array:
+def unit_of(of: Array, kind: str) -> Array:
     """What multiplies a code's value, from the block's largest magnitude."""
     return of / 127 if kind == "int8" else of
 

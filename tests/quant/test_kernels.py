@@ -73,6 +73,13 @@ def test_many_rows(by):
     close(*both(by, q, rows={"mosaic_tpu": 520, "triton": 70}.get(by, 20)), q)
 
 
+def test_long_rows_whose_scales_have_many_scales_of_their_own():
+    q = matrix("nf4", (8192, 40), block=8)
+    own = q.nested.scales * jnp.linspace(1, 3, q.nested.scales.size)
+    q = dataclasses.replace(q, nested=dataclasses.replace(q.nested, scales=own))
+    close(*both("mosaic_tpu", q, rows=2), q)
+
+
 @pytest.mark.parametrize("by", ON)
 def test_bfloat16_is_rounded_where_the_definition_rounds(by):
     q = matrix("nf4", (256, 64))
