@@ -44,7 +44,7 @@ def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N
     cut, per_row = cut_of(x, R, run), q.scales.shape[1]
     block = run // per_row
     apart = cut.few and kind != "int8"
-    span = min(per_row, max(32, cut.run // block))  # of blocks whose scales are made at once
+    span = -(-min(per_row, max(32, cut.run // block)) // SUBLANES) * SUBLANES  # blocks whose scales are made at once
     deep = -(-per_row // span) * span
     axes = varying_axes(x)
     if q.nested is None:
@@ -140,7 +140,7 @@ def _units(unit, scales, nested: tuple, kind: str, row, column, per_row: int, sp
         deep = min(LANES, span - at)
         for r in range(0, rows, LANES):
             wide = pl.ds(r, min(LANES, rows))
-            some = scales[pl.ds(at if span == per_row else pl.multiple_of(column + at, 32), deep), wide]
+            some = scales[pl.ds(at if span == scales.shape[0] else pl.multiple_of(column + at, 32), deep), wide]
             parts = []
             for n in range(0, deep, SUBLANES):
                 of = some[n : n + SUBLANES]
@@ -153,7 +153,7 @@ def _units(unit, scales, nested: tuple, kind: str, row, column, per_row: int, sp
 def _nested(codes, scales, dynamic, start, further: int, per_row: int) -> Float[Array, "sublanes lanes"]:
     """Scales of a row along the sublanes, of rows along the lanes: from their codes, `further` than `start` on."""
     sublane, lane = (jax.lax.broadcasted_iota(jnp.int32, codes.shape, axis) for axis in (0, 1))
-    low, high = (_pick(dynamic[n, : codes.shape[0]], codes & (LANES - 1), 1) for n in (0, 1))
+    low, high = (_pick(dynamic[n], codes & (LANES - 1), 1) for n in (0, 1))
     group = start // NESTED_BLOCK + further // NESTED_BLOCK
     half = group // HALF
     place = start % NESTED_BLOCK + further % NESTED_BLOCK + sublane + lane * per_row
@@ -161,9 +161,9 @@ def _nested(codes, scales, dynamic, start, further: int, per_row: int) -> Float[
     of_groups = jnp.zeros(codes.shape, jnp.float32)
     for n in range(_windows(per_row)):
         window = scales[:, pl.ds(pl.multiple_of((half + 2 * n) * LANES, LANES), LANES)]
-        found = _pick(jnp.broadcast_to(window, (codes.shape[0], LANES)), of_lane & (LANES - 1), 1)
+        found = _pick(jnp.broadcast_to(window, (SUBLANES, LANES)), of_lane & (LANES - 1), 1)
         of_groups = found if n == 0 else jnp.where(of_lane < n * LANES, of_groups, found)
-    return jnp.where(codes < LANES, low, high) * of_groups + dynamic[2, : codes.shape[0], : codes.shape[1]]
+    return jnp.where(codes < LANES, low, high) * of_groups + dynamic[2, :, : codes.shape[1]]
 
 
 def _windows(per_row: int) -> int:

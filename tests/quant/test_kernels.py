@@ -135,9 +135,8 @@ def test_within_shard_map_on_several_devices():
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize("rows", [8, 2048])
-def test_compiled_for_a_tpu_no_dequantised_matrix_is_stored(kind, rows):
-    D, F = 4096, 1024
+@pytest.mark.parametrize("rows, D, F", [(8, 4096, 1024), (2048, 4096, 1024), (8, 576, 1536), (8, 4160, 1000)])
+def test_compiled_for_a_tpu_no_dequantised_matrix_is_stored(kind, rows, D, F):
     q = jax.eval_shape(quant.FORMATS[kind], jax.ShapeDtypeStruct((D, F), jnp.bfloat16))
     x, g = (jax.ShapeDtypeStruct((rows, n), jnp.bfloat16) for n in (D, F))
     step = lambda x, q, g: jax.vjp(lambda x: weights.dot(x, q), x)[1](g)
