@@ -102,6 +102,11 @@ def run(args):
         if not (out / "base").exists():
             lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
         print(f"what is left of the weights, in {quantised}: {out / 'base'}")
+    elif adapters.starts.moves(args.start) and args.start not in ("pissa", "olora"):
+        raise ValueError(
+            f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
+            "quantised and written (--quantize nf4). Take pissa or olora."
+        )
     tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw, steps))
     model, info = tune.fit(
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
@@ -141,6 +146,10 @@ def _check(args):
             raise ValueError(f"finetune: --{option} is no option of --method {args.method}. Leave it out.")
         if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and name != "dropout":
             raise ValueError(f"finetune: --{option} is above 0, got {value}.")
+        if value and args.adapter and name != "quantize":
+            raise ValueError(f"finetune: --{option} is what --adapter has been made with. Leave it out.")
+    if args.adapter and args.targets != "*":
+        raise ValueError("finetune: --targets are those of --adapter. Leave them out.")
     if args.method == "full" and args.targets != "*":
         raise ValueError("finetune: --targets is no option of --method full. Leave it out.")
 

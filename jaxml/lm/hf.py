@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json and safetensors, streamed tensor by tensor in both directions."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -95,6 +96,7 @@ def write(
                 f"hf.write: weights are arrays, or of layers in {', '.join(bnb.FORMATS)}; {path} is {what}. "
                 "Merge adapters, dequantise, or save with Orbax."
             )
+    config = untied(params, config)
     with whole_folder(folder) as temporary:
         _write_shards(temporary, params, config, shard_bytes)
         about = config_json(params, config)
@@ -104,6 +106,11 @@ def write(
         if tokenizer is not None:
             tokenizer.save(temporary)
     return folder
+
+
+def untied(params: Params, config: DecoderConfig) -> DecoderConfig:
+    """The configuration of these parameters: adapting a tied embedding gives a model a head of its own."""
+    return dataclasses.replace(config, tied_embeddings=False) if "head" in params else config
 
 
 def config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def save_orbax(model: Model, folder: str | Path) -> Path:
             raise ValueError(
                 f"save_orbax: weights are arrays or quantised, {path} is a {type(w).__name__}. Merge first."
             )
-    about = hf.config_json(model.params, model.config)
+    about = hf.config_json(model.params, hf.untied(model.params, model.config))
     with hf.whole_folder(folder) as temporary:
         checkpoint.save(temporary / ORBAX, 0, model.params)
         if nodes:

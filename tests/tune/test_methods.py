@@ -459,3 +459,73 @@ def test_any_tree_is_adapted_and_experts_have_adapters_of_their_own():
 def test_starts_are_named_where_they_are_described():
     assert all(start.removesuffix("_niter_N").removesuffix("_N") in starts.__doc__ for start in starts.STARTS)
     assert tolerance("float32") > 0
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_dora_begins_at_the_model_whatever_its_start(start, quantize):
+    model = tiny_model()
+    params = adapters.attach(
+        model.params, jax.random.key(0), method="dora", rank=4, targets=["q"], start=start, quantize=quantize
+    )
+    w = params["layers"]["q"]
+    np.testing.assert_allclose(w.gain(), 1, rtol=1e-5)
+    squares = adapters.starts.squared_norms(w.base, False)
+    np.testing.assert_allclose(w.squares, squares, rtol=1e-6)
+    if quantize is None:
+        np.testing.assert_allclose(w.dense(), model.params["layers"]["q"], atol=1e-5)
+
+
+def test_adapters_that_hold_a_part_of_the_weights_are_not_put_around_another_base():
+    model = tiny_model()
+    params = adapters.attach(model.params, jax.random.key(0), rank=4, targets=["q"], start="pissa")
+    for together in (lambda: adapters.stack([params]), lambda: adapters.mix([params, params], [0.5, 0.5], "cat")):
+        with pytest.raises(ValueError, match=r"moved a part of layers/q.*adapters\.plain"):
+            together()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(method="vera", start="pissa"), "begins in its own way"),
+        (dict(method="ia3", start="nonsense"), "begins in its own way"),
+        (dict(method="adalora", freeze_a=True), "begins in its own way"),
+        (dict(method="vera", ranks={"q": 2}), "one rank"),
+        (dict(whole=["q"], targets=["q"]), "in targets and whole"),
+        (dict(alpha=-8.0), "above 0 and finite"),
+        (dict(alpha=float("nan")), "above 0 and finite"),
+    ],
+)
+def test_what_attach_would_not_use_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        adapters.attach(tiny_model().params, jax.random.key(0), rank=4, **options)
+
+
+def test_nan_in_a_weight_that_a_start_takes_apart_is_named():
+    params = tiny_model().params
+    params["layers"]["q"] = params["layers"]["q"].at[0, 0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="every weight of layers/q is finite where pissa"):
+        adapters.attach(params, jax.random.key(0), rank=4, targets=["q"], start="pissa")
+
+
+def test_a_number_that_no_adapter_has_is_refused():
+    model = tiny_model()
+    tree = adapters.attach(model.params, jax.random.key(0), rank=4, targets=["q"])
+    with pytest.raises(ValueError, match=r"ids are in -1 … 1, got \[0, 5\]"):
+        adapters.select(adapters.stack([tree, tree]), jnp.array([0, 5]))
+
+
+def test_a_merged_head_is_written_with_the_model(tmp_path):
+    from jaxml import lm
+
+    model = tiny_model(tied_embeddings=True)
+    params = adapters.attach(model.params, jax.random.key(0), rank=4, targets=["embed"])
+    noisy = lambda a: a + 0.3 * jax.random.normal(jax.random.key(1), a.shape)
+    trainable, frozen = adapters.split(params)
+    merged = adapters.merge(adapters.combine(jax.tree.map(noisy, trainable), frozen))
+    tokens = jnp.array([[1, 5, 9, 20]])
+    for save in (lm.save, lm.save_orbax):
+        save(model.replace(params=merged), tmp_path / save.__name__)
+        again = lm.load(tmp_path / save.__name__)
+        expected = lm.decoder.apply(merged, model.config, tokens)
+        np.testing.assert_allclose(lm.decoder.apply(again.params, again.config, tokens), expected, atol=1e-5)

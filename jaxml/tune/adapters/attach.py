@@ -102,6 +102,12 @@ def attach(
         if is_adapter(everything[path]):
             kind = type(everything[path]).__name__
             raise ValueError(f"adapters.attach: {path} has an adapter ({kind}). Merge or detach it first.")
+    if both := set(chosen) & set(paths.match(everything, whole, "adapters.attach") if whole else ()):
+        raise ValueError(f"adapters.attach: a weight is adapted or trained whole, {min(both)} is in targets and whole.")
+    if method in ("vera", "adalora", "ia3") and (start != "default" or freeze_a):
+        raise ValueError(f"adapters.attach: start and freeze_a are LoRA's and DoRA's, {method} begins in its own way.")
+    if method == "vera" and ranks:
+        raise ValueError("adapters.attach: VeRA's matrices share A and B, and with them one rank; got ranks.")
     if quantize is not None:
         of_format(quantize)
     stacked = _depth(params)
@@ -127,6 +133,8 @@ def attach(
         if quantize is not None and not isinstance(new[path].base, QArray):
             base = quantized(of_format(quantize), path, new[path].base, {})
             new[path] = dataclasses.replace(new[path], base=base)
+        if method == "dora":
+            new[path] = _with_magnitudes(new[path], dtype)
     out = paths.replaced(params, new)
     if show is not None:
         show(plan(out))
@@ -142,6 +150,11 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
                 f"adapters.attach: the rank is in 1 … {min(d, f)} for {path} of shape {d} × {f}, got {rank}."
             )
     alphas = [2.0 * r if alpha is None else alpha for r, alpha in zip(ranks, alphas)]
+    for alpha in alphas:
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"adapters.attach: alpha is above 0 and finite, got {alpha} for {path}.")
+    if starts.moves(start) and not isinstance(w, jax.core.Tracer) and not _finite(w):
+        raise ValueError(f"adapters.attach: every weight of {path} is finite where {start} takes it apart, got NaN.")
     scales = [alpha / (math.sqrt(r) if rslora else r) for r, alpha in zip(ranks, alphas)]
     same = len(set(ranks)) == 1
     per_layer = lambda values: values * lead[0] if lead and len(values) == 1 else values
@@ -167,12 +180,19 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
         start, key, w, ranks=ranks, scale=scale, table=path == "embed", transposed=transposed, path=path,
         quantize=quantize,
     )  # fmt: skip
-    node = dataclasses.replace(node, base=base, a=a.astype(dtype), b=b.astype(dtype))
-    if method == "dora":
-        squares = starts.squared_norms(w, transposed)
-        train = (*node.train, "magnitude")
-        node = dataclasses.replace(node, magnitude=jnp.sqrt(squares).astype(dtype), squares=squares, train=train)
-    return node
+    return dataclasses.replace(node, base=base, a=a.astype(dtype), b=b.astype(dtype))
+
+
+def _with_magnitudes(w: LoRA, dtype: Any) -> LoRA:
+    """DoRA: the norms of what the matrix and its adapter are together, so that nothing changes yet."""
+    squares = starts.squared_norms(w.base, w.transposed)
+    one = dataclasses.replace(w, magnitude=jnp.ones(squares.shape, jnp.float32), squares=squares)
+    return dataclasses.replace(one, magnitude=(1 / one.gain()).astype(dtype), train=(*w.train, "magnitude"))
+
+
+def _finite(w: Any) -> bool:
+    parts = [part for part in jax.tree.leaves(w) if jnp.issubdtype(part.dtype, jnp.floating)]
+    return all(bool(jnp.isfinite(part).all()) for part in parts)
 
 
 def _ia3(w: Any, path: str, dtype: Any) -> Scaled:
