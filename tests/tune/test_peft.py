@@ -345,3 +345,25 @@ def test_the_scale_of_ranks_by_layer_is_kept(tmp_path):
     assert again.ranks == (2, 4)
     np.testing.assert_allclose(again.scale, [3.0, 1.5])
     assert dataclasses.replace(again, base=None).a.shape == (2, 32, 4)
+
+
+@pytest.mark.parametrize(
+    "method, name, damage, words",
+    [
+        ("dora", "lora_magnitude_vector", lambda a: a[:1], "magnitude has the shape"),
+        ("adalora", "lora_E", lambda a: a[:2], "lora_E has the shape"),
+        ("vera", "vera_lambda_d", lambda a: a[:1], "vera_lambda_d has the shape"),
+        ("lora", "lora_A.weight", lambda a: a[None], "are matrices"),
+        ("lora", "lora_A.weight", lambda a: a.astype(np.int32), "are floating numbers, got int32"),
+    ],
+)
+def test_damaged_tensors_are_named(tmp_path, method, name, damage, words):
+    model = tiny_model()
+    params = adapters.attach(model.params, jax.random.key(0), method=method, rank=4, targets=["q"])
+    adapters.save_peft(tmp_path / "a", params, model.config)
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    with hf.open_safetensors(file) as opened:
+        tensors = {key: np.asarray(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
+    hf.save_safetensors(file, {k: damage(a) if k.endswith(name) else a for k, a in tensors.items()})
+    with pytest.raises(ValueError, match=words):
+        adapters.load_peft(tmp_path / "a", model.params, model.config)

@@ -176,6 +176,7 @@ class _Reader:
             outer, diagonal = (join([get(i, f"vera_lambda_{x}") for i in range(count)]) for x in "bd")
             if a.shape[0] < d or b.shape[1] < f or outer.shape[-1] != f:
                 raise ValueError(self._other(path, (d, f), (a.shape[0], outer.shape[-1])))
+            self._fits(f"{path}'s vera_lambda_d", diagonal.shape[-1:], a.shape[1:])
             dropout = float(self.about.get("vera_dropout", 0.0))
             return LoRA(
                 w, weights.Shared(a), weights.Shared(b), jnp.ones(w.shape[:-2]), diagonal=diagonal, outer=outer,
@@ -185,6 +186,12 @@ class _Reader:
         a_of = {i: get(i, kind.format("A")).T for i in layers}
         b_of = {i: get(i, kind.format("B")).T for i in layers}
         for i in layers:
+            if a_of[i].ndim != 2 or b_of[i].ndim != 2:
+                raise ValueError(
+                    f"{self.folder}: A and B of {path} are matrices, got {a_of[i].shape}, {b_of[i].shape}."
+                )
+            if not all(jnp.issubdtype(m.dtype, jnp.floating) for m in (a_of[i], b_of[i])):
+                raise ValueError(f"{self.folder}: A and B of {path} are floating numbers, got {a_of[i].dtype.name}.")
             if (a_of[i].shape[0], b_of[i].shape[1]) != (d, f) or a_of[i].shape[1] != b_of[i].shape[0]:
                 raise ValueError(self._other(path, (d, f), (a_of[i].shape[0], b_of[i].shape[1])))
         self._complete(path, {i for i in range(count) if i in layers or not self._targeted(path, i)}, kind, count)
@@ -201,6 +208,8 @@ class _Reader:
             ranks=tuple(ranks) if len(set(ranks)) > 1 else None,
         )  # fmt: skip
         if self.method == "ADALORA":
+            for i in layers:
+                self._fits(f"{path}'s lora_E", get(i, "lora_E").reshape(-1).shape, (ranks[i],))
             e = [wide(get(i, "lora_E").reshape(-1), 0) if i in layers else nothing(most) for i in range(count)]
             return dataclasses.replace(node, diagonal=join(e), method="adalora", train=("a", "diagonal", "b"))
         start = self.about.get("init_lora_weights", True)
@@ -219,6 +228,8 @@ class _Reader:
         if magnitudes:
             squares = starts.squared_norms(node.base, transposed)
             norms = lambda i: jnp.sqrt(squares[i] if stacked else squares)
+            for i in layers:
+                self._fits(f"{path}'s magnitude", get(i, magnitudes[0]).shape, (f,))
             m = join([get(i, magnitudes[0]) if i in layers else norms(i) for i in range(count)])
             node = dataclasses.replace(node, magnitude=m, squares=squares, train=("a", "b", "magnitude"))
         return node
