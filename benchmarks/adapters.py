@@ -121,6 +121,19 @@ def _tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(10, 4000, (STEPS, BATCH, LENGTH)).astype(np.int32)
 
 
+def _batch(x: np.ndarray) -> dict[str, np.ndarray]:
+    """What a step takes, of tokens [1, B, T] that are one text a row."""
+    weights = np.ones(x.shape, np.float32)
+    weights[..., -1] = 0
+    return {
+        "tokens": x,
+        "targets": np.roll(x, -1, axis=2),
+        "weights": weights,
+        "segment_ids": np.ones_like(x),
+        "positions": np.broadcast_to(np.arange(x.shape[2], dtype=np.int32), x.shape),
+    }
+
+
 def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -145,17 +158,10 @@ def ours(method: str, folder: Path) -> dict:
         batch_size=BATCH, length=LENGTH, schedule="constant", warmup=0.0, clip=None, unroll=unroll, learning_rate=RATE
     )
     tx = optimizer(options, STEPS)
-    step, weights = make_step(config, tx, options), np.ones((1, BATCH, LENGTH), np.float32)
-    weights[..., -1] = 0
+    step = make_step(config, tx, options)
     state, losses, times = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32)), [], []
     for x in _tokens()[:, None]:
-        batch = {
-            "tokens": x,
-            "targets": np.roll(x, -1, axis=2),
-            "weights": weights,
-            "segment_ids": np.ones_like(x),
-            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), x.shape),
-        }
+        batch = _batch(x)
         started = time.perf_counter()
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))

@@ -117,7 +117,7 @@ def _times(step, case: dict) -> dict:
 def ours(case: dict) -> dict:
     import jax
     import jax.numpy as jnp
-    from adapters import _abstract, _step
+    from adapters import _abstract, _batch, _step
 
     from jaxml.tune.run import State
 
@@ -132,19 +132,10 @@ def ours(case: dict) -> dict:
     trainable, frozen = adapters.split(params)
     state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
     del params, trainable
-    weights = np.ones((1, case["batch"], case["length"]), np.float32)
-    weights[..., -1] = 0
 
     def one(tokens):
         nonlocal state
-        batch = {
-            "tokens": tokens[None],
-            "targets": np.roll(tokens, -1, axis=1)[None],
-            "weights": weights,
-            "segment_ids": np.ones_like(tokens)[None],
-            "positions": np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)[None],
-        }
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, _batch(tokens[None]))
         return float(metrics["loss"])
 
     built = time.perf_counter() - started

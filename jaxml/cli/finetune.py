@@ -102,7 +102,7 @@ def run(args):
         if not (out / "base").exists():
             lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
         print(f"what is left of the weights, in {quantised}: {out / 'base'}")
-    elif adapters.starts.moves(args.start) and args.start not in ("pissa", "olora"):
+    elif adapters.starts.moves(args.start) and args.start not in adapters.starts.FOUND_AGAIN:
         raise ValueError(
             f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
             "quantised and written (--quantize nf4). Take pissa or olora."

@@ -33,8 +33,12 @@ def product(q: QArray, x: Float[Array, "... M C"], along: bool) -> Float[Array, 
     N = R if along else run
     held, blocks = q.codes.shape[-1], q.scales.shape[-1]
     stored = 32 if x.dtype == jnp.float32 else 64  # of a tile of codes; twice as many float32 would leave the registers
-    kept, summed = (_parts(R, stored), _parts(held, BYTES)) if along else (_parts(held, BYTES), _parts(R, stored))
-    down = _parts(M, ROWS)
+    kept, summed = (
+        (triton.cdiv(R, stored), triton.cdiv(held, BYTES))
+        if along
+        else (triton.cdiv(held, BYTES), triton.cdiv(R, stored))
+    )
+    down = triton.cdiv(M, ROWS)
     splits = max(1, min(PROGRAMS // (kept * down * L), summed // LEAST))
     none = jnp.zeros(1)
     nested = (none, none) if q.nested is None else (q.nested.scales, q.nested.offset)
@@ -42,8 +46,8 @@ def product(q: QArray, x: Float[Array, "... M C"], along: bool) -> Float[Array, 
     partial = jax.ShapeDtypeStruct((L, splits, M, N), x.dtype if splits == 1 else jnp.float32)
     sizes = dict(
         M=M, R=R, HELD=held, BLOCKS=blocks, LANES=held // blocks, HALVES=halves, NESTED=q.nested is not None,
-        GROUPS=_parts(R * blocks, NESTED_BLOCK), GROUP=NESTED_BLOCK, ALONG=along, SPLITS=splits,
-        STEPS=_parts(summed, splits), BM=ROWS, BR=stored, BB=BYTES, UNIT=1 / 127 if q.kind == "int8" else 1.0,
+        GROUPS=triton.cdiv(R * blocks, NESTED_BLOCK), GROUP=NESTED_BLOCK, ALONG=along, SPLITS=splits,
+        STEPS=triton.cdiv(summed, splits), BM=ROWS, BR=stored, BB=BYTES, UNIT=1 / 127 if q.kind == "int8" else 1.0,
         PRECISION="ieee" if x.dtype == jnp.float32 else "tf32",
         WIDE=platform() == INTERPRET_GPU and x.dtype == jnp.bfloat16,
     )  # fmt: skip
@@ -51,10 +55,6 @@ def product(q: QArray, x: Float[Array, "... M C"], along: bool) -> Float[Array, 
     y = _call(arguments, partial, (kept, down, L * splits), sizes)
     y = y[:, 0] if splits == 1 else jnp.sum(y, axis=1).astype(x.dtype)
     return y.reshape(*x.shape[:-1], N)
-
-
-def _parts(size: int, of: int) -> int:
-    return -(-size // of)
 
 
 @triton.jit

@@ -30,6 +30,7 @@ from jaxml.quant.qarray import QArray, units
 GROUPS, HEIGHT, STEP = 2, 64, 64  # warp groups that multiply; outputs of each; weights summed at once
 WIDEST = 256  # rows of x in a tile
 STAGES = 4  # tiles under way, at most
+WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
 SHARED = 225 * 1024  # bytes of shared memory for them
 
 
@@ -106,13 +107,12 @@ def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N
                 plgpu.copy_smem_to_gmem(out.at[group], y.at[pl.ds(j * width, width), at])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        wide = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         first = lambda step: step * STEP // block if along else i * height // block // scales[0]
         plgpu.emit_pipeline_warp_specialized(
             multiply,
             grid=(summed // STEP,),
             in_specs=[
-                plgpu.BlockSpec((width, STEP), lambda s: (j, s), transforms=wide),
+                plgpu.BlockSpec((width, STEP), lambda s: (j, s), transforms=WIDE),
                 plgpu.BlockSpec(
                     (tile.rows, tile.bytes), lambda s: (i, s) if along else (s, i), transforms=tile.transforms
                 ),
@@ -138,7 +138,7 @@ def product(q: QArray, x: Float[Array, "M C"], along: bool) -> Float[Array, "M N
             out=plgpu.SMEM(
                 (GROUPS, width, HEIGHT),
                 x.dtype,
-                transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+                transforms=WIDE,
             ),
             barrier=plgpu.Barrier(),
         ),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxml import paths, weights
 from jaxml.axes import Array, Int, Params
@@ -43,11 +44,7 @@ def stack(adapted: Sequence[Params]) -> Params:
         for node in nodes:
             if node is not None and (not isinstance(node, LoRA) or node.magnitude is not None):
                 raise ValueError(f"adapters.stack: adapters are LoRAs without magnitudes, {path} is not. Merge it.")
-            if node is not None and starts.moves(node.start):
-                raise ValueError(
-                    f"adapters.stack: the base is the same for all, but {node.start} has moved a part of {path} into "
-                    "its adapter. Make a plain LoRA of it first (adapters.plain)."
-                )
+        starts.check_shared_base([n for n in nodes if n is not None], path, "adapters.stack")
         first = next(n for n in nodes if n is not None)
         most, lead = max(n.rank for n in nodes if n is not None), len(first.shape) - 2
         pairs = [_padded(n if n is not None else _nothing(first), most) for n in nodes]
@@ -62,8 +59,10 @@ def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
     if not found:
         raise ValueError("adapters.select: a tree that `adapters.stack` made, got one without stacks.")
     count = min(w.a.shape[len(w.shape) - 2] for w in found.values())
-    if not isinstance(ids, jax.core.Tracer) and not bool(((jnp.asarray(ids) >= -1) & (jnp.asarray(ids) < count)).all()):
-        raise ValueError(f"adapters.select: ids are in -1 … {count - 1}, got {jnp.asarray(ids).tolist()}.")
+    if not isinstance(ids, jax.core.Tracer):
+        numbers = np.asarray(ids)
+        if not ((numbers >= -1) & (numbers < count)).all():
+            raise ValueError(f"adapters.select: ids are in -1 … {count - 1}, got {numbers.tolist()}.")
     shared = weights.Shared(jnp.asarray(ids, jnp.int32))
     return paths.replaced(stacked, {path: dataclasses.replace(w, ids=shared) for path, w in found.items()})
 

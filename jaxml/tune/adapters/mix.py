@@ -90,11 +90,7 @@ def mix(
     for k, path in zip(keys, found[0]):
         nodes = [other[path] for other in found]
         first, ranks = nodes[0], [w.rank for w in nodes]
-        if moved := [w.start for w in nodes if starts.moves(w.start)]:
-            raise ValueError(
-                f"adapters.mix: the base is the same for all, but {moved[0]} has moved a part of {path} into its "
-                "adapter. Make a plain LoRA of it first (adapters.plain)."
-            )
+        starts.check_shared_base(nodes, path, "adapters.mix")
         if not product and whole != "cat" and len(set(ranks)) > 1:
             raise ValueError(f"adapters.mix: method {method!r} takes one rank, got {ranks}. Take 'cat' or 'svd'.")
         each = lambda w, f: jnp.asarray(f) * w.scale[..., None, None]

@@ -208,13 +208,14 @@ class _Reader:
             ranks=tuple(ranks) if len(set(ranks)) > 1 else None,
         )  # fmt: skip
         if self.method == "ADALORA":
+            e_of = {i: get(i, "lora_E").reshape(-1) for i in layers}
             for i in layers:
-                self._fits(f"{path}'s lora_E", get(i, "lora_E").reshape(-1).shape, (ranks[i],))
-            e = [wide(get(i, "lora_E").reshape(-1), 0) if i in layers else nothing(most) for i in range(count)]
+                self._fits(f"{path}'s lora_E", e_of[i].shape, (ranks[i],))
+            e = [wide(e_of[i], 0) if i in layers else nothing(most) for i in range(count)]
             return dataclasses.replace(node, diagonal=join(e), method="adalora", train=("a", "diagonal", "b"))
         start = self.about.get("init_lora_weights", True)
         if isinstance(start, str) and starts.moves(start):
-            if start not in ("pissa", "olora") or isinstance(w, QArray):
+            if start not in starts.FOUND_AGAIN or isinstance(w, QArray):
                 raise ValueError(
                     f"{self.folder}: init_lora_weights={start!r} moved a part of the weights into the adapter, which "
                     "cannot be found again. Write the adapter with path_initial_model_for_weight_conversion."
@@ -228,9 +229,10 @@ class _Reader:
         if magnitudes:
             squares = starts.squared_norms(node.base, transposed)
             norms = lambda i: jnp.sqrt(squares[i] if stacked else squares)
+            m_of = {i: get(i, magnitudes[0]) for i in layers}
             for i in layers:
-                self._fits(f"{path}'s magnitude", get(i, magnitudes[0]).shape, (f,))
-            m = join([get(i, magnitudes[0]) if i in layers else norms(i) for i in range(count)])
+                self._fits(f"{path}'s magnitude", m_of[i].shape, (f,))
+            m = join([m_of[i] if i in layers else norms(i) for i in range(count)])
             node = dataclasses.replace(node, magnitude=m, squares=squares, train=("a", "b", "magnitude"))
         return node
 

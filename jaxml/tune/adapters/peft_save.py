@@ -142,7 +142,7 @@ def _about(found: dict[str, Any], modules: Modules, method: str, kept: dict[str,
         raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
     begun = {w.start for w in adapted.values() if not isinstance(w.base, QArray)}
     if moved := {start for start in begun if starts.moves(start)}:
-        if len(begun) > 1 or not moved <= {"pissa", "olora"}:
+        if len(begun) > 1 or not moved <= set(starts.FOUND_AGAIN):
             raise ValueError(
                 f"adapters.save_peft: a part of W is in A and B (start {', '.join(sorted(begun))}), and PEFT cannot "
                 "find it again. Write `adapters.plain(...)`: LoRAs of twice the rank around the model as it was."

@@ -14,7 +14,7 @@ directions     A is given (`eva`: what the inputs vary along), B zero
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from jaxml.quant.params import of_format
 
 STARTS = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "loftq", "loftq_N")
 MOVING = ("pissa", "olora", "loftq")  # with these a part of W moves into A and B
+FOUND_AGAIN = ("pissa", "olora")  # of these, which PEFT makes again from the model as it was
 VERA_D = 0.1  # where VeRA's d begins
 
 
@@ -106,6 +107,15 @@ def make(
 def moves(start: str | Mapping[str, Array] | None) -> bool:
     """Whether a part of W moves into A and B."""
     return isinstance(start, str) and start.startswith(MOVING)
+
+
+def check_shared_base(nodes: Iterable[Any], path: str, name: str) -> None:
+    """Refuses adapters that hold a part of W: a base for several lacks it. `name` is the caller's, for errors."""
+    if moved := [w.start for w in nodes if moves(w.start)]:
+        raise ValueError(
+            f"{name}: the base is the same for all, but {moved[0]} has moved a part of {path} into its adapter. Make a "
+            "plain LoRA of it first (adapters.plain)."
+        )
 
 
 def _parse(start: str) -> tuple[str, int | None]:
