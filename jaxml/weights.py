@@ -9,7 +9,7 @@ arrays by `materialized`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxml.axes import Array, Int, wide
 
 
-@runtime_checkable
 class Weight(Protocol):
     """A pytree that stands for a matrix [..., in, out]."""
 
@@ -45,17 +44,26 @@ class Weight(Protocol):
 
 def is_node(w: Any) -> bool:
     """Whether `w` is a weight node rather than an array (use as ``is_leaf`` in tree functions)."""
-    return isinstance(w, Weight) and not isinstance(w, jax.Array)
+    return all(hasattr(w, name) for name in ("matmul", "take", "dense", "astype"))
 
 
 def dot(x: Array, w: Array | Weight, transpose: bool = False) -> Array:
     """x·w over the last axis of `x` and the first of `w`, or x·wᵀ; the result has x's dtype.
+
+    Raises:
+        ValueError: these axes differ in length.
 
     Example:
         >>> import jax.numpy as jnp
         >>> dot(jnp.ones((2, 3)), jnp.ones((3, 4))).shape
         (2, 4)
     """
+    summed = w.shape[-1 if transpose else -2]
+    if x.shape[-1] != summed:
+        raise ValueError(
+            f"weights.dot: the last axis of x is as long as the one it is summed over with, {summed}, got x {x.shape} "
+            f"and a weight {w.shape}{', transposed' if transpose else ''}."
+        )
     if is_node(w):
         return w.matmul(x, transpose)
     w = w.astype(x.dtype)
@@ -88,10 +96,10 @@ def einsum(spec: str, x: Array, w: Array | Weight) -> Array:
     free = x.ndim - len(left) if "..." in spec else 0
     if not batch:
         x = jnp.einsum(f"...{left}->...{''.join(rest)}{summed}", x)
-        return jnp.einsum(f"...{''.join(rest)}{kept}->...{out}", w.matmul(x, transpose))
+        return jnp.einsum(f"...{''.join(rest)}{kept}->...{out}", dot(x, w, transpose))
     x = jnp.einsum(f"...{left}->{''.join(batch)}...{''.join(rest)}{summed}", x)
     lead, middle = x.shape[: len(batch)], x.shape[len(batch) : -1]
-    y = w.matmul(x.reshape(*lead, -1, x.shape[-1]), transpose)
+    y = dot(x.reshape(*lead, -1, x.shape[-1]), w, transpose)
     y = y.reshape(*lead, *middle, y.shape[-1])
     y = jnp.moveaxis(y, range(len(batch), len(batch) + free), range(free))
     return jnp.einsum(f"...{''.join(batch)}{''.join(rest)}{kept}->...{out}", y)

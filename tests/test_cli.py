@@ -181,6 +181,10 @@ def test_quantize_and_merge_write_folders_that_load(folder, capsys):
         assert main([*map(str, ["merge", small, run / "adapter", out]), *more]) == 0
         assert isinstance(lm.load(out).params["layers"]["q"], kind)
         assert "not empty" in refused(capsys, "merge", small, run / "adapter", out)
+    for more, kind in (([], jax.Array), (["--requantize"], quant.QArray)):
+        out = folder / f"merged four{len(more)}"
+        assert main([*map(str, ["merge", folder / "four", run / "adapter", out]), *more]) == 0
+        assert isinstance(lm.load(out).params["layers"]["q"], kind)
     assert "got 'zz'" in refused(capsys, "quantize", model, folder / "no", "--targets", "zz")
     assert "Merge adapters" in refused(capsys, "quantize", model, folder / "no", "--adapter", run / "adapter")
     assert not (folder / "no").exists()
@@ -191,6 +195,7 @@ def test_quantize_and_merge_write_folders_that_load(folder, capsys):
     [
         (["--method", "ia3", "--rank", "4"], "--rank is no option"),
         (["--method", "galore", "--quantize", "nf4"], "--quantize is no option"),
+        (["--method", "galore", "--targets", "nosuch"], "finetune --targets: a pattern matches at least one weight, "),
         (["--method", "full", "--dropout", "0.1"], "--dropout is no option"),
         (["--start", "nope"], "start is one of"),
         (["--start", "loftq"], "got no format"),

@@ -35,7 +35,7 @@ def add(sub):
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
     sub.add_argument("--method", choices=tuple(TAKES), default="lora")
-    sub.add_argument("--rank", type=int, help="default: 8; of adalora 12, of galore 128, of vera 256")
+    sub.add_argument("--rank", type=int, help="default: 8; of adalora 12, of galore 128, of vera 256 (or the most)")
     sub.add_argument("--alpha", type=float, help="of lora and its kin (default: twice the rank)")
     sub.add_argument("--start", help="default, gaussian, orthogonal, pissa, pissa_niter_4, olora or loftq")
     sub.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
@@ -164,6 +164,7 @@ def _adapted(args):
     import jax
     from rich.console import Console
 
+    from jaxml import paths
     from jaxml.tune import adapters
 
     format = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
@@ -171,14 +172,16 @@ def _adapted(args):
     args.quantize = None if moving else format  # such a start needs the weights as they were
     model = load(args)
     if args.method in ("full", "galore"):
+        paths.match(paths.matrices(model.params), args.targets.split(","), "finetune --targets")
         return model.replace(params=adapters.merge(model.params))
     if args.adapter:
         return model
+    most = min(max(w.shape[-2:]) for w in paths.matrices(model.params).values())
     params = adapters.attach(
         model.params,
         jax.random.key(args.seed),
         method={"qlora": "lora", "qdora": "dora"}.get(args.method, args.method),
-        rank=args.rank or {"vera": 256, "adalora": 12}.get(args.method, 8),
+        rank=args.rank or {"vera": min(256, most), "adalora": 12}.get(args.method, 8),
         alpha=args.alpha,
         targets=None if args.targets == "*" else args.targets.split(","),
         start=args.start or "default",

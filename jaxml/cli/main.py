@@ -107,5 +107,13 @@ def load(args: argparse.Namespace):
     return model
 
 
+def save(model, folder: str) -> None:
+    """A Hugging Face folder, or an Orbax checkpoint where weights are quantised as that has no format for."""
+    from jaxml import lm
+    from jaxml.lm import hf
+
+    (lm.save_orbax if hf.unwritable(model.params) else lm.save)(model, folder)
+
+
 if __name__ == "__main__":
     sys.exit(main())

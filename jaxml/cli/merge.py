@@ -3,9 +3,11 @@
 examples:
   jaxml merge smollm2-135m runs/mine/adapter models/mine
   jaxml merge models/smollm2-nf4 runs/mine/adapter models/mine-nf4 --requantize
+
+What `jaxml quantize` writes as an Orbax checkpoint stays one with --requantize.
 """
 
-from jaxml.cli.main import load, model_arguments
+from jaxml.cli.main import load, model_arguments, save
 
 
 def add(sub):
@@ -16,13 +18,12 @@ def add(sub):
 
 
 def run(args):
-    from jaxml import lm
     from jaxml.lm import hf
     from jaxml.tune import adapters
 
     hf.check_new(args.out)
     model = load(args)
     model = model.replace(params=adapters.merge(model.params, requantize=args.requantize))
-    lm.save(model, args.out)
+    save(model, args.out)
     print(args.out)
     return 0

@@ -8,7 +8,7 @@ nf4, fp4 and int8 are written as bitsandbytes has them, in a Hugging Face folder
 tables (embed, head) as an Orbax checkpoint. Every verb reads both.
 """
 
-from jaxml.cli.main import FORMATS, model_arguments
+from jaxml.cli.main import FORMATS, model_arguments, save
 
 
 def add(sub):
@@ -28,8 +28,7 @@ def run(args):
     targets = args.targets.split(",")
     model = lm.load(args.model, args.dtype, quantize=args.format, targets=targets)
     found = {path: w for path, w in paths.named(model.params).items() if isinstance(w, quant.QArray)}
-    simple = args.format in quant.bnb.FORMATS and not set(found) & set(paths.TABLES)
-    (lm.save if simple else lm.save_orbax)(model, args.out)
+    save(model, args.out)
     weights = sum(w.size for w in found.values())
     bits = 8 * sum(w.nbytes for w in found.values()) / weights
     print(f"{weights / 1e6:.1f} million weights at {bits:.3f} bits in {args.format}: {args.out}")

@@ -89,13 +89,12 @@ def write(
         ValueError: adapters in the tree (merge them first), or a quantised weight that bitsandbytes has no format for.
     """
     folder = Path(folder)
-    for path, w in paths.named(params).items():
-        if is_node(w) and not (isinstance(w, QArray) and w.kind in bnb.FORMATS and path.startswith("layers/")):
-            what = f"a {type(w).__name__}" if not isinstance(w, QArray) else f"in {w.kind}"
-            raise ValueError(
-                f"hf.write: weights are arrays, or of layers in {', '.join(bnb.FORMATS)}; {path} is {what}. "
-                "Merge adapters, dequantise, or save with Orbax."
-            )
+    for path, w in unwritable(params).items():
+        what = f"a {type(w).__name__}" if not isinstance(w, QArray) else f"in {w.kind}"
+        raise ValueError(
+            f"hf.write: weights are arrays, or of layers in {', '.join(bnb.FORMATS)}; {path} is {what}. "
+            "Merge adapters, dequantise, or save with Orbax."
+        )
     config = untied(params, config)
     with whole_folder(folder) as temporary:
         _write_shards(temporary, params, config, shard_bytes)
@@ -106,6 +105,12 @@ def write(
         if tokenizer is not None:
             tokenizer.save(temporary)
     return folder
+
+
+def unwritable(params: Params) -> dict[str, Any]:
+    """The weights, by path, that this format has no tensors for: adapters, tables that are quantised, int4."""
+    written = lambda path, w: isinstance(w, QArray) and w.kind in bnb.FORMATS and path.startswith("layers/")
+    return {path: w for path, w in paths.named(params).items() if is_node(w) and not written(path, w)}
 
 
 def untied(params: Params, config: DecoderConfig) -> DecoderConfig:

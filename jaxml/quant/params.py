@@ -1,5 +1,6 @@
 """Whole trees of parameters, quantised and back."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ def quantize_params(
         options: of the format's `quantize` (block, double).
 
     Raises:
-        ValueError: a format that does not exist, a pattern that matches nothing, a weight that is quantised already,
-            one that is not finite; by name.
+        ValueError: a format that does not exist, an option that it does not take, a pattern that matches nothing, a
+            weight that is quantised already, one that is not finite; by name.
 
     Example:
         >>> from jaxml import lm, quant, testing
@@ -41,6 +42,9 @@ def quantize_params(
         ('nf4', (1, 3, 64))
     """
     quantize, found = of_format(format), paths.matrices(params)
+    taken = [name for name in inspect.signature(quantize).parameters if name not in ("w", "axis")]
+    if wrong := [name for name in options if name not in taken]:
+        raise ValueError(f"quantize_params: options of {format} are {', '.join(taken)}, got {', '.join(wrong)}.")
     chosen = paths.match(found, targets, "quantize_params")
     return paths.replaced(params, {path: quantized(quantize, path, found[path], options) for path in chosen})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -91,11 +92,6 @@ class QArray:
 
     def matmul(self, x: Float[Array, "... D"], transpose: bool = False) -> Float[Array, "... F"]:
         """x·W, or x·Wᵀ, in x's dtype; differentiable in x, in any mode. Kept for the backward pass: codes."""
-        inner = self.matrix[1 if transpose else 0]
-        if x.shape[-1] != inner:
-            raise ValueError(
-                f"QArray.matmul: the last axis of x is the matrix's {inner}, got x {x.shape} and a matrix {self.shape}."
-            )
         if x.ndim < 2:
             return self.matmul(x[None], transpose)[..., 0, :]
         return _matmul(x, self, transpose, kernel.choose(x, self))
@@ -233,7 +229,7 @@ def unit_of(of: Array, kind: str) -> Array:
 
 def quantize(w: Float[Array, "... D F"], kind: str, *, block: int | None, double: bool, axis: int, name: str) -> QArray:
     """What the formats' `quantize` call; block None is one scale a row. `name` is the caller's, for errors."""
-    _check(w, kind, block, axis, name)
+    _check(w, kind, block, double, axis, name)
     return _quantize(w, kind=kind, block=block, double=double, axis=axis)
 
 
@@ -243,15 +239,21 @@ def abstract(shape: tuple[int, ...], kind: str, block: int, double: bool, axis: 
     return jax.eval_shape(make, jax.ShapeDtypeStruct(shape, dtype))
 
 
-def _check(w: Any, kind: str, block: int | None, axis: int, name: str) -> None:
+def _check(w: Any, kind: str, block: int | None, double: bool, axis: int, name: str) -> None:
     if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(f"{name}: w is a floating matrix [..., D, F], got {w.dtype.name} of the shape {w.shape}.")
     if axis not in (-1, -2):
         raise ValueError(f"{name}: axis is -2 (a matrix [in, out]) or -1 (a table [V, D]), got {axis}.")
-    if block is not None and (block < 2 or block & (block - 1)):
-        raise ValueError(f"{name}: block is a power of two, got {block}.")
+    if (block is None and kind != "int8") or (block is not None and not _power_of_two(block)):
+        raise ValueError(f"{name}: block is a power of two, got {block!r}.")
+    if not isinstance(double, bool):
+        raise ValueError(f"{name}: double is True or False, got {double!r}.")
     if not isinstance(w, jax.core.Tracer) and not bool(jnp.isfinite(w).all()):
         raise ValueError(f"{name}: every weight is finite, got {int((~jnp.isfinite(w)).sum())} that are not.")
+
+
+def _power_of_two(n: Any) -> bool:
+    return isinstance(n, numbers.Integral) and n >= 2 and n & (n - 1) == 0
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "block", "double", "axis"))

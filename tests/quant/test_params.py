@@ -134,6 +134,7 @@ def test_layers_of_different_formats_and_other_methods_are_refused(tmp_path):
         (dict(format="nf3"), "one of nf4"),
         (dict(targets=["nope"]), "there are|There are layers|embed"),
         (dict(targets=["layers/q", "zzz"]), "zzz"),
+        (dict(format="int8", double=True), "options of int8 are block, got double"),
     ],
 )
 def test_a_wrong_request_is_refused(options, word):

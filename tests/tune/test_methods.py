@@ -21,6 +21,7 @@ needs_oracle = pytest.mark.skipif(
 )
 TOKENS = np.random.default_rng(0).integers(3, 64, (3, 9)).astype(np.int32)
 W = jax.random.normal(jax.random.key(3), (24, 16))
+KEY = jax.random.key(0)
 
 EXACT = {
     "lora": dict(),
@@ -34,7 +35,7 @@ EXACT = {
     "olora": dict(start="olora"),
     "orthogonal": dict(start="orthogonal"),
     "embedding": dict(targets=["q", "embed"]),
-    "dora, embedding": dict(method="dora", targets=["q", "embed"]),
+    "dora, embedding": dict(method="dora", targets=["q", "embed"], alpha=4),
     "head": dict(targets=["up", "head"]),
     "dora, head": dict(method="dora", targets=["up", "head"]),
     "ranks": dict(ranks={"q": 4, "layers/0/up": 2}, alphas={"layers/1/*": 3}),
@@ -50,6 +51,11 @@ QUANTISED = {
     "qvera": dict(method="vera", rank=16, quantize="nf4"),
     "qia3": dict(method="ia3", quantize="fp4"),
 }
+
+
+def other(target="q"):
+    """An adapter of another model."""
+    return adapters.attach({"layers": {name: jnp.ones((2, 64, 64)) for name in "qv"}}, KEY, targets=[target])
 
 
 def close(a, b, rtol=2e-5):
@@ -93,6 +99,57 @@ def test_it_begins_with_the_same_function_and_merges_into_what_it_becomes(name):
     assert sum(isinstance(w, quant.QArray) for w in quantised) == sum(
         isinstance(w, quant.QArray) for w in paths.named(kept).values()
     )
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_a_model_comes_apart_where_nothing_but_the_adapters_is_left(method):
+    model = tiny_model()
+    params = moved(adapters.attach(model.params, KEY, method=method))
+    alone = jax.tree.map(
+        lambda w: dataclasses.replace(w, base=None) if adapters.tree.is_adapter(w) else w,
+        params,
+        is_leaf=weights.is_node,
+    )
+    assert jax.tree.structure(alone) != jax.tree.structure(params)
+    apart = adapters.unmerge(adapters.merge(params), alone)
+    for path, w in adapters.tree.of(params).items():
+        close(adapters.tree.of(apart)[path].base, w.base, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "method, field, factor, words",
+    [
+        ("dora", "b", 1e3, "layers/q has the magnitude 0 or has grown"),
+        ("dora", "magnitude", 0.0, "layers/q has the magnitude 0 or has grown"),
+        ("ia3", "outer", 0.0, "a factor of layers/k is 0"),
+    ],
+)
+def test_what_merging_loses_is_not_made_up(method, field, factor, words):
+    params = moved(adapters.attach(tiny_model().params, KEY, method=method, targets=["q" if field != "outer" else "k"]))
+    change = lambda w: dataclasses.replace(w, **{field: getattr(w, field) * factor})
+    params = paths.replaced(params, {path: change(w) for path, w in adapters.tree.of(params).items()})
+    with pytest.raises(ValueError, match=words):
+        adapters.unmerge(adapters.merge(params), params)
+
+
+def test_ranks_of_adalora_by_layer_stay_what_they_are():
+    model = tiny_model()
+    params = adapters.attach(model.params, KEY, method="adalora", rank=6, ranks={"layers/0/q": 2}, targets=["q"])
+    trainable, frozen = adapters.split(params)
+    tx = adapters.adalora.optimizer(optax.adam(1e-2), target_rank=3, steps=8, begin=1, end=2)
+
+    @jax.jit
+    def step(trainable, state):
+        loss = lambda t: jnp.mean(decoder.apply(adapters.combine(t, frozen), model.config, TOKENS) ** 2)
+        updates, state = tx.update(jax.grad(loss)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
+    state = tx.init(trainable)
+    for i in range(8):
+        trainable, state = step(trainable, state)
+        e = trainable["layers"]["q"]["diagonal"]
+        assert int((e[0] != 0).sum()) <= 2 and (i or int((e != 0).sum()) == 8)
+    assert int((e != 0).sum()) == 6
 
 
 def test_doras_norms_are_those_of_the_whole_matrix_and_constants_to_derivatives():
@@ -242,6 +299,21 @@ def test_many_adapters_serve_one_batch_row_by_row_without_compiling_again():
         (lambda m, p: adapters.mix([p], [1.0, 2.0]), "one factor for each"),
         (lambda m, p: adapters.mix([p], [1.0], "ties"), "takes a density"),
         (lambda m, p: adapters.mix([p], [1.0], "dare_ties", density=0.5), "takes a key"),
+        (lambda m, p: adapters.mix([p], [1.0], "linear", density=0.5), "takes no density, got 0.5"),
+        (lambda m, p: adapters.mix([p], [1.0], "ties", density=0.5, rank=3), "takes no rank, got 3"),
+        (lambda m, p: adapters.mix([p], [float("nan")]), "factors are finite, got nan"),
+        (lambda m, p: adapters.mix([p, other()], [1.0, 1.0]), r"layers/q is of the shapes \[\(2, 32, 32\), \(2, 64"),
+        (lambda m, p: adapters.stack([p, other()]), "of one model, layers/q"),
+        (lambda m, p: adapters.take(p, 0), "got one without stacks"),
+        (
+            lambda m, p: adapters.combine(adapters.split(other("v"))[0], adapters.split(p)[1]),
+            "layers/q is trained in a",
+        ),
+        (lambda m, p: adapters.unmerge(other(), p), "array that `merge` gave, got a LoRA"),
+        (lambda m, p: adapters.unmerge({"norm": jnp.ones(3)}, p), "layers/q is an array .*, got nothing"),
+        (lambda m, p: adapters.unmerge(adapters.merge(other()), p), "shape \\(2, 32, 32\\), got \\(2, 64, 64\\)"),
+        (lambda m, p: p["layers"]["q"].matmul(jnp.ones((2, 1, 3))), "last axis of x"),
+        (lambda m, p: adapters.attach(quant.quantize_params(m.params), KEY, quantize="int8"), "in nf4 already"),
         (lambda m, p: adapters.eva(lambda p, b: 0.0, m.params, []), "at least one batch"),
     ],
 )
@@ -494,11 +566,13 @@ def test_adapters_that_hold_a_part_of_the_weights_are_not_put_around_another_bas
         (dict(whole=["q"], targets=["q"]), "in targets and whole"),
         (dict(alpha=-8.0), "above 0 and finite"),
         (dict(alpha=float("nan")), "above 0 and finite"),
+        (dict(rank=4.5), "whole number in 1 … 32 for layers/down"),
+        (dict(method="vera", rank=33), "whole number in 1 … 32 for layers/k"),
     ],
 )
 def test_what_attach_would_not_use_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        adapters.attach(tiny_model().params, jax.random.key(0), rank=4, **options)
+        adapters.attach(tiny_model().params, jax.random.key(0), **(dict(rank=4) | options))
 
 
 def test_nan_in_a_weight_that_a_start_takes_apart_is_named():

@@ -292,10 +292,11 @@ def test_what_peft_cannot_say_is_refused(tmp_path):
         (dora, "got both"),
         (attach(start="loftq", quantize="nf4", targets=["q"]), None),
         (attach(targets=[], whole=["norm"]), "at least one LoRA"),
-        (adapters.stack([attach(targets=["q"])]), "one method"),
+        (adapters.stack([attach(targets=["q"])]), "adapters.take"),
+        (attach(start="pissa", quantize="nf4", targets=["q"]), "without it the adapter is of no use"),
     ):
         if word is None:
-            adapters.save_peft(tmp_path / "quantised", params, model.config)
+            adapters.save_peft(tmp_path / "quantised", params, model.config, base_model="rest")
             continue
         with pytest.raises(ValueError, match=word):
             adapters.save_peft(tmp_path / "a", params, model.config)
@@ -311,9 +312,23 @@ def test_what_peft_cannot_say_is_refused(tmp_path):
         (lambda a: a.update(use_dora=True), "use_dora"),
         (lambda a: a.update(modules_to_save=["lm_head"]), "modules_to_save names 'lm_head'"),
         (lambda a: a.update(peft_type="VERA"), "VeRA's projections"),
-        (lambda a: a.update(peft_type="LOHA"), "peft_type is LORA, VERA"),
+        (lambda a: a.update(peft_type="LOHA"), "peft_type is one of LORA, VERA"),
         (lambda a: a.update(bias="all"), "bias='all'"),
         (lambda a: a.update(target_parameters=["x"]), "target_parameters"),
+        (lambda a: a.update(init_lora_weights="corda"), "'corda' is none of gaussian.* path_initial_model"),
+        (lambda a: a.update(lora_dropout=7), r"lora_dropout is in \[0, 1\), got 7"),
+        (lambda a: a.update(lora_alpha="16"), "lora_alpha is a number, got '16'"),
+        (lambda a: a.update(lora_alpha=float("nan")), "lora_alpha is a number, got nan"),
+        (
+            lambda a: a.update(alpha_pattern={"q_proj": "x"}),
+            "alpha_pattern is an object of regular expressions and num",
+        ),
+        (lambda a: a.update(alpha_pattern={"(": 2}), "alpha_pattern is an object of regular expressions and num"),
+        (lambda a: a.update(alpha_pattern=[1]), "alpha_pattern is an object of regular expressions and num"),
+        (lambda a: a.update(modules_to_save="lm_head"), "modules_to_save is a list of names, got 'lm_head'"),
+        (lambda a: a.update(target_modules=3), "target_modules is a regular expression or a list of names, got 3"),
+        (lambda a: a.update(layers_to_transform="all"), "layers_to_transform is a layer's number or a list"),
+        (lambda a: a.update(use_rslora="no"), "use_rslora is true or false, got 'no'"),
     ],
 )
 def test_an_option_that_changes_what_is_computed_is_refused(change, word, tmp_path):
@@ -354,7 +369,9 @@ def test_the_scale_of_ranks_by_layer_is_kept(tmp_path):
         ("adalora", "lora_E", lambda a: a[:2], "lora_E has the shape"),
         ("vera", "vera_lambda_d", lambda a: a[:1], "vera_lambda_d has the shape"),
         ("lora", "lora_A.weight", lambda a: a[None], "are matrices"),
-        ("lora", "lora_A.weight", lambda a: a.astype(np.int32), "are floating numbers, got int32"),
+        ("lora", "lora_A.weight", lambda a: a.astype(np.int32), "holds floating numbers, got int32"),
+        ("lora", "lora_B.weight", lambda a: a + np.nan, "every number of .*lora_B.weight is finite"),
+        ("lora", "weight", lambda a: a[:0] if a.shape[0] == 4 else a[:, :0], "rank of layers/q is at least 1, got 0"),
     ],
 )
 def test_damaged_tensors_are_named(tmp_path, method, name, damage, words):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,12 +53,12 @@ def attach(
     ia3       one number for each output (keys, values) or each input (`down`)
     ========= ===================================================================================
 
-    The function computed does not change yet; with the starts "pissa", "olora" and "loftq" a part of W moves into A and
-    B.
+    The function computed does not change yet. With the starts "pissa", "olora" and "loftq" a part of W moves into A and
+    B; where what is left of W is quantised (`quantize`, or W was), it is rounded then, and the function with it.
 
     Args:
         params: a decoder's, or any pytree of matrices [..., in, out], arrays or quantised.
-        rank: of the factors (VeRA's own default is 256).
+        rank: of the factors (VeRA's paper has 256).
         alpha: twice the rank where None. s = alpha / rank, or alpha / √rank with `rslora`.
         targets: shell patterns over paths such as "layers/q"; one without "/" is matched with the last part alone ("q",
             "*"). All matrices of a decoder's layers where None; its "embed" and "head" only where named. Of ia3:
@@ -73,8 +74,9 @@ def attach(
         show: is given the plan, a table as text: `print`.
 
     Raises:
-        ValueError: a pattern that matches nothing (lists the paths), a rank that is not in 1 … min(in, out), a method
-            or start that does not exist, a weight that has an adapter.
+        ValueError: a pattern that matches nothing (lists the paths), a rank that is not in 1 … min(in, out), or with
+            VeRA max(in, out), a method or start that does not exist, a weight that has an adapter or is quantised in
+            another format than `quantize`.
 
     Example:
         >>> from jaxml import testing
@@ -117,6 +119,11 @@ def attach(
     shared = None
     for k, path in zip(jax.random.split(key, max(len(chosen), 1)), chosen):
         w = found[path]
+        if quantize is not None and isinstance(w, QArray) and w.kind != quantize:
+            raise ValueError(
+                f"adapters.attach: {path} is quantised in {w.kind} already, got quantize={quantize!r}. Leave it out, "
+                "or dequantise first (quant.dequantize_params)."
+            )
         if method == "ia3":
             if path in paths.TABLES:
                 raise ValueError(
@@ -144,10 +151,11 @@ def attach(
 def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropout, quantize, dtype, shared) -> LoRA:
     d, f = _sides(path, w)
     lead = tuple(w.shape[:-2])
+    most = max(d, f) if method == "vera" else min(d, f)
     for rank in ranks:
-        if not 1 <= rank <= (min(d, f) if method != "vera" else max(d, f)):
+        if not isinstance(rank, numbers.Integral) or not 1 <= rank <= most:
             raise ValueError(
-                f"adapters.attach: the rank is in 1 … {min(d, f)} for {path} of shape {d} × {f}, got {rank}."
+                f"adapters.attach: the rank is a whole number in 1 … {most} for {path} of shape {d} × {f}, got {rank}."
             )
     alphas = [2.0 * r if alpha is None else alpha for r, alpha in zip(ranks, alphas)]
     for alpha in alphas:
@@ -160,7 +168,7 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
     per_layer = lambda values: values * lead[0] if lead and len(values) == 1 else values
     scale = jnp.asarray(per_layer(scales) if lead else scales[0], jnp.float32)
     scale = jnp.broadcast_to(scale.reshape(*scale.shape, *(1,) * (len(lead) - scale.ndim)), lead)
-    most, transposed = max(ranks), path == "head"
+    widest, transposed = max(ranks), path == "head"
     node = LoRA(
         w, None, None, scale, method="lora" if method == "dora" else method, transposed=transposed, dropout=dropout,
         ranks=None if same else tuple(ranks), train=("b",) if freeze_a else ("a", "b"),
@@ -168,13 +176,13 @@ def _lora(w, path, key, *, method, ranks, alphas, start, rslora, freeze_a, dropo
     )  # fmt: skip
     if method == "vera":
         a, b = (weights.Shared(part) for part in shared)
-        outer, diagonal = jnp.zeros((*lead, f), dtype), jnp.full((*lead, most), starts.VERA_D, dtype)
+        outer, diagonal = jnp.zeros((*lead, f), dtype), jnp.full((*lead, widest), starts.VERA_D, dtype)
         one = jnp.ones(lead, jnp.float32)
         return dataclasses.replace(
             node, a=a, b=b, scale=one, diagonal=diagonal, outer=outer, train=("diagonal", "outer")
         )
     if method == "adalora":
-        a, b, diagonal = starts.adalora(key, lead, d, f, most, dtype)
+        a, b, diagonal = starts.adalora(key, lead, d, f, ranks, dtype)
         return dataclasses.replace(node, a=a, b=b, diagonal=diagonal, train=("a", "diagonal", "b"))
     base, a, b = starts.make(
         start, key, w, ranks=ranks, scale=scale, table=path == "embed", transposed=transposed, path=path,

@@ -11,7 +11,7 @@ from jaxml import paths, weights
 from jaxml.axes import Array, Int, Params
 from jaxml.tune.adapters import starts
 from jaxml.tune.adapters.nodes import LoRA, Stack
-from jaxml.tune.adapters.tree import of
+from jaxml.tune.adapters.tree import check_shapes, of
 
 
 def stack(adapted: Sequence[Params]) -> Params:
@@ -45,6 +45,7 @@ def stack(adapted: Sequence[Params]) -> Params:
             if node is not None and (not isinstance(node, LoRA) or node.magnitude is not None):
                 raise ValueError(f"adapters.stack: adapters are LoRAs without magnitudes, {path} is not. Merge it.")
         starts.check_shared_base([n for n in nodes if n is not None], path, "adapters.stack")
+        check_shapes([n for n in nodes if n is not None], path, "adapters.stack")
         first = next(n for n in nodes if n is not None)
         most, lead = max(n.rank for n in nodes if n is not None), len(first.shape) - 2
         pairs = [_padded(n if n is not None else _nothing(first), most) for n in nodes]
@@ -55,9 +56,7 @@ def stack(adapted: Sequence[Params]) -> Params:
 
 def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
     """Which adapter each row of the batch takes: numbers from 0, or -1 for none."""
-    found = {path: w for path, w in paths.named(stacked).items() if isinstance(w, Stack)}
-    if not found:
-        raise ValueError("adapters.select: a tree that `adapters.stack` made, got one without stacks.")
+    found = _stacks(stacked, "adapters.select")
     count = min(w.a.shape[len(w.shape) - 2] for w in found.values())
     if not isinstance(ids, jax.core.Tracer):
         numbers = np.asarray(ids)
@@ -69,8 +68,7 @@ def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
 
 def take(stacked: Params, number: int) -> Params:
     """One adapter of a stack, as a LoRA again."""
-    found = {path: w for path, w in paths.named(stacked).items() if isinstance(w, Stack)}
-    new = {}
+    found, new = _stacks(stacked, "adapters.take"), {}
     for path, w in found.items():
         lead = len(w.shape) - 2
         if not 0 <= number < w.a.shape[lead]:
@@ -78,6 +76,13 @@ def take(stacked: Params, number: int) -> Params:
         a, b = (jnp.take(part, number, axis=lead) for part in (w.a, w.b))
         new[path] = LoRA(w.base, a, b, jnp.ones(w.shape[:-2], jnp.float32), transposed=w.transposed)
     return paths.replaced(stacked, new)
+
+
+def _stacks(params: Params, name: str) -> dict[str, Stack]:
+    found = {path: w for path, w in of(params).items() if isinstance(w, Stack)}
+    if not found:
+        raise ValueError(f"{name}: a tree that `adapters.stack` made, got one without stacks.")
+    return found
 
 
 def _nothing(like: LoRA) -> LoRA:

@@ -11,7 +11,7 @@ from jaxml import paths
 from jaxml.axes import Array, Params
 from jaxml.tune.adapters import starts
 from jaxml.tune.adapters.nodes import LoRA
-from jaxml.tune.adapters.tree import of
+from jaxml.tune.adapters.tree import check_shapes, of
 
 METHODS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -45,13 +45,14 @@ def mix(
         adapted: trees with LoRAs on the same weights, of one rank unless the method is cat or ends in svd.
         factors: of each tree; below 0 takes one away.
         method: as above.
-        rank: of the result of svd (the largest of the ranks where None).
+        rank: of the result of svd and what ends in it (the largest of the ranks where None).
         density: share of the values that stay; of the last four.
         sign: how a majority is found: "total" of the values, or "frequency" of their signs.
         key: of chance.
 
     Raises:
-        ValueError: a method that does not exist, what it needs missing, trees that do not match.
+        ValueError: a method that does not exist, what it needs missing, what it does not take, a factor that is not
+            finite, trees that do not match.
 
     Example:
         >>> from jaxml import testing
@@ -73,10 +74,15 @@ def mix(
         raise ValueError(f"adapters.mix: method {method!r} takes a density in (0, 1], got {density}.")
     if whole.startswith("dare") and key is None:
         raise ValueError(f"adapters.mix: method {method!r} takes a key, got None.")
+    idle = {"density": density if whole not in _PRUNED else None, "rank": rank if not product else None}
+    if unused := [name for name, value in idle.items() if value is not None]:
+        raise ValueError(f"adapters.mix: method {method!r} takes no {unused[0]}, got {idle[unused[0]]}. Leave it out.")
     if sign not in ("total", "frequency"):
         raise ValueError(f"adapters.mix: sign is 'total' or 'frequency', got {sign!r}.")
     if not adapted or len(adapted) != len(factors):
         raise ValueError(f"adapters.mix: one factor for each tree, got {len(adapted)} and {len(factors)}.")
+    if wrong := [f for f in factors if not isinstance(f, jax.core.Tracer) and not bool(jnp.isfinite(f))]:
+        raise ValueError(f"adapters.mix: factors are finite, got {wrong[0]}.")
     found = [of(tree) for tree in adapted]
     for other in found:
         for path, w in other.items():
@@ -91,6 +97,7 @@ def mix(
         nodes = [other[path] for other in found]
         first, ranks = nodes[0], [w.rank for w in nodes]
         starts.check_shared_base(nodes, path, "adapters.mix")
+        check_shapes(nodes, path, "adapters.mix")
         if not product and whole != "cat" and len(set(ranks)) > 1:
             raise ValueError(f"adapters.mix: method {method!r} takes one rank, got {ranks}. Take 'cat' or 'svd'.")
         each = lambda w, f: jnp.asarray(f) * w.scale[..., None, None]

@@ -15,27 +15,10 @@ from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
 from jaxml.quant import QArray
-from jaxml.tune.adapters import starts
+from jaxml.tune.adapters import peft_config, starts
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
 from jaxml.tune.adapters.peft_names import PREFIX, RANK_SHIFT, VERA, Modules, modules_of, short
 from jaxml.tune.adapters.tree import is_adapter
-
-# Keys of adapter_config.json that change what is computed, and the only value that is implemented.
-_REFUSED = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "trainable_token_indices": None,
-    "lora_bias": False,
-    "use_bdlora": None,
-    "use_qalora": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "target_parameters": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-    "velora_config": None,
-}
 
 
 def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Modules, dtype: Any = None) -> Params:
@@ -51,19 +34,14 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
             another model (names the first tensor that does not fit).
     """
     folder = Path(folder)
-    about = hf.read_json(folder / "adapter_config.json")
-    method = str(about.get("peft_type"))
-    if method not in ("LORA", "VERA", "IA3", "ADALORA"):
-        raise ValueError(f"{folder}: peft_type is LORA, VERA, IA3 or ADALORA, got {about.get('peft_type')!r}.")
-    for key, only in _REFUSED.items():
-        if about.get(key) not in (only, None, False, [], {}):
-            raise ValueError(f"{folder}: {key}={about[key]!r} is not implemented; only {only!r} is.")
+    about = peft_config.read(folder)
+    method = about["peft_type"]
     modules, found = modules_of(config), paths.named(params)
     with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
         names = list(file.keys())
-        projections = _projections(folder, method, about, names, file)
+        read = lambda name: jnp.asarray(_tensor(folder, file, name), dtype)
+        projections = _projections(folder, method, about, names, read)
         parts = _by_path(folder, [n for n in names if n not in VERA], modules, found)
-        read = lambda name: jnp.asarray(file.get_tensor(name), dtype)
         reader = _Reader(folder, about, method, modules, found, read, projections)
         new = {path: reader.node(path, of_layers) for path, of_layers in parts.items()}
     if not any(isinstance(w, LoRA | Scaled) for w in new.values()):
@@ -76,7 +54,16 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     return paths.replaced(params, new)
 
 
-def _projections(folder, method, about, names, file) -> tuple[Array, Array] | None:
+def _tensor(folder: Path, file: Any, name: str) -> np.ndarray:
+    tensor = file.get_tensor(name)
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        raise ValueError(f"{folder}: {name} holds floating numbers, got {tensor.dtype.name}.")
+    if not np.isfinite(tensor).all():
+        raise ValueError(f"{folder}: every number of {name} is finite, {(~np.isfinite(tensor)).sum()} are not.")
+    return tensor
+
+
+def _projections(folder, method, about, names, read) -> tuple[Array, Array] | None:
     if method != "VERA":
         return None
     if not set(VERA) <= set(names):
@@ -84,7 +71,7 @@ def _projections(folder, method, about, names, file) -> tuple[Array, Array] | No
             f"{folder}: VeRA's projections are not in the file (save_projection={about.get('save_projection')}); they "
             "are random numbers of torch. Save the adapter with save_projection=True."
         )
-    return tuple(jnp.asarray(file.get_tensor(name)).T for name in VERA)
+    return tuple(read(name).T for name in VERA)
 
 
 def _by_path(folder, names, modules: Modules, found) -> dict[str, dict[int, dict[str, str]]]:
@@ -190,10 +177,10 @@ class _Reader:
                 raise ValueError(
                     f"{self.folder}: A and B of {path} are matrices, got {a_of[i].shape}, {b_of[i].shape}."
                 )
-            if not all(jnp.issubdtype(m.dtype, jnp.floating) for m in (a_of[i], b_of[i])):
-                raise ValueError(f"{self.folder}: A and B of {path} are floating numbers, got {a_of[i].dtype.name}.")
             if (a_of[i].shape[0], b_of[i].shape[1]) != (d, f) or a_of[i].shape[1] != b_of[i].shape[0]:
                 raise ValueError(self._other(path, (d, f), (a_of[i].shape[0], b_of[i].shape[1])))
+            if self.method == "LORA" and not a_of[i].shape[1]:
+                raise ValueError(f"{self.folder}: the rank of {path} is at least 1, got 0.")
         self._complete(path, {i for i in range(count) if i in layers or not self._targeted(path, i)}, kind, count)
         ranks = [a_of[i].shape[1] if i in layers else 0 for i in range(count)]
         most, some = max(ranks), next(iter(layers))

@@ -27,17 +27,22 @@ def save_peft(
         params: with adapters of one method, and perhaps weights that are trained whole.
         config: of the decoder; or, of another model, the module for each path ("{}" for the layer of a stack), as in
             {"layers/q": "encoder.layer.{}.attention.query"}.
-        base_model: name or path of the model under the adapter, for PEFT's own bookkeeping.
+        base_model: name or path of the model under the adapter, for PEFT's own bookkeeping. Needed where a start moved
+            a part of W into the adapter and the rest was quantised: the adapter stands around that rest alone, so
+            write it too (``lm.save`` of ``adapters.detach``) and name it.
         dtype: of the tensors; their own where None.
 
     Raises:
-        ValueError: no adapters in the tree, several methods, or a weight that PEFT has no name for.
+        ValueError: no adapters in the tree, several methods, a weight that PEFT has no name for, a start that moved a
+            part of W which PEFT cannot find again.
         FileExistsError: the folder exists and is not empty.
     """
     found = of(params)
     methods = {w.method for w in found.values() if not isinstance(w, Whole)}
     if not found or not methods:
         raise ValueError("adapters.save_peft: the parameters hold at least one LoRA or IA3, got none.")
+    if "stack" in methods:
+        raise ValueError("adapters.save_peft: a folder holds one adapter, got a stack of many. `adapters.take` one.")
     if len(methods) > 1 or not methods <= {"lora", "vera", "adalora", "ia3"}:
         raise ValueError(
             f"adapters.save_peft: a folder holds adapters of one method, got {', '.join(sorted(methods))}."
@@ -59,7 +64,7 @@ def save_peft(
     arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
     with hf.whole_folder(folder) as temporary:
         hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
-        about = _about(found, modules, method, kept) | {"base_model_name_or_path": base_model}
+        about = _about(found, modules, method, kept, base_model)
         (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
     return Path(folder)
 
@@ -100,7 +105,9 @@ def _kept(found: dict[str, Any], modules: Modules) -> dict[str, np.ndarray]:
     return kept
 
 
-def _about(found: dict[str, Any], modules: Modules, method: str, kept: dict[str, np.ndarray]) -> dict[str, Any]:
+def _about(
+    found: dict[str, Any], modules: Modules, method: str, kept: dict[str, np.ndarray], base_model: str
+) -> dict[str, Any]:
     """adapter_config.json."""
     adapted = {path: w for path, w in found.items() if not isinstance(w, Whole)}
     whole = [short(modules[path], end=2 if path == "norm" else 1) for path, w in found.items() if isinstance(w, Whole)]
@@ -111,6 +118,7 @@ def _about(found: dict[str, Any], modules: Modules, method: str, kept: dict[str,
         "modules_to_save": sorted(set(whole)) or None,
         "inference_mode": True,
         "fan_in_fan_out": False,
+        "base_model_name_or_path": base_model,
     }
     if method == "ia3":
         inputs = [short(modules[path]) for path, w in adapted.items() if w.inner is not None]
@@ -140,6 +148,11 @@ def _about(found: dict[str, Any], modules: Modules, method: str, kept: dict[str,
     kinds = {(w.magnitude is not None) for w in adapted.values()}
     if len(kinds) > 1:
         raise ValueError("adapters.save_peft: all weights have magnitudes (DoRA) or none has, got both.")
+    if not base_model and any(starts.moves(w.start) and isinstance(w.base, QArray) for w in adapted.values()):
+        raise ValueError(
+            "adapters.save_peft: a part of W is in A and B, and the rest was quantised: without it the adapter is "
+            "of no use. Write that rest (lm.save of adapters.detach) and name it with base_model."
+        )
     begun = {w.start for w in adapted.values() if not isinstance(w.base, QArray)}
     if moved := {start for start in begun if starts.moves(start)}:
         if len(begun) > 1 or not moved <= set(starts.FOUND_AGAIN):

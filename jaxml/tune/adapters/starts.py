@@ -58,10 +58,8 @@ def make(
     """
     *lead, d, f = w.shape
     d, f = (f, d) if transposed else (d, f)
-    rank = max(ranks)
-    kept = (jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]).astype(jnp.float32)
-    kept = jnp.broadcast_to(kept.reshape(-1, *(1,) * max(len(lead) - 1, 0), rank) if lead else kept[0], (*lead, rank))
-    own = lambda a, b: (a * kept[..., None, :], b * kept[..., :, None])
+    rank, kept = max(ranks), _kept(ranks, lead)
+    own = lambda a, b: _own(a, b, kept)
     zeros = lambda *shape: jnp.zeros((*lead, *shape), jnp.float32)
     if not isinstance(start, str):
         if path not in start or start[path].shape[-1] < rank or start[path].shape[:-1] != (*lead, d):
@@ -102,6 +100,17 @@ def make(
             return (w.like(rest) if isinstance(w, QArray) else rest), a, b
 
     return _each(each, lead, key, w, scale, kept)
+
+
+def _kept(ranks: Sequence[int], lead: Sequence[int]) -> Array:
+    """1 for each layer's own ranks, 0 for those beyond, [..., rank]."""
+    rank = max(ranks)
+    kept = (jnp.arange(rank)[None] < jnp.asarray(ranks)[:, None]).astype(jnp.float32)
+    return jnp.broadcast_to(kept.reshape(-1, *(1,) * max(len(lead) - 1, 0), rank) if lead else kept[0], (*lead, rank))
+
+
+def _own(a: Array, b: Array, kept: Array) -> tuple[Array, Array]:
+    return a * kept[..., None, :].astype(a.dtype), b * kept[..., :, None].astype(b.dtype)
 
 
 def moves(start: str | Mapping[str, Array] | None) -> bool:
@@ -192,8 +201,11 @@ def shared(key: Array, sides: list[tuple[int, int]], rank: int, dtype: Any) -> t
     return uniform(k1, (d, rank), d), uniform(k2, (rank, f), rank)
 
 
-def adalora(key: Array, lead: tuple[int, ...], d: int, f: int, rank: int, dtype: Any) -> tuple[Array, Array, Array]:
-    """A and B normal of deviation 0.02, singular values 0."""
-    k1, k2 = jax.random.split(key)
+def adalora(
+    key: Array, lead: tuple[int, ...], d: int, f: int, ranks: Sequence[int], dtype: Any
+) -> tuple[Array, Array, Array]:
+    """A and B normal of deviation 0.02, singular values 0; all 0 beyond a layer's own rank, where nothing can grow."""
+    (k1, k2), rank = jax.random.split(key), max(ranks)
     normal = lambda key, *shape: 0.02 * jax.random.normal(key, (*lead, *shape), dtype)
-    return normal(k1, d, rank), normal(k2, rank, f), jnp.zeros((*lead, rank), dtype)
+    a, b = _own(normal(k1, d, rank), normal(k2, rank, f), _kept(ranks, lead))
+    return a, b, jnp.zeros((*lead, rank), dtype)

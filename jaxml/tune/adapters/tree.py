@@ -1,7 +1,7 @@
 """Adapted trees taken apart and put together: what is trained, what is not, and the plain model of both."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,12 @@ def is_adapter(w: Any) -> bool:
 def of(params: Params) -> dict[str, Any]:
     """Adapters by path."""
     return {path: w for path, w in paths.named(params).items() if is_adapter(w)}
+
+
+def check_shapes(nodes: Sequence[Any], path: str, name: str) -> None:
+    """Refuses adapters around weights of different shapes. `name` is the caller's, for errors."""
+    if len(shapes := {tuple(w.shape) for w in nodes}) > 1:
+        raise ValueError(f"{name}: the adapters are of one model, {path} is of the shapes {sorted(shapes)}.")
 
 
 def has_adapters(params: Params) -> bool:
@@ -58,7 +64,11 @@ def split(params: Params) -> tuple[Params, Params]:
 
 
 def combine(trainable: Params, frozen: Params) -> Params:
-    """The tree that `split` took apart; the frozen part may be unrolled (`decoder.unstack`) in between."""
+    """The tree that `split` took apart; the frozen part may be unrolled (`decoder.unstack`) in between.
+
+    Raises:
+        ValueError: parts of different trees (names the first adapter that lacks its own).
+    """
     if not frozen:
         return trainable
 
@@ -68,10 +78,16 @@ def combine(trainable: Params, frozen: Params) -> Params:
         place, layer = trainable, None
         for entry in path:
             part = jax.tree_util.keystr((entry,), simple=True)
-            if part in place:
+            if isinstance(place, Mapping) and part in place:
                 place = place[part]
             else:  # a layer of those that lie stacked in the trainable tree
-                layer = entry.idx
+                layer = getattr(entry, "idx", None)
+        if not isinstance(place, Mapping) or set(place) != set(leaf.train):
+            where = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"adapters.combine: {where} is trained in {', '.join(leaf.train)}, which the trainable part lacks. "
+                "Both parts come from one `split`."
+            )
         return dataclasses.replace(leaf, **(place if layer is None else jax.tree.map(lambda a: a[layer], place)))
 
     return jax.tree_util.tree_map_with_path(put, frozen, is_leaf=is_node)
@@ -114,7 +130,12 @@ def unmerge(merged: Params, adapted: Params) -> Params:
 
     Args:
         merged: as `merge` gave it.
-        adapted: the adapters; their own matrices are not looked at, and may be None.
+        adapted: the adapters; their own matrices are not looked at, and may be None (but of what is trained `whole`).
+
+    Raises:
+        ValueError: merged weights that are missing, of another shape or quantised; what merging has lost: of IA³ where
+            a factor is 0, of DoRA where a magnitude is 0 or an output has grown by more than it was (two matrices then
+            merge into the same), of a `Whole` without its base.
 
     Example:
         >>> from jaxml import testing
@@ -124,11 +145,17 @@ def unmerge(merged: Params, adapted: Params) -> Params:
         >>> float(jnp.abs(again["layers"]["q"].base - params["layers"]["q"].base).max()) < 1e-6
         True
     """
-    plain, found = paths.named(merged), of(adapted)
-    new = {path: dataclasses.replace(w, base=_without(path, w, plain[path])) for path, w in found.items()}
+    plain, found, new = paths.named(merged), of(adapted), {}
+    for path, w in found.items():
+        if path not in plain or is_node(plain[path]):
+            got = "nothing" if path not in plain else f"a {type(plain[path]).__name__}"
+            raise ValueError(f"adapters.unmerge: {path} is an array that `merge` gave, got {got}.")
+        if w.base is not None and w.shape != plain[path].shape:
+            raise ValueError(f"adapters.unmerge: {path} is of the shape {w.shape}, got {plain[path].shape}.")
+        new[path] = dataclasses.replace(w, base=_without(path, w, plain[path]))
     out = paths.replaced(merged, new)
     if "embed" in found and "head" not in adapted:
-        del out["head"]
+        out.pop("head", None)
     return out
 
 
@@ -138,6 +165,8 @@ def _without(path: str, w: Any, merged: Array) -> Array:
             raise ValueError(f"adapters.unmerge: {path} was trained whole; what it was before is not in its values.")
         return w.base
     if isinstance(w, Scaled):
+        if any(_some(v == 0) for v in (w.inner, w.outer) if v is not None):
+            raise ValueError(f"adapters.unmerge: a factor of {path} is 0; what it was multiplied with is lost.")
         inverse = lambda v: None if v is None else 1 / v
         return Scaled(merged, inverse(w.inner), inverse(w.outer)).dense()
     if isinstance(w, Stack):
@@ -145,14 +174,27 @@ def _without(path: str, w: Any, merged: Array) -> Array:
     wide = merged.astype(jnp.float32)
     delta = dataclasses.replace(w, base=merged).delta()
     delta = delta.swapaxes(-1, -2) if w.transposed else delta
+    if delta.shape != merged.shape:
+        raise ValueError(f"adapters.unmerge: {path} is of the shape {delta.shape}, got {merged.shape}.")
     if w.magnitude is not None:
         # W = W′·c/m − Δ where c = ‖W + Δ‖ for each output; ‖W‖² is known, which makes c a root.
         axis = -1 if w.transposed else -2
         m = w.magnitude.astype(jnp.float32)
+        grown = jnp.sum(delta**2, axis)
+        if _some((m == 0) | (grown >= w.squares)):
+            raise ValueError(
+                f"adapters.unmerge: an output of {path} has the magnitude 0 or has grown by more than it was; what it "
+                "was cannot be told from that. Keep the adapter apart instead."
+            )
         half = jnp.sum(wide * delta, axis) / m
-        c = half + jnp.sqrt(jnp.maximum(half**2 - jnp.sum(delta**2, axis) + w.squares, 0))
+        c = half + jnp.sqrt(jnp.maximum(half**2 - grown + w.squares, 0))
         wide = wide * jnp.expand_dims(c / m, axis)
     return (wide - delta).astype(merged.dtype)
+
+
+def _some(wrong: Array) -> bool:
+    """Whether it is so anywhere; nothing is known of traced values."""
+    return not isinstance(wrong, jax.core.Tracer) and bool(wrong.any())
 
 
 def delta(params: Params) -> dict[str, Array]:
