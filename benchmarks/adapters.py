@@ -558,13 +558,13 @@ TITLES = {
 
 
 def table() -> str:
-    """Markdown, of the newest results of each device."""
+    """Markdown, of the newest results of each subject and device."""
     parts = []
     for device in sorted({p.name[:-16] for p in RESULTS.glob("adapters-*-????-??-??.json")}):
-        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
-        where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+        reports = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{device}-????-??-??.json"))]
         for key, title in TITLES.items():
-            if key in report:
+            for report in [r for r in reports if key in r][-1:]:
+                where = f"{report['device']}, {report['date']}, jax {report['jax']}"
                 columns = list(dict.fromkeys(c for row in report[key] for c in row))
                 rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
                 head = [c.replace("_", " ") for c in columns]

@@ -266,6 +266,10 @@ def test_many_adapters_serve_one_batch_row_by_row_without_compiling_again():
             close(got[row], alone[0])
     assert run._cache_size() == 1
     close(run(adapters.take(stacked, 1)), run(trees[1]))
+    one_token = adapters.select(stacked, jnp.array([2, -1, 1]))
+    got = decoder.apply(one_token, model.config, TOKENS[:, :1])
+    for row, tree in enumerate((trees[2], model.params, trees[1])):
+        close(got[row], decoder.apply(tree, model.config, TOKENS[row : row + 1, :1])[0])
     unrolled = adapters.select(stacked, jnp.array([2, 0, 1]))
     close(run(decoder.unstack(unrolled)), run(unrolled))
 

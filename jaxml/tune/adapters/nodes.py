@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxml import weights
 from jaxml.axes import Array, Float, Int, wide
+from jaxml.target import platform
 
 
 class _Around:
@@ -229,29 +230,32 @@ class Stack(_Around):
     def matmul(self, x: Float[Array, "B ... D"], transpose: bool = False) -> Float[Array, "B ... F"]:
         if transpose != self.transposed:
             raise ValueError("adapters.Stack: multiplies from inputs to outputs only. Merge an adapter for the rest.")
-        a, b = self._chosen(x)
-        rows = x.reshape(x.shape[0], -1, x.shape[-1])
-        low = jnp.matmul(jnp.matmul(rows, a), b)
-        return weights.dot(x, self.base, transpose) + low.reshape(*x.shape[:-1], -1)
+        at, some = self._chosen(x)
+        rows, pair = x.reshape(x.shape[0], -1, x.shape[-1]), (self.a.astype(x.dtype), self.b.astype(x.dtype))
+        low = lambda row, a, b: jnp.matmul(jnp.matmul(row, a), b)
+        if platform() == "cpu" and rows.shape[1] == 1:  # row by row: nothing is gathered into a copy
+            low = jax.lax.map(lambda one: low(one[0], *(part[one[1]] for part in pair)), (rows, at))
+        else:
+            low = low(rows, *(part[at] for part in pair))
+        return weights.dot(x, self.base, transpose) + (low * some).reshape(*x.shape[:-1], -1)
 
     def take(self, ids: Int[Array, "B ..."]) -> Float[Array, "B ... F"]:
         main = weights.take(self.base, ids)
-        a, b = self._chosen(main)
-        rows = jax.vmap(lambda a, i: a[i])(a, ids.reshape(ids.shape[0], -1))
-        return main + jnp.matmul(rows, b).reshape(main.shape)
+        at, some = self._chosen(main)
+        rows = self.a[at[:, None], ids.reshape(ids.shape[0], -1)].astype(main.dtype)
+        return main + (jnp.matmul(rows, self.b[at].astype(main.dtype)) * some).reshape(main.shape)
 
     def dense(self) -> Array:
         raise ValueError("adapters.Stack: many adapters have no one matrix. Take one with `adapters.take`.")
 
-    def _chosen(self, x: Array) -> tuple[Array, Array]:
+    def _chosen(self, x: Array) -> tuple[Int[Array, "B"], Float[Array, "B 1 1"]]:
+        """(which adapter each row takes, 0 where it takes none and 1 elsewhere)."""
         if self.ids is None:
             raise ValueError("adapters.Stack: which adapter each row takes is not said. Call `adapters.select` first.")
         ids = self.ids.value
         if ids.shape != x.shape[:1]:
             raise ValueError(f"adapters.select: one id for each of the batch's {x.shape[0]} rows, got {ids.shape}.")
-        some = (ids >= 0).astype(x.dtype)[:, None, None]
-        at = jnp.maximum(ids, 0)
-        return self.a[at].astype(x.dtype), self.b[at].astype(x.dtype) * some
+        return jnp.maximum(ids, 0), (ids >= 0).astype(x.dtype)[:, None, None]
 
 
 def _across(v: Float[Array, "... F"], x: Float[Array, "... T F"]) -> Array:
