@@ -4,6 +4,7 @@ import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from jaxml.axes import Array
@@ -57,6 +58,16 @@ def divisor(size: int, most: int) -> int:
     """
     whole = -(-size // LANES) * LANES
     return max(n for n in range(LANES, min(most, whole) + 1, LANES) if whole % n == 0)
+
+
+def divide(a: Array, n: int) -> Array:
+    """a // n of an index, which is never negative."""
+    return a if n == 1 else jax.lax.div(a, jnp.asarray(n, a.dtype))
+
+
+def remainder(a: Array, n: int) -> Array:
+    """a % n of an index, which is never negative."""
+    return jnp.zeros_like(a) if n == 1 else jax.lax.rem(a, jnp.asarray(n, a.dtype))
 
 
 def right_operand(w: Array, block: tuple[int, ...], index: Callable) -> tuple[Array, Any]:

@@ -1,7 +1,12 @@
-"""For tests: tolerances from dtype and reduction length, and models small enough to be instant."""
+"""For tests: tolerances from dtype and reduction length, models that are instant, devices that are not there."""
 
 import dataclasses
 import math
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +112,78 @@ def lower_for_gpu(function, arguments):
     """
     with _as_on("NVIDIA H100", 132, "gpu"), target("NVIDIA H100"):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+# Of GPUs that `compile_for_gpu` knows: architecture, processors, shared memory of each and of a program, in bytes.
+GPUS = {
+    "NVIDIA A100": ("sm_80", 108, 167936, 166912),
+    "NVIDIA H100": ("sm_90a", 132, 233472, 232448),
+    "NVIDIA B200": ("sm_100a", 148, 233472, 232448),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuKernel:
+    """What CUDA's assembler says of a kernel."""
+
+    name: str
+    registers: int
+    spilled: int  # bytes
+
+
+def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tuple[Any, list[GpuKernel]]:
+    """`function` compiled for a GPU, on any machine that has CUDA's plugin for JAX and its assembler, ptxas.
+
+    The plugin: ``pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt``, of JAX's own version.
+
+    Args:
+        function: a pure function of `arguments`; kernels in it are those for that GPU.
+        arguments: a sequence of pytrees of `jax.ShapeDtypeStruct` (arrays do as well).
+        device_kind: of `GPUS`.
+
+    Returns:
+        (what `jit(function).lower(...).compile()` returns, the kernels written in Triton that are in it).
+    """
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    jax.devices()  # has JAX find its plugins
+    topology = topologies.get_topology_desc("", "cuda", target_config=_gpu_config(device_kind), topology="1x1x1")
+    sharding = SingleDeviceSharding(topology.devices[0])
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    with target(device_kind), tempfile.TemporaryDirectory() as folder:
+        lowered = jax.jit(function).trace(*jax.tree.map(place, tuple(arguments))).lower()
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        files = [file for file in sorted(Path(folder).glob("*.ptx")) if ".entry" in file.read_text()]
+        return compiled, [kernel for file in files for kernel in _assembled(file, device_kind)]
+
+
+def _assembled(ptx: Path, device_kind: str) -> list[GpuKernel]:
+    command = ["ptxas", f"-arch={GPUS[device_kind][0]}", "-v", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    number = lambda pattern, text: int(re.search(pattern, text)[1])
+    return [
+        GpuKernel(part.split("'")[0], number(r"Used (\d+) registers", part), number(r"(\d+) bytes spill stores", part))
+        for part in log.split("Compiling entry function '")[1:]
+    ]
+
+
+def _gpu_config(device_kind: str) -> str:
+    """XLA's description of a GPU, as text."""
+    architecture, cores, shared, most = GPUS[device_kind]
+    digits = re.search(r"\d+", architecture)[0]
+    return f"""
+      gpu_device_info {{
+        threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  fpus_per_core: 128
+        block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+        shared_memory_per_block: 49152  shared_memory_per_core: {shared}  shared_memory_per_block_optin: {most}
+        registers_per_core_limit: 65536  registers_per_block_limit: 65536
+        core_count: {cores}  clock_rate_ghz: 1.98  l2_cache_size: 52428800
+        memory_bandwidth: 3352320000000  device_memory_size: 84978434048
+        cuda_compute_capability {{ major: {digits[:-1]} minor: {digits[-1]} }}
+      }}
+      platform_name: "CUDA"  dnn_version_info {{ major: 9 minor: 10 }}  device_description_str: "{device_kind}"
+    """
 
 
 def _as_on(device_kind: str, cores: int, platform: str):

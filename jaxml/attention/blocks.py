@@ -6,7 +6,9 @@ of their own. Both are multiples of 128 and cut a length evenly, so that any len
 
 import dataclasses
 
-from jaxml.target import INTERPRET, generation, platform
+import jax.numpy as jnp
+
+from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, generation, platform
 
 LANES = 128
 
@@ -62,3 +64,50 @@ def cut_evenly(length: int, most: int) -> tuple[int, int]:
         choices.append((size, -(-length // size)))
     least = min(size * number for size, number in choices)
     return max((size, number) for size, number in choices if size * number <= 1.03 * least)
+
+
+# ---- GPUs -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuCut:
+    """What a program for a GPU takes at once, and how: the row of the table."""
+
+    rows: int  # queries
+    columns: int  # keys
+    warps: int
+    stages: int  # of loads that are under way
+
+
+# Kernel → widest head dim → tiles; what CUDA 13.0 makes of them spills nothing (tests/attention/test_gpu_compile.py).
+_AMPERE = {
+    "forward": {64: GpuCut(128, 64, 4, 3), 128: GpuCut(128, 64, 8, 3), 256: GpuCut(64, 64, 8, 2)},
+    "queries": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(64, 32, 8, 1)},
+    "keys": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(32, 64, 4, 2), 256: GpuCut(64, 32, 8, 2)},
+}
+_HOPPER = {
+    "forward": {64: GpuCut(128, 128, 8, 3), 128: GpuCut(128, 128, 8, 2), 256: GpuCut(128, 64, 8, 2)},
+    "queries": {64: GpuCut(128, 64, 8, 2), 128: GpuCut(128, 64, 8, 2), 256: GpuCut(128, 32, 8, 1)},
+    "keys": {64: GpuCut(64, 128, 8, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(64, 32, 8, 2)},
+}
+_FLOAT32 = {
+    "forward": {64: GpuCut(32, 32, 4, 2), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(32, 32, 8, 1)},
+    "queries": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 4, 1), 256: GpuCut(16, 32, 4, 1)},
+    "keys": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 8, 1)},
+}
+PROGRAMS = 264  # as many as fill an H100 twice
+
+
+def gpu_cut(T: int, H: int, H2: int, dtype, which: str = "forward") -> GpuCut:
+    """The tiles of a Triton kernel: "forward", or backward of the "queries" or the "keys"."""
+    if platform() == INTERPRET_GPU:
+        return GpuCut(32, 32, 4, 1)
+    table = _FLOAT32 if dtype == jnp.float32 else _HOPPER if compute_capability() >= 90 else _AMPERE
+    cut = table[which][next(width for width in table[which] if max(H, H2) <= width)]
+    short = max(16, 1 << (T - 1).bit_length())
+    return dataclasses.replace(cut, rows=min(cut.rows, short))
+
+
+def splits(programs: int, blocks: int) -> int:
+    """Into how many parts the keys of each program are cut, where there are too few programs to fill a GPU."""
+    return max(1, min(PROGRAMS // programs, blocks // 4))

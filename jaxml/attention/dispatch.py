@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blockwise, masks, pallas_tpu, reference, tiles
+from jaxml.attention import blockwise, masks, pallas_tpu, pallas_triton, reference, tiles
 from jaxml.attention.derivatives import Backend, attend
 from jaxml.attention.masks import Mask
 from jaxml.attention.tiles import Inputs, Rules
@@ -15,9 +15,11 @@ from jaxml.target import platform
 
 BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwise.backward)
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
+TRITON = Backend("triton", pallas_triton.supports, pallas_triton.forward, pallas_triton.backward)
 REFERENCE = Backend("reference", blockwise.supports, reference.attend, blockwise.backward)
-BACKENDS = {b.name: b for b in (MOSAIC_TPU, BLOCKWISE)}
+BACKENDS = {b.name: b for b in (MOSAIC_TPU, TRITON, BLOCKWISE)}
 ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
+BY_NAME = {"triton": "it has not run on a GPU yet; name it to take it"}
 
 
 def flash_attention(
@@ -139,7 +141,8 @@ def explain(*args, implementation: str | None = None, **kwargs) -> Explanation:
 def _refused(rules: Rules, x: Inputs) -> dict[str, str]:
     """Backend → why this platform or call does not get it."""
     chosen = _first(rules, x).name
-    reasons = {name: backend.supports(rules, x) or "a faster one comes first" for name, backend in BACKENDS.items()}
+    reason = lambda b: b.supports(rules, x) or BY_NAME.get(b.name, "a faster one comes first")
+    reasons = {name: reason(backend) for name, backend in BACKENDS.items()}
     return {name: reason for name, reason in reasons.items() if name != chosen}
 
 

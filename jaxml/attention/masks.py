@@ -45,6 +45,7 @@ class Mask:
     """
 
     _roles: ClassVar[dict[str, str]] = {}
+    scattered: ClassVar[bool] = False  # whether empty tiles may lie between others
 
     def __and__(self, other: "Mask") -> "Mask":
         return And(self, other)
@@ -234,6 +235,7 @@ class Dense(Mask):
 
     array: Bool[Array, "b n t s"]
     _roles: ClassVar = {"array": "both"}
+    scattered: ClassVar = True
 
     def visible(self, tile):
         return self.array
@@ -287,6 +289,10 @@ class And(_Pair):
     left: Mask
     right: Mask
 
+    @property
+    def scattered(self):
+        return self.left.scattered or self.right.scattered
+
     def visible(self, tile):
         return self.left.visible(tile) & self.right.visible(tile)
 
@@ -301,6 +307,7 @@ class Or(_Pair):
 
     left: Mask
     right: Mask
+    scattered: ClassVar = True
 
     def visible(self, tile):
         return self.left.visible(tile) | self.right.visible(tile)
@@ -315,6 +322,7 @@ class Not(Mask):
     """Visible where the other is not."""
 
     mask: Mask
+    scattered: ClassVar = True
 
     def visible(self, tile):
         return ~self.mask.visible(tile)

@@ -17,11 +17,4 @@ def supports(rules: Rules, x: Inputs) -> str | None:
         return reason
     if x.query.dtype == jnp.float64 and platform() != INTERPRET:
         return "TPUs have no float64"
-    if rules.score_mod is not None and tiles.needs_arrays(rules.score_mod):
-        return "score_mod looks something up in an array by query, key or score; kernels can only compute with them"
-    shapes = []
-    if x.mask is not None:
-        x.mask.map(lambda role, a: shapes.append(jnp.shape(a)) if role == "data" else None)
-    if any(shape != () for shape in shapes):
-        return f"the function of a mask holds arrays {shapes}; kernels take only scalars"
-    return None
+    return tiles.outside_kernels(rules, x)

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxml.attention.masks import Mask, Tile
 from jaxml.axes import Array, Bool, Float, wide
 
+LOG2E = 1.4426950408889634
 NOTHING = 2.4e38  # a log-sum-exp that leaves no weight: finite, so that no difference of two is NaN
+HIDDEN = -NOTHING  # a logit that nobody sees, for kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,20 @@ def shape(
     if rules.score_mod is not None:
         s = modify(rules.score_mod, s, tile, data)
     return s if bias is None else s + bias.astype(s.dtype)
+
+
+def shape2(rules: Rules, s: Array, bias: Array | None, tables: tuple[Array, ...], tile: Tile) -> Array:
+    """Products → logits times log₂e, for kernels: `shape` of a tile of any layout, with the inner part of score_mod."""
+    if rules.soft_cap is None and rules.score_mod is None and bias is None:
+        return s * (rules.scale * LOG2E)
+    s = s * rules.scale
+    if rules.soft_cap is not None:
+        s = rules.soft_cap * jnp.tanh(s / rules.soft_cap)
+    if rules.score_mod is not None:
+        s = modify_tile(rules.score_mod, s, tile, tables)
+    if bias is not None:
+        s = s + bias.astype(s.dtype)
+    return s * LOG2E
 
 
 def mix(p: Float[Array, "B N rows columns"], v: Float[Array, "B K columns H2"]) -> Float[Array, "B N rows H2"]:
@@ -183,6 +199,18 @@ def split(mod: Hoisted) -> tuple[list, list, list]:
     used = [v for eqn in inside for v in eqn.invars] + list(jaxpr.outvars)
     passed = list(dict.fromkeys(v for v in used if is_variable(v) and v not in moving))
     return outside, inside, passed
+
+
+def outside_kernels(rules: Rules, x: Inputs) -> str | None:
+    """Why a kernel cannot compute the call's tiles, or None: it has no way to look things up in arrays."""
+    if rules.score_mod is not None and needs_arrays(rules.score_mod):
+        return "score_mod looks something up in an array by query, key or score; kernels can only compute with them"
+    shapes = []
+    if x.mask is not None:
+        x.mask.map(lambda role, a: shapes.append(jnp.shape(a)) if role == "data" else None)
+    if any(shape != () for shape in shapes):
+        return f"the function of a mask holds arrays {shapes}; kernels take only scalars"
+    return None
 
 
 def num_tables(mod: Hoisted) -> int:

@@ -15,13 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, masks, tiles
+from jaxml.attention.fold import folded, folds
 from jaxml.attention.masks import Mask, Tile
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, wide
 from jaxml.linear import vary, varying_axes
-
-LOG2E = 1.4426950408889634
-HIDDEN = -tiles.NOTHING  # a logit that nobody sees
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +115,9 @@ class Layout:
         if x.query.dtype == jnp.float16:  # TPUs compute with float32 and bfloat16
             x = x._replace(**{name: getattr(x, name).astype(jnp.float32) for name in ("query", "key", "value")})
         self.rules, self.original, self.axes = rules, x, varying_axes(x, others)
-        self.fold = fold = _folds(x)
+        self.fold = fold = folds(x)
         if fold:
-            x = _folded(x, fold)
+            x = folded(x, fold)
         B, self.N, self.true_T, H = x.query.shape[0], x.query.shape[2], x.query.shape[1], x.query.shape[3]
         self.B, self.K, self.true_S, self.H2 = B, x.key.shape[2], x.key.shape[1], x.value.shape[3]
         self.group = self.N // self.K
@@ -279,70 +277,6 @@ class Layout:
         return Operand(table, pl.BlockSpec(memory_space=pltpu.SMEM), lambda ref, place: ref[at_place(place)])
 
 
-# ---- several heads in the rows of one ---------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Fold:
-    """Query heads that share keys lie one after the other along the queries."""
-
-    group: int
-    index: Array  # [1, T · group]: which query
-    head: Array  # [1, T · group]: which of the group
-
-
-def _folds(x: Inputs) -> Fold | None:
-    T, N, K = x.query.shape[1], x.query.shape[2], x.key.shape[2]
-    group = N // K
-    if group == 1 or T > 64:
-        return None
-    place = jnp.arange(T * group, dtype=jnp.int32)[None]
-    return Fold(group, place // group, place % group)
-
-
-def _folded(x: Inputs, fold: Fold) -> Inputs:
-    """The same call with one query head for each key head and `group` times as many queries."""
-    T, N = x.query.shape[1:3]
-    G, K = fold.group, N // fold.group
-
-    def four(a):
-        b, n, t, s = a.shape
-        if n > 1:
-            a = jnp.broadcast_to(a, (b, n, T, s)).reshape(b, K, G, T, s)
-            return jnp.swapaxes(a, 2, 3).reshape(b, K, T * G, s)
-        return jnp.repeat(a, G, axis=2) if t > 1 else a
-
-    lay = {"row": lambda a: jnp.repeat(a, G, axis=1), "both": four}
-    mask = None if x.mask is None else x.mask.map(lambda role, a: lay.get(role, lambda a: a)(a))
-    bias = None if x.bias is None else four(x.bias)
-    return x._replace(query=folded_queries(x.query, fold), mask=mask, bias=bias)
-
-
-def unfold(a: Array, fold: Fold | None) -> Array:
-    """[B, K, T · group, …] → [B, N, T, …]."""
-    if fold is None:
-        return a
-    B, K, rows = a.shape[:3]
-    a = a.reshape(B, K, rows // fold.group, fold.group, *a.shape[3:])
-    return jnp.swapaxes(a, 2, 3).reshape(B, K * fold.group, rows // fold.group, *a.shape[4:])
-
-
-def folded_queries(a: Array, fold: Fold | None) -> Array:
-    """[B, T, N, H] → [B, T · group, K, H]."""
-    if fold is None:
-        return a
-    B, T, N, H = a.shape
-    return a.reshape(B, T, N // fold.group, fold.group, H).swapaxes(2, 3).reshape(B, T * fold.group, -1, H)
-
-
-def folded_rows(a: Array, fold: Fold | None) -> Array:
-    """[B, N, T] → [B, K, T · group]; what `unfold` undoes."""
-    if fold is None:
-        return a
-    B, N, T = a.shape
-    return a.reshape(B, N // fold.group, fold.group, T).swapaxes(2, 3).reshape(B, N // fold.group, T * fold.group)
-
-
 # ---- inside a kernel --------------------------------------------------------------------------------
 
 
@@ -352,25 +286,6 @@ def dot(a: Array, b: Array, axes: tuple[int, int]) -> Array:
     return jax.lax.dot_general(
         a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=wide(a.dtype)
     )
-
-
-def shape_logits(rules: Rules, s: Array, bias, tables, tile: Tile) -> Array:
-    """Products → logits in base 2, masked by nobody yet."""
-    if rules.soft_cap is None and rules.score_mod is None and bias is None:
-        return s * (rules.scale * LOG2E)
-    s = s * rules.scale
-    if rules.soft_cap is not None:
-        s = rules.soft_cap * jnp.tanh(s / rules.soft_cap)
-    if rules.score_mod is not None:
-        s = tiles.modify_tile(rules.score_mod, s, tile, tables)
-    if bias is not None:
-        s = s + bias.astype(s.dtype)
-    return s * LOG2E
-
-
-def divide(a, n: int):
-    """a // n of an index, which is never negative."""
-    return a if n == 1 else jax.lax.div(a, jnp.asarray(n, a.dtype))
 
 
 def _turned(row: Array, n: int) -> Array:

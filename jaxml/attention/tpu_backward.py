@@ -14,21 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, blockwise
-from jaxml.attention.tiles import NOTHING, Inputs, Rules, keep
-from jaxml.attention.tpu_arrays import (
-    HIDDEN,
-    LOG2E,
-    Layout,
-    Place,
-    divide,
-    dot,
-    folded_queries,
-    folded_rows,
-    shape_logits,
-    unfold,
-)
+from jaxml.attention.fold import folded_queries, folded_rows, unfold
+from jaxml.attention.tiles import HIDDEN, LOG2E, NOTHING, Inputs, Rules, keep, shape2
+from jaxml.attention.tpu_arrays import Layout, Place, dot
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array
+from jaxml.kernels import divide
 from jaxml.linear import vary
 from jaxml.target import INTERPRET, platform
 
@@ -196,7 +187,7 @@ def _kernel(p: Layout, ranges: Ranges, operands, name, queries: bool, keys: bool
                 """Logits of a tile, and what pulls at its weights, into the tile's buffers (see `tpu_forward`)."""
                 q, k = query[0, local, p.columns_of(chunk)], key[0, key_local, p.keys_of(j)]
                 mask, bias, tables, _, tile = read(place(j, chunk))
-                shape = lambda s: shape_logits(rules, s, bias, tables, tile)
+                shape = lambda s: shape2(rules, s, bias, tables, tile)
                 s = dot(k, q, (1, 1))
                 if bent:
                     s, slope = jax.jvp(shape, (s,), (jnp.ones_like(s),))

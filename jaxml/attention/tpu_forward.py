@@ -14,10 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks
-from jaxml.attention.tiles import Inputs, Rules, add_sinks, keep
-from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, Layout, Place, divide, dot, shape_logits, unfold
+from jaxml.attention.fold import unfold
+from jaxml.attention.tiles import HIDDEN, LOG2E, Inputs, Rules, add_sinks, keep, shape2
+from jaxml.attention.tpu_arrays import Layout, Place, dot
 from jaxml.attention.tpu_ranges import Ranges
 from jaxml.axes import Array, Float
+from jaxml.kernels import divide
 from jaxml.linear import vary
 from jaxml.target import INTERPRET, platform
 
@@ -132,7 +134,7 @@ def _kernel(p: Layout, ranges: Ranges, operands):
                 k = key[0, key_local, p.keys_of(j)]
                 q = query[0, local, p.columns_of(chunk)]
                 mask, bias, tables, _, tile = read(place(j, chunk))
-                s = shape_logits(rules, dot(k, q, (1, 1)), bias, tables, tile)
+                s = shape2(rules, dot(k, q, (1, 1)), bias, tables, tile)
                 if masked:
                     s = jnp.where(mask.visible(tile), s, HIDDEN)
                 buffers[buffer][pl.ds(here, c.keys)] = s

@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxml.attention import blocks, tiles
-from jaxml.attention.tpu_arrays import HIDDEN, LOG2E, dot, shape_logits
+from jaxml.attention.tiles import HIDDEN, LOG2E, shape2
+from jaxml.attention.tpu_arrays import dot
 from jaxml.axes import Array, Float, Int, wide
 from jaxml.linear import vary, varying_axes
 from jaxml.target import INTERPRET, platform
@@ -147,7 +148,7 @@ def _kernel(rules: Rules, T: int, N: int, K: int, H: int, H2: int, page: int, pe
 
         def step(masked: bool):
             end_to_end = lambda refs: jnp.concatenate([ref[0] for ref in refs], axis=0)
-            s = shape_logits(rules, dot(packed[...], end_to_end(keys), (1, 1)), None, (), None)  # [rows, keys]
+            s = shape2(rules, dot(packed[...], end_to_end(keys), (1, 1)), None, (), None)  # [rows, keys]
             v = end_to_end(values)
             if masked:
                 at = first + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)

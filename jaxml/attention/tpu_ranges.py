@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxml.attention.masks import Grid
-from jaxml.attention.tpu_arrays import Layout, divide
+from jaxml.attention.tpu_arrays import Layout
 from jaxml.axes import Array
+from jaxml.kernels import divide
 
 MOST_WORDS = 2**17  # of 32 bits, in scalar memory
 

@@ -11,10 +11,10 @@ from jax.sharding import PartitionSpec as P
 
 from jaxml.attention import Causal, blockwise, flash_attention
 from jaxml.attention.cases import CASES
-from jaxml.target import INTERPRET, target
+from jaxml.target import INTERPRET, INTERPRET_GPU, target
 from jaxml.testing import tolerance
 
-BACKENDS = ("blockwise", "mosaic_tpu")
+BACKENDS = ("blockwise", "mosaic_tpu", "triton")
 by_name = {case.name: case for case in CASES}
 FAST = ("causal", "grouped heads", "packed", "bias of queries", "sinks", "dense mask, rows without keys")
 slow = lambda what, *where: pytest.param(what, *where, marks=pytest.mark.slow)
@@ -22,11 +22,12 @@ SECOND_ORDER = ("causal", "grouped heads", "packed", "bias of keys", "soft cap",
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """So that the small cases have many tiles, whole, crossed and empty ones; TPU kernels are interpreted."""
+def small_tiles(monkeypatch, request):
+    """So that the small cases have many tiles, whole, crossed and empty ones; kernels are interpreted."""
+    backend = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     tiles = lambda x: (min(32, x.query.shape[1]), min(16, x.key.shape[1]))
     monkeypatch.setattr(blockwise, "_blocks", tiles)
-    with target(INTERPRET):
+    with target(INTERPRET_GPU if backend == "triton" else INTERPRET):
         yield
 
 
@@ -157,7 +158,7 @@ def test_what_comes_back_for_a_row_that_sees_nothing_is_ignored(backend):
     assert all(jnp.all(jnp.isfinite(g)) for g in grads) and jnp.all(grads[0][0, 5] == 0)
 
 
-@pytest.mark.parametrize("backend", ["blockwise", slow("mosaic_tpu")])
+@pytest.mark.parametrize("backend", ["blockwise", slow("mosaic_tpu"), slow("triton")])
 def test_transformations_change_nothing(backend):
     case = by_name["causal"].scaled(B=8, T=40)
     q, k, v = case.arrays()
@@ -177,7 +178,7 @@ def test_transformations_change_nothing(backend):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     part = lambda q, k, v: flash_attention(q, k, v, is_causal=True, implementation=backend)
     spec = P("data")
-    checked = backend != "mosaic_tpu"  # Pallas's interpreter does not know of varying axes; the compiler does
+    checked = backend == "blockwise"  # Pallas's interpreter does not know of varying axes; the compiler does
     sharded = jax.shard_map(part, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=checked)
     squares = lambda f: jax.jit(jax.grad(lambda q, k, v: jnp.sum(f(q, k, v) ** 2), (0, 1, 2)))(q, k, v)
     close(squares(sharded), squares(part), bound)

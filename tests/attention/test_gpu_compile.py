@@ -1,0 +1,54 @@
+"""The GPU kernels compiled to machine code, with no GPU: what fits, and that no register is spilled to memory."""
+
+import importlib.util
+import shutil
+
+import jax
+import pytest
+
+from jaxml.attention.cases import CASES
+from jaxml.testing import compile_for_gpu
+from tests.attention.test_triton_kernels import gradients
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("ptxas") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+        reason="needs CUDA's assembler ptxas, jax-cuda13-plugin and jax-cuda13-pjrt",
+    ),
+]
+by_name = {case.name: case for case in CASES}
+WIDTHS = {32: 0, 64: 0, 128: 0, 192: 200, 256: 200}  # head dim → bytes that may be spilled
+
+
+def kernels(case, dtype, device):
+    _, found = compile_for_gpu(*gradients(case, dtype), device)
+    return [k for k in found if k.name.startswith("flash_attention")]
+
+
+@pytest.mark.parametrize("device", ["NVIDIA A100", "NVIDIA H100"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("H", WIDTHS)
+def test_registers_suffice(H, dtype, device):
+    case = by_name["causal"].scaled(T=4096, N=8, K=4, H=H)
+    found = kernels(case, dtype, device)
+    assert len(found) == 3 and all(k.spilled <= WIDTHS[H] for k in found), found
+
+
+@pytest.mark.parametrize("device", ["NVIDIA A100", "NVIDIA H100"])
+@pytest.mark.parametrize("name", ["one query", "packed", "bias of queries", "soft cap", "algebra of masks", "dropout"])
+def test_what_else_a_tile_does_fits_in_registers(name, device):
+    case = by_name[name]
+    found = kernels(case.scaled(T=520 if case.T > 1 else 1, H=128), "bfloat16", device)
+    assert len(found) == 3 and all(k.spilled <= 200 for k in found), found
+
+
+def test_blackwell_takes_them():
+    assert len(kernels(by_name["causal"].scaled(T=1024, H=128), "bfloat16", "NVIDIA B200")) == 3
+
+
+def test_a_kernel_needs_no_memory_beside_its_results():
+    function, arrays = gradients(by_name["causal"].scaled(T=4096, N=8, K=8, H=64), "bfloat16")
+    compiled, _ = compile_for_gpu(function, arrays, "NVIDIA H100")
+    x = jax.eval_shape(function, *arrays)[0]
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * x.size * x.dtype.itemsize
