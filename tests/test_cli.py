@@ -222,7 +222,7 @@ def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
     assert "rank was 8, is 4" in refused(capsys, *argv, "--rank", 4, "--out", runs[1])
     assert "at least one leaf is a target" in refused(capsys, *argv, "--rank", 999, "--out", folder / "never")
     assert "no option of --method galore" in refused(capsys, *argv, "--alpha", 2, "--out", folder / "never")
-    assert "matches at least one path" in refused(capsys, *argv, "--targets", "q,nope", "--out", folder / "never")
+    assert "got 'nope'" in refused(capsys, *argv, "--targets", "q,nope", "--out", folder / "never")
 
 
 def test_bad_input_is_one_sentence_and_nothing_is_written(folder, tmp_path, capsys):

@@ -82,8 +82,8 @@ class GpuCut:
 # Kernel → widest head dim → tiles; what CUDA 13.0 makes of them spills nothing (tests/attention/test_gpu_compile.py).
 _AMPERE = {
     "forward": {64: GpuCut(128, 64, 4, 3), 128: GpuCut(128, 64, 8, 3), 256: GpuCut(64, 64, 8, 2)},
-    "queries": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(64, 32, 8, 1)},
-    "keys": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(32, 64, 4, 2), 256: GpuCut(64, 32, 8, 2)},
+    "queries": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(32, 64, 8, 1)},
+    "keys": {64: GpuCut(32, 64, 4, 2), 128: GpuCut(32, 64, 8, 2), 256: GpuCut(64, 32, 8, 2)},
 }
 _HOPPER = {
     "forward": {64: GpuCut(128, 128, 8, 3), 128: GpuCut(128, 128, 8, 2), 256: GpuCut(128, 64, 8, 2)},
@@ -92,7 +92,7 @@ _HOPPER = {
 }
 _FLOAT32 = {
     "forward": {64: GpuCut(32, 32, 4, 2), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(32, 32, 8, 1)},
-    "queries": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 4, 1), 256: GpuCut(16, 32, 4, 1)},
+    "queries": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 4, 1)},
     "keys": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 8, 1)},
 }
 PROGRAMS = 264  # as many as fill an H100 twice

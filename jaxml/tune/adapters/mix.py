@@ -1,6 +1,7 @@
 """One adapter of several: sums, and sums that settle where adapters disagree."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,7 +82,7 @@ def mix(
         raise ValueError(f"adapters.mix: sign is 'total' or 'frequency', got {sign!r}.")
     if not adapted or len(adapted) != len(factors):
         raise ValueError(f"adapters.mix: one factor for each tree, got {len(adapted)} and {len(factors)}.")
-    if wrong := [f for f in factors if not isinstance(f, jax.core.Tracer) and not bool(jnp.isfinite(f))]:
+    if wrong := [f for f in factors if not isinstance(f, jax.core.Tracer) and not math.isfinite(f)]:
         raise ValueError(f"adapters.mix: factors are finite, got {wrong[0]}.")
     found = [of(tree) for tree in adapted]
     for other in found:
