@@ -79,7 +79,7 @@ class GpuCut:
     stages: int  # of loads that are under way
 
 
-# Kernel → widest head dim → tiles; what CUDA 13.0 makes of them spills nothing (tests/attention/test_gpu_compile.py).
+# Kernel → widest head dim → tiles. What spills in CUDA 13.0's machine code, tests/attention/test_gpu_compile.py says.
 _AMPERE = {
     "forward": {64: GpuCut(128, 64, 4, 3), 128: GpuCut(128, 64, 8, 3), 256: GpuCut(64, 64, 8, 2)},
     "queries": {64: GpuCut(64, 64, 4, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(32, 64, 8, 1)},
