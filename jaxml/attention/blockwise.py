@@ -297,6 +297,17 @@ def backward(
     return {name: grads[name]() for name in wanted}
 
 
+def beside_kernels(
+    rules: Rules, x: Inputs, out: Array, lse: Array, ct_out: Array, ct_lse: Array, delta: Array, wanted: tuple[str, ...]
+) -> dict[str, Array]:
+    """Those gradients of `backward` that no kernel computes: of bias, sinks and score_mod's data."""
+    by_blocks = tuple(name for name in wanted if name in ("bias", "data"))
+    grads = backward(rules, x, out, lse, ct_out, ct_lse, by_blocks) if by_blocks else {}
+    if "sinks" in wanted:
+        grads["sinks"] = sinks_gradient(x, lse, delta)
+    return grads
+
+
 def delta(out: Array, lse: Array, ct_out: Array, ct_lse: Array) -> Float[Array, "B N T"]:
     """How much each row's weights all pull together: sum(out · ct_out) − ct_lse; 0 for rows that see nothing.
 

@@ -27,13 +27,8 @@ def backward(
     rules: Rules, x: Inputs, out: Array, lse: Array, ct_out: Array, ct_lse: Array, wanted: tuple[str, ...]
 ) -> dict[str, Array]:
     """Gradients of the arrays named in `wanted`; those of bias and of score_mod's data by `blockwise`."""
-    grads = {}
-    by_blocks = tuple(name for name in wanted if name in ("bias", "data"))
-    if by_blocks:
-        grads |= blockwise.backward(rules, x, out, lse, ct_out, ct_lse, by_blocks)
     delta = blockwise.delta(out, lse, ct_out, ct_lse)
-    if "sinks" in wanted:
-        grads["sinks"] = blockwise.sinks_gradient(x, lse, delta)
+    grads = blockwise.beside_kernels(rules, x, out, lse, ct_out, ct_lse, delta, wanted)
     p = Call(rules, x, (out, ct_out, ct_lse))
     lse = folded_rows(jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING), p.fold)
     rows = [folded_queries(ct_out.astype(p.dtype), p.fold), lse, folded_rows(delta, p.fold)]
