@@ -91,9 +91,9 @@ _HOPPER = {
     "keys": {64: GpuCut(64, 128, 8, 2), 128: GpuCut(64, 64, 8, 2), 256: GpuCut(64, 32, 8, 2)},
 }
 _FLOAT32 = {
-    "forward": {64: GpuCut(32, 32, 4, 2), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(32, 32, 8, 1)},
-    "queries": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(16, 32, 4, 1), 256: GpuCut(16, 32, 4, 1)},
-    "keys": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 8, 1)},
+    "forward": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 8, 1)},
+    "queries": {64: GpuCut(32, 32, 4, 1), 128: GpuCut(16, 32, 4, 1), 256: GpuCut(16, 16, 8, 1)},
+    "keys": {64: GpuCut(32, 32, 4, 2), 128: GpuCut(16, 32, 8, 1), 256: GpuCut(16, 16, 8, 1)},
 }
 PROGRAMS = 264  # as many as fill an H100 twice
 
@@ -111,3 +111,25 @@ def gpu_cut(T: int, H: int, H2: int, dtype, which: str = "forward") -> GpuCut:
 def splits(programs: int, blocks: int) -> int:
     """Into how many parts the keys of each program are cut, where there are too few programs to fill a GPU."""
     return max(1, min(PROGRAMS // programs, blocks // 4))
+
+
+@dataclasses.dataclass(frozen=True)
+class HopperCut:
+    """The tile of a Hopper program: the row of the table."""
+
+    rows: int  # queries
+    columns: int  # keys
+    stages: int  # blocks that are under way
+
+
+# Kernel → widest head dim → tiles, of 16 bits; 227 KiB of shared memory and 240 registers bound them.
+HOPPER = {
+    "forward": {64: HopperCut(128, 128, 4), 128: HopperCut(128, 128, 2), 192: HopperCut(128, 96, 2), 256: HopperCut(128, 64, 2)},
+    "queries": {64: HopperCut(128, 128, 3), 128: HopperCut(128, 64, 2), 256: HopperCut(128, 32, 2)},
+    "keys": {64: HopperCut(64, 128, 3), 128: HopperCut(64, 128, 2), 256: HopperCut(64, 64, 2)},
+}
+
+
+def hopper_cut(H: int, H2: int, which: str = "forward") -> HopperCut:
+    """The tiles of a Hopper kernel: "forward", or backward of the "queries" or the "keys"."""
+    return HOPPER[which][next(width for width in HOPPER[which] if max(H, H2) <= width)]

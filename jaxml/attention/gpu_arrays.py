@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxml.attention import tiles
 from jaxml.attention.fold import folded, folds
 from jaxml.attention.masks import Grid, Mask, Tile
-from jaxml.attention.tiles import Inputs, Rules
+from jaxml.attention.tiles import HIDDEN, Inputs, Rules
 from jaxml.axes import Array, Bool, Float, Int, wide
 from jaxml.kernels import divide, remainder
 from jaxml.linear import vary, varying_axes
@@ -87,16 +87,28 @@ class Call:
         if self.rules.score_mod is not None:
             tables = tuple(next(loaded) for _ in range(tiles.num_tables(self.rules.score_mod)))
         key = next(loaded) if self.rules.dropout_rate else None
-        row, column = rows_of(place), columns_of(place)
+        row, column = self.rows_of(place), self.columns_of(place)
         head = place.head
         if self.fold:
             row, head = divide(row, self.fold.group), head * self.fold.group + remainder(row, self.fold.group)
         return mask, bias, tables, key, Tile(place.batch, head, row, column)
 
-    def visible(self, mask: Mask | None, tile: Tile, place: Place) -> Bool[Array, "..."]:
-        """Which places of a tile are seen, those beyond the last key never."""
-        inside = jnp.broadcast_to(columns_of(place) < self.S, shape_of(place))
-        return inside if mask is None else inside & jnp.broadcast_to(mask.visible(tile), inside.shape)
+    def hide(self, s: Array, mask: Mask | None, tile: Tile, place: Place, hidden: float = HIDDEN) -> Array:
+        """The tile's logits, `hidden` where nothing is seen: behind the mask, beyond the last key."""
+        parts = [] if mask is None else [mask.visible(tile)]
+        if self.S % place.columns:
+            parts.append(self.columns_of(place) < self.S)
+        seen = _all(parts, shape_of(place))
+        return s if seen is None else jnp.where(seen, s, hidden)
+
+    def rows_of(self, place: Place) -> Int[Array, "..."]:
+        """Index of each row, laid to broadcast to the tile."""
+        shape = (1, place.rows) if place.turned else (place.rows, 1)
+        return place.row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 if place.turned else 0)
+
+    def columns_of(self, place: Place) -> Int[Array, "..."]:
+        shape = (place.columns, 1) if place.turned else (1, place.columns)
+        return place.column + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if place.turned else 1)
 
     def _operand(self, role: str, a: Array) -> Operand:
         if role == "data":
@@ -142,17 +154,6 @@ class Call:
 
 def shape_of(place: Place) -> tuple[int, int]:
     return (place.columns, place.rows) if place.turned else (place.rows, place.columns)
-
-
-def rows_of(place: Place) -> Int[Array, "..."]:
-    """Index of each row, laid to broadcast to the tile."""
-    shape = (1, place.rows) if place.turned else (place.rows, 1)
-    return place.row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 if place.turned else 0)
-
-
-def columns_of(place: Place) -> Int[Array, "..."]:
-    shape = (place.columns, 1) if place.turned else (1, place.columns)
-    return place.column + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if place.turned else 1)
 
 
 def pieces(width: int) -> list[tuple[int, int, int]]:
@@ -218,18 +219,20 @@ def _all(inside: list[Array], shape: tuple[int, ...]) -> Array | None:
 
 
 class Ranges:
-    """For every block along one axis, which blocks along the other it needs.
+    """For every block along one axis, which blocks along the other it needs: first those that need no mask.
 
-    bounds: [b, blocks, 4]: blocks outside [first, last) are empty, those in [whole, again) need no mask.
-    some: [b, blocks, others], whether a block is not empty; only of masks that may have empty blocks in between.
+    arrays: without a mask, how many blocks have no end in them: in memory, since compilers unroll a loop whose turns
+        they can count. With one, bounds [b, blocks, 4]: blocks outside [first, last) are empty, those in [whole, again)
+        need no mask. Of masks that may have empty blocks in between: how many need no mask and how many are needed
+        [b, blocks, 2], and all in that order [b, blocks, others].
     """
 
     def __init__(self, call: Call, rows: int, columns: int, of_rows: bool):
         self.mask, p = call.x.mask, call
         length, size, other, step = (p.T, rows, p.S, columns) if of_rows else (p.S, columns, p.T, rows)
         self.blocks, self.others, self.full = -(-length // size), -(-other // step), other // step
-        self.arrays, self.scattered = [], False
         if self.mask is None:
+            self.arrays = [jnp.full(1, self.full, jnp.int32)] if self.others > self.full else []
             return
         T = p.original.query.shape[1]
         some, every = p.original.mask.blocks(Grid(T, p.S, T if p.fold else rows, columns))
@@ -241,34 +244,61 @@ class Ranges:
             some, every = some.swapaxes(1, 2), every.swapaxes(1, 2)
         index = jnp.arange(self.others, dtype=jnp.int32)[None, None]
         every &= some & (index < self.full)
-        lowest = lambda a: jnp.min(jnp.where(a, index, self.others), axis=2)
-        last = jnp.max(jnp.where(some, index + 1, 0), axis=2)
-        first = jnp.minimum(lowest(some), last)
-        whole = jnp.minimum(lowest(every), last)
-        again = jnp.minimum(lowest((index >= whole[..., None]) & ~every), jnp.maximum(last, whole))
         self.shared = b == 1
-        self.arrays = [jnp.stack([first, whole, again, last], axis=2).astype(jnp.int32)]
-        self.scattered = p.original.mask.scattered
-        if self.scattered:
-            self.arrays.append(some.astype(jnp.int32))
+        self.arrays = _order(some, every) if p.original.mask.scattered else [_bounds(some, every)]
+
+    def of(self, refs, batch, i) -> "Needed":
+        """What block i needs, of the kernel's references to `arrays`."""
+        if self.mask is None:
+            return Needed(refs[0][0] if refs else self.full, self.others, lambda n: n, lambda n: n)
+        b = 0 if self.shared else batch
+        if len(refs) == 2:
+            nth = lambda n: refs[1][b, i, n]
+            return Needed(refs[0][b, i, 0], refs[0][b, i, 1], nth, nth)
+        first, whole, again, last = (refs[0][b, i, n] for n in range(4))
+        free = again - whole
+        return Needed(
+            free, last - first, lambda n: n + whole, lambda n: n + jnp.where(n < again - first, first - free, first)
+        )
 
     def visit(self, refs, batch, i, body: Callable, carry: Any, part: tuple | None = None) -> Any:
-        """``carry = body(j, carry, masked)`` for the blocks j that block i needs; `part`: of those in [part) alone."""
-        within = (lambda n: n) if part is None else lambda n: jnp.clip(n, *part)
-        free, crossed = (lambda j, c: body(j, c, False)), (lambda j, c: body(j, c, True))
-        loop = lambda low, high, body, carry: jax.lax.fori_loop(low, high, body, carry)
-        if self.mask is None:
-            carry = loop(within(0), within(self.full), free, carry)
-            return loop(within(self.full), within(self.others), crossed, carry) if self.others > self.full else carry
-        b = 0 if self.shared else batch
-        first, whole, again, last = (within(refs[0][b, i, n]) for n in range(4))
-        before = jnp.maximum(whole - first, 0)
+        """``carry = body(j, carry, masked)`` for the blocks j that block i needs; `part` (n, of): of those a share."""
+        needed = self.of(refs, batch, i)
+        loop = lambda low, high, masked, carry: jax.lax.fori_loop(
+            low, high, lambda n, carry: body((needed.crossed if masked else needed.whole)(n), carry, masked), carry
+        )
+        if part is None:
+            carry = loop(0, needed.free, False, carry)
+            return loop(needed.free, needed.all, True, carry) if refs else carry
+        low, high = (divide(jnp.asarray(needed.all, jnp.int32) * n, part[1]) for n in (part[0], part[0] + 1))
+        carry = loop(low, jnp.minimum(high, needed.free), False, carry)
+        return loop(jnp.maximum(low, needed.free), high, True, carry)
 
-        def edge(n, carry):
-            j = jnp.where(n < before, first + n, again + n - before)
-            if not self.scattered:
-                return crossed(j, carry)
-            return jax.lax.cond(refs[1][b, i, j] != 0, lambda: crossed(j, carry), lambda: carry)
 
-        carry = loop(whole, again, free, carry)
-        return loop(0, before + jnp.maximum(last - again, 0), edge, carry)
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """The blocks that a block needs, in the order in which they are visited."""
+
+    free: Array | int  # how many of them, the first, need no mask
+    all: Array | int  # how many there are
+    whole: Callable[[Array], Array]  # n → the n-th, if it needs none
+    crossed: Callable[[Array], Array]  # n → the n-th, if it needs one
+
+    def at(self, n: Array) -> Array:
+        return jnp.where(n < self.free, self.whole(n), self.crossed(n))
+
+
+def _bounds(some: Bool[Array, "b n m"], every: Bool[Array, "b n m"]) -> Int[Array, "b n 4"]:
+    index, end = jnp.arange(some.shape[2], dtype=jnp.int32)[None, None], some.shape[2]
+    lowest = lambda a: jnp.min(jnp.where(a, index, end), axis=2)
+    last = jnp.max(jnp.where(some, index + 1, 0), axis=2)
+    first = jnp.minimum(lowest(some), last)
+    whole = jnp.minimum(lowest(every), last)
+    again = jnp.minimum(lowest((index >= whole[..., None]) & ~every), last)
+    return jnp.stack([first, whole, again, last], axis=2).astype(jnp.int32)
+
+
+def _order(some: Bool[Array, "b n m"], every: Bool[Array, "b n m"]) -> list[Array]:
+    order = jnp.argsort(2 - some.astype(jnp.int32) - every, axis=2, stable=True)
+    counts = jnp.stack([jnp.sum(a, axis=2) for a in (every, some)], axis=2)
+    return [counts.astype(jnp.int32), order.astype(jnp.int32)]

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.fold import folded_queries, folded_rows, unfold
 from jaxml.attention.gpu_arrays import Call, Place, Ranges, load_heads, load_rows, pieces, shape_of, store_heads
-from jaxml.attention.tiles import HIDDEN, LOG2E, NOTHING, Inputs, Rules, keep, shape2
+from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules, keep, shape2
 from jaxml.attention.triton_forward import product, sum_of
 from jaxml.axes import Array
 from jaxml.kernels import divide
@@ -122,7 +122,7 @@ def _slopes(p: Call, extra, place: Place, masked: bool, s, pull, norm, shift) ->
     shape = lambda s: shape2(p.rules, s, bias, tables, at)
     s, slope = jax.jvp(shape, (s,), (jnp.ones_like(s),)) if _bent(p) else (shape(s), None)
     if masked:
-        s = jnp.where(p.visible(mask, at, place), s, HIDDEN)
+        s = p.hide(s, mask, at, place)
     e = jnp.exp2(s - norm)
     kept = e
     if p.rules.dropout_rate:

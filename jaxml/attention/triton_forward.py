@@ -61,7 +61,6 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
 def _kernel(p: Call, cut: blocks.GpuCut, ranges: Ranges, splits: int):
     rules, rows, columns = p.rules, cut.rows, cut.columns
     some_rows = p.T if p.T % rows else None  # where rows end, if a block may reach beyond
-    each = -(-ranges.others // splits)
 
     def kernel(query, key, value, *refs):
         (bounds, extra), (out, lse) = (refs[: len(ranges.arrays)], refs[len(ranges.arrays) : -2]), refs[-2:]
@@ -78,7 +77,7 @@ def _kernel(p: Call, cut: blocks.GpuCut, ranges: Ranges, splits: int):
             mask, bias, tables, dropout_key, at = p.read(extra, place)
             s = shape2(rules, sum_of(product(a, b.T) for a, b in zip(q, k)), bias, tables, at)
             if masked:
-                s = jnp.where(p.visible(mask, at, place), s, HIDDEN)
+                s = p.hide(s, mask, at, place)
             new = jnp.maximum(m, jnp.max(s, axis=1))
             e, shrink = jnp.exp2(s - new[:, None]), jnp.exp2(m - new)
             total = total * shrink + jnp.sum(e, axis=1)
@@ -91,7 +90,7 @@ def _kernel(p: Call, cut: blocks.GpuCut, ranges: Ranges, splits: int):
 
         full = lambda *shape, fill=0.0: jnp.full(shape, fill, p.wide)
         empty = full(rows, fill=HIDDEN), full(rows), tuple(full(rows, size) for _, size, _ in pieces(p.H2))
-        part = None if splits == 1 else (split * each, split * each + each)
+        part = None if splits == 1 else (split, splits)
         m, total, acc = ranges.visit(bounds, batch, i, tile, empty, part)
         seen = m > HIDDEN / 2
         total = jnp.where(seen, total, 1.0)
@@ -105,8 +104,10 @@ def _kernel(p: Call, cut: blocks.GpuCut, ranges: Ranges, splits: int):
 
 
 def product(a: Array, b: Array) -> Array:
-    """a · b in float32 or wider; exact products for float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    """a · b in float32 or wider; float32 as three products of TF32, nearly exact and on the tensor cores."""
+    precision = None
+    if a.dtype == jnp.float32 and platform() != INTERPRET_GPU:
+        precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     return jnp.dot(a, b, precision=precision, preferred_element_type=wide(a.dtype))
 
 

@@ -18,7 +18,11 @@ pytestmark = [
     ),
 ]
 by_name = {case.name: case for case in CASES}
-WIDTHS = {32: 0, 64: 0, 128: 0, 192: 200, 256: 200}  # head dim → bytes that may be spilled
+# Head dim → bytes that may be spilled. Of float32 each operand is split in two for the tensor cores.
+SPILLED = {
+    "bfloat16": {32: 0, 64: 0, 128: 0, 192: 200, 256: 200},
+    "float32": {32: 0, 64: 0, 128: 0, 192: 400, 256: 400},
+}
 
 
 def kernels(case, dtype, device):
@@ -28,15 +32,15 @@ def kernels(case, dtype, device):
 
 @pytest.mark.parametrize("device", ["NVIDIA A100", "NVIDIA H100"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("H", WIDTHS)
+@pytest.mark.parametrize("H", SPILLED["bfloat16"])
 def test_registers_suffice(H, dtype, device):
     case = by_name["causal"].scaled(T=4096, N=8, K=4, H=H)
     found = kernels(case, dtype, device)
-    assert len(found) == 3 and all(k.spilled <= WIDTHS[H] for k in found), found
+    assert len(found) == 3 and all(k.spilled <= SPILLED[dtype][H] for k in found), found
 
 
 @pytest.mark.parametrize("device", ["NVIDIA A100", "NVIDIA H100"])
-@pytest.mark.parametrize("name", ["one query", "packed", "bias of queries", "soft cap", "algebra of masks", "dropout"])
+@pytest.mark.parametrize("name", ["causal", "one query", "packed", "bias of queries", "soft cap", "algebra of masks", "dropout"])
 def test_what_else_a_tile_does_fits_in_registers(name, device):
     case = by_name[name]
     found = kernels(case.scaled(T=520 if case.T > 1 else 1, H=128), "bfloat16", device)

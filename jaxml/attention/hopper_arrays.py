@@ -1,0 +1,88 @@
+"""How the arrays of a call reach the Hopper kernels: head dims and what lies along a tile lengthened to whole blocks.
+
+Tensor memory accelerators read 0 beyond the end of query, key and value; other loads know no ends.
+"""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxml.attention import gpu_arrays, masks
+from jaxml.attention.blocks import HopperCut
+from jaxml.attention.gpu_arrays import Operand, Place
+from jaxml.attention.masks import Grid
+from jaxml.attention.tiles import Inputs, Rules
+from jaxml.axes import Array
+from jaxml.kernels import padded
+
+ROWS = 64  # of what a warp group multiplies
+WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
+LANES = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+
+
+class Call(gpu_arrays.Call):
+    """A call's arrays as the kernels take them; `cut` says how large the tiles are."""
+
+    def __init__(self, rules: Rules, x: Inputs, cut: HopperCut, others: Any = ()):
+        self.cut = cut
+        super().__init__(rules, x, others)
+        self.query, self.key, self.value = (padded(a, 1, 1, 1, 64) for a in (self.x.query, self.x.key, self.x.value))
+        self.width, self.width2 = self.query.shape[3], self.value.shape[3]
+
+    def of_rows(self, a: Array) -> Array:
+        """A number for each row, [B, N, T], lengthened to whole blocks."""
+        return padded(a, 1, 1, self.cut.rows)
+
+    def rows_of(self, place: Place) -> Array:
+        shape = gpu_arrays.shape_of(place)
+        return place.row + jax.lax.broadcasted_iota(jnp.int32, shape, 1 if place.turned else 0)
+
+    def columns_of(self, place: Place) -> Array:
+        shape = gpu_arrays.shape_of(place)
+        return place.column + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if place.turned else 1)
+
+    def _operand(self, role: str, a: Array) -> Operand:
+        if role in ("data", "batch"):
+            return super()._operand(role, a)
+        a = masks.pad(role, a, Grid(self.T, self.S, self.cut.rows, self.cut.columns))
+        if role in ("row", "column"):
+            a = a[:, None, :, None] if role == "row" else a[:, None, None, :]
+        small = a.dtype == jnp.bool_
+        b, n, t, s = a.shape
+
+        def load_part(ref, place):
+            first = jnp.int32(0)
+            at = [place.batch if b > 1 else first, place.head if n > 1 else first]
+            at.append(pl.ds(place.row, place.rows) if t > 1 else first)
+            at.append(pl.ds(place.column, place.columns) if s > 1 else first)
+            along = None if t > 1 and s > 1 else plgpu.Layout.WGMMA.reduce(int((t > 1) != place.turned))
+            out = load(ref.at[tuple(at)], along)
+            if t > 1 and s > 1:
+                out = out.T if place.turned else out
+            elif t > 1 or s > 1:
+                out = spread(out, place, of_rows=t > 1)
+            return out.astype(jnp.int32) != 0 if small else out
+
+        return Operand(a.astype(jnp.int8) if small else a, load_part)
+
+
+def spread(vector: Array, place: Place, of_rows: bool) -> Array:
+    """A number for each row, or column, of a tile as a whole tile."""
+    return jax.lax.broadcast_in_dim(vector, gpu_arrays.shape_of(place), (int(of_rows == place.turned),))
+
+
+# ---- what differs between versions of JAX -----------------------------------------------------------
+
+_INDEXED = "idx" in inspect.signature(plgpu.load).parameters  # until 0.11
+
+
+def load(ref, layout=None) -> Array:
+    """What a reference to any memory holds, laid out like that, and read as well as can be."""
+    if not ref.shape:
+        return ref[...]
+    index = ((),) if _INDEXED else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
