@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxml.attention import gpu_arrays, masks
 from jaxml.attention.blocks import HopperCut
 from jaxml.attention.gpu_arrays import Operand, Place
-from jaxml.attention.masks import Grid
+from jaxml.attention.masks import Grid, Mask, Tile
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array
 from jaxml.kernels import padded
@@ -30,7 +30,8 @@ class Call(gpu_arrays.Call):
     def __init__(self, rules: Rules, x: Inputs, cut: HopperCut, others: Any = ()):
         self.cut = cut
         super().__init__(rules, x, others)
-        self.query, self.key, self.value = (padded(a, 1, 1, 1, 64) for a in (self.x.query, self.x.key, self.x.value))
+        # Tiles of shared memory are 8 rows of 64 numbers each, and so have to be the arrays that fill them.
+        self.query, self.key, self.value = (padded(a, 1, 8, 1, 64) for a in (self.x.query, self.x.key, self.x.value))
         self.width, self.width2 = self.query.shape[3], self.value.shape[3]
 
     def of_rows(self, a: Array) -> Array:
@@ -44,6 +45,9 @@ class Call(gpu_arrays.Call):
     def columns_of(self, place: Place) -> Array:
         shape = gpu_arrays.shape_of(place)
         return place.column + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if place.turned else 1)
+
+    def hide(self, s: Array, mask: Mask | None, tile: Tile, place: Place, hidden: float) -> Array:
+        return with_booleans_as_numbers(lambda: super(Call, self).hide(s, mask, tile, place, hidden))
 
     def _operand(self, role: str, a: Array) -> Operand:
         if role in ("data", "batch"):
@@ -73,6 +77,34 @@ class Call(gpu_arrays.Call):
 def spread(vector: Array, place: Place, of_rows: bool) -> Array:
     """A number for each row, or column, of a tile as a whole tile."""
     return jax.lax.broadcast_in_dim(vector, gpu_arrays.shape_of(place), (int(of_rows == place.turned),))
+
+
+def with_booleans_as_numbers(function):
+    """``function()`` where ``==``, ``!=`` and ``~`` of booleans are those of numbers: Mosaic GPU fails on the others.
+
+    ``%`` of JAX has one of them, too.
+    """
+    closed, shape = jax.make_jaxpr(function, return_shape=True)()
+    return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, []))
+
+
+def _evaluate(jaxpr, consts, arguments) -> list[Array]:
+    values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *arguments], strict=True))
+    read = lambda v: jnp.asarray(v.val, v.aval.dtype) if hasattr(v, "val") else values[v]
+    for eqn in jaxpr.eqns:
+        given, name = list(map(read, eqn.invars)), eqn.primitive.name
+        boolean = bool(given) and given[0].dtype == jnp.bool_
+        if boolean and name == "not":
+            out = [given[0].astype(jnp.int32) == 0]
+        elif boolean and name in ("eq", "ne"):
+            out = [eqn.primitive.bind(*(a.astype(jnp.int32) for a in given), **eqn.params)]
+        elif name in ("jit", "pjit"):
+            out = _evaluate(eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts, given)
+        else:
+            out = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
+            out = out if eqn.primitive.multiple_results else [out]
+        values.update(zip(eqn.outvars, out, strict=True))
+    return list(map(read, jaxpr.outvars))
 
 
 # ---- what differs between versions of JAX -----------------------------------------------------------

@@ -29,7 +29,7 @@ def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Ar
     """(output in query's dtype, log-sum-exp of each row's logits, −inf where it sees nothing)."""
     p = Call(rules, x, blocks.hopper_cut(x.query.shape[3], x.value.shape[3]))
     out, lse = _attend(p)
-    out, lse = unfold(out[..., : p.H2].swapaxes(1, 2), p.fold), unfold(lse[..., : p.T], p.fold)
+    out, lse = unfold(out[:, : p.T, :, : p.H2].swapaxes(1, 2), p.fold), unfold(lse[..., : p.T], p.fold)
     if x.sinks is not None:
         out, lse = add_sinks(out, lse, x.sinks[None, :, None])
     return out.swapaxes(1, 2), lse
@@ -44,7 +44,7 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N ro
     return plgpu.kernel(
         _kernel(p, ranges),
         out_type=[
-            p.output(p.B, p.T, p.N, p.width2, dtype=p.dtype),
+            p.output(*p.query.shape[:3], p.width2, dtype=p.dtype),
             p.output(p.B, p.N, ranges.blocks * p.cut.rows, dtype=jnp.float32),
         ],
         grid=(ranges.blocks * p.B * p.N,),
@@ -52,7 +52,7 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N ro
         num_threads=GROUPS + 1,
         thread_name="group",
         scratch_types=[
-            shared(GROUPS, ROWS, max(p.width, p.width2)),
+            shared(GROUPS, ROWS, p.width),
             shared(stages, columns, p.width),
             shared(stages, columns, p.width2),
             plgpu.SMEM((GROUPS, ROWS), jnp.float32),
@@ -97,7 +97,7 @@ def _kernel(p: Call, ranges: Ranges):
             plgpu.set_max_registers(240, action="increase")
             start = i * cut.rows + group * ROWS
             rows = batch, pl.ds(start, ROWS), head
-            q = _narrow(q_s.at[group], p.width)
+            q = q_s.at[group]
             plgpu.copy_gmem_to_smem(query.at[rows], q, q_here.at[group])
             plgpu.barrier_wait(q_here.at[group])
 
@@ -156,13 +156,23 @@ def _kernel(p: Call, ranges: Ranges):
 
             acc = pl.run_state(last)(plgpu.ACC.init(acc))
             factor, log = softmax.finish(m, total)
-            done = _narrow(q_s.at[group], p.width2)
-            done[...] = (acc * along_rows(factor, acc.shape)).astype(p.dtype)
+            result = (acc * along_rows(factor, acc.shape)).astype(p.dtype)
             lse_s.at[group][...] = log
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(done, out.at[rows])
-            plgpu.copy_smem_to_gmem(lse_s.at[group], lse.at[batch, head, pl.ds(start, ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+
+            def leave(done):
+                done[...] = result
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(done, out.at[rows])
+                plgpu.copy_smem_to_gmem(lse_s.at[group], lse.at[batch, head, pl.ds(start, ROWS)])
+                plgpu.wait_smem_to_gmem(0)
+
+            if p.width == p.width2:
+                leave(q)
+            else:  # where values were, once both groups have weighed them
+                turn()
+                for g in range(GROUPS):
+                    place = v_s.at[g * ROWS // columns, pl.ds(g * ROWS % columns, ROWS)]
+                    pl.when(group == g)(lambda place=place: leave(place))
 
     return flash_attention_forward
 
@@ -205,6 +215,3 @@ class Softmax:
 def along_rows(a: Array, shape: tuple[int, int]) -> Array:
     return jax.lax.broadcast_in_dim(a, shape, (0,))
 
-
-def _narrow(ref, width: int):
-    return ref if ref.shape[1] == width else ref.at[:, pl.ds(0, width)]
