@@ -1,7 +1,9 @@
 """For tests: tolerances from dtype and reduction length, models that are instant, devices that are not there."""
 
+import contextlib
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -127,8 +129,9 @@ class GpuKernel:
     """What CUDA's assembler says of a kernel."""
 
     name: str
-    registers: int
+    registers: int  # of a thread, when the kernel begins
     spilled: int  # bytes
+    serialized: bool = False  # whether products for Hopper's tensor cores wait for each other
 
 
 def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tuple[Any, list[GpuKernel]]:
@@ -142,7 +145,7 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
         device_kind: of `GPUS`.
 
     Returns:
-        (what `jit(function).lower(...).compile()` returns, the kernels written in Triton that are in it).
+        (what `jit(function).lower(...).compile()` returns, the kernels written in Triton or Mosaic GPU that are in it).
     """
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -152,19 +155,45 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
     sharding = SingleDeviceSharding(topology.devices[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     with target(device_kind), tempfile.TemporaryDirectory() as folder:
-        lowered = jax.jit(function).trace(*jax.tree.map(place, tuple(arguments))).lower()
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
-        files = [file for file in sorted(Path(folder).glob("*.ptx")) if ".entry" in file.read_text()]
-        return compiled, [kernel for file in files for kernel in _assembled(file, device_kind)]
+        triton, mosaic = Path(folder, "triton"), Path(folder, "mosaic")
+        mosaic.mkdir()
+        with _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(mosaic)):
+            lowered = jax.jit(function).trace(*jax.tree.map(place, tuple(arguments))).lower()
+            compiled = lowered.compile(compiler_options={"xla_dump_to": str(triton)})
+        files = [file for file in sorted(triton.glob("*.ptx")) if ".entry" in file.read_text()]
+        logs = [_assembled(file, device_kind) for file in files] + [
+            f.read_text() for f in sorted(mosaic.glob("*.ptxas"))
+        ]
+        return compiled, [kernel for log in logs for kernel in _kernels(log)]
 
 
-def _assembled(ptx: Path, device_kind: str) -> list[GpuKernel]:
+@contextlib.contextmanager
+def _environment(**variables: str):
+    old = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+
+
+def _assembled(ptx: Path, device_kind: str) -> str:
     command = ["ptxas", f"-arch={GPUS[device_kind][0]}", "-v", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
-    log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _kernels(log: str) -> list[GpuKernel]:
     number = lambda pattern, text: int(re.search(pattern, text)[1])
+    before, *parts = log.split("Compiling entry function '")
     return [
-        GpuKernel(part.split("'")[0], number(r"Used (\d+) registers", part), number(r"(\d+) bytes spill stores", part))
-        for part in log.split("Compiling entry function '")[1:]
+        GpuKernel(
+            part.split("'")[0],
+            number(r"Used (\d+) registers", part),
+            number(r"(\d+) bytes spill stores", part),
+            "serialized" in before,
+        )
+        for part in parts
     ]
 
 

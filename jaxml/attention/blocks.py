@@ -125,15 +125,15 @@ class HopperCut:
 # Kernel → widest head dim → tiles, of 16 bits; 240 registers bound them.
 HOPPER = {
     "forward": {64: HopperCut(128, 128, 4), 128: HopperCut(128, 128, 4), 256: HopperCut(128, 64, 4)},
-    "queries": {64: HopperCut(128, 128, 3), 128: HopperCut(128, 64, 2), 256: HopperCut(128, 32, 2)},
-    "keys": {64: HopperCut(64, 128, 3), 128: HopperCut(64, 128, 2), 256: HopperCut(64, 64, 2)},
+    "queries": {64: HopperCut(128, 128, 3), 128: HopperCut(128, 64, 3), 256: HopperCut(64, 64, 2)},
+    "keys": {64: HopperCut(64, 128, 4), 128: HopperCut(64, 128, 2), 256: HopperCut(64, 64, 2)},
 }
 SHARED = 223 * 1024  # bytes of shared memory for tiles
 
 
 def hopper_cut(H: int, H2: int, which: str = "forward") -> HopperCut:
     """The tiles of a Hopper kernel: "forward", or backward of the "queries" or the "keys"."""
-    cut = HOPPER[which][next(width for width in HOPPER[which] if H2 <= width)]
+    cut = HOPPER[which][next(width for width in HOPPER[which] if (H2 if which == "forward" else max(H, H2)) <= width)]
     H, H2 = (-(-n // 64) * 64 for n in (H, H2))
     if which == "forward":
         room = SHARED - 2 * cut.rows * H

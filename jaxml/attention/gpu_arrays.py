@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxml.attention import tiles
 from jaxml.attention.fold import folded, folds
 from jaxml.attention.masks import Grid, Mask, Tile
-from jaxml.attention.tiles import HIDDEN, Inputs, Rules
+from jaxml.attention.tiles import HIDDEN, LOG2E, Inputs, Rules, keep, shape2
 from jaxml.axes import Array, Bool, Float, Int, wide
 from jaxml.kernels import divide, remainder
 from jaxml.linear import vary, varying_axes
@@ -100,6 +100,39 @@ class Call:
             parts.append(self.columns_of(place) < self.S)
         seen = _all(parts, shape_of(place))
         return s if seen is None else jnp.where(seen, s, hidden)
+
+    def weights(self, extra, place: Place, masked: bool, s: Array, norm: Array) -> tuple[Array, tuple]:
+        """(weights of a tile, what `slopes` needs besides) from its products and the log₂-sum-exp of its rows."""
+        mask, bias, tables, dropout_key, at = self.read(extra, place)
+        logits = lambda s: shape2(self.rules, s, bias, tables, at)
+        s, slope = jax.jvp(logits, (s,), (jnp.ones_like(s),)) if self.bent else (logits(s), None)
+        if masked:
+            s = self.hide(s, mask, at, place)
+        kept = None
+        if self.rules.dropout_rate:
+            kept = jnp.broadcast_to(keep(self.rules, dropout_key, at), shape_of(place))
+        return jnp.exp2(s - norm), (slope, kept)
+
+    def slopes(self, e: Array, more: tuple, pull: Array, shift: Array | None) -> tuple[Array, Array]:
+        """(weights that reach the output, gradient of the products / `missing`) from what pulls at the weights.
+
+        `shift`: what pulls at all weights of a row together, None where `pull` is less by that.
+        """
+        (slope, kept), reached = more, e
+        if kept is not None:
+            pull, reached = pull * kept, e * kept
+        ds = e * (pull if shift is None else pull - shift)
+        return reached, ds if slope is None else ds * (slope * (1 / LOG2E))
+
+    @property
+    def bent(self) -> bool:
+        """Whether a logit depends on its product otherwise than by a factor."""
+        return self.rules.soft_cap is not None or self.rules.score_mod is not None
+
+    @property
+    def missing(self) -> float:
+        """What sums of `slopes` lack: the factor of the products."""
+        return 1.0 if self.bent else self.rules.scale
 
     def rows_of(self, place: Place) -> Int[Array, "..."]:
         """Index of each row, laid to broadcast to the tile."""

@@ -15,9 +15,9 @@ from jaxml.attention import gpu_arrays, masks
 from jaxml.attention.blocks import HopperCut
 from jaxml.attention.gpu_arrays import Operand, Place
 from jaxml.attention.masks import Grid, Mask, Tile
-from jaxml.attention.tiles import Inputs, Rules
+from jaxml.attention.tiles import HIDDEN, Inputs, Rules
 from jaxml.axes import Array
-from jaxml.kernels import padded
+from jaxml.kernels import padded, remainder
 
 ROWS = 64  # of what a warp group multiplies
 WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
@@ -34,9 +34,9 @@ class Call(gpu_arrays.Call):
         self.query, self.key, self.value = (padded(a, 1, 8, 1, 64) for a in (self.x.query, self.x.key, self.x.value))
         self.width, self.width2 = self.query.shape[3], self.value.shape[3]
 
-    def of_rows(self, a: Array) -> Array:
+    def of_rows(self, a: Array, beyond: float = 0.0) -> Array:
         """A number for each row, [B, N, T], lengthened to whole blocks."""
-        return padded(a, 1, 1, self.cut.rows)
+        return jnp.pad(a, ((0, 0), (0, 0), (0, -self.T % self.cut.rows)), constant_values=beyond)
 
     def rows_of(self, place: Place) -> Array:
         shape = gpu_arrays.shape_of(place)
@@ -46,7 +46,7 @@ class Call(gpu_arrays.Call):
         shape = gpu_arrays.shape_of(place)
         return place.column + jax.lax.broadcasted_iota(jnp.int32, shape, 0 if place.turned else 1)
 
-    def hide(self, s: Array, mask: Mask | None, tile: Tile, place: Place, hidden: float) -> Array:
+    def hide(self, s: Array, mask: Mask | None, tile: Tile, place: Place, hidden: float = HIDDEN) -> Array:
         return with_booleans_as_numbers(lambda: super(Call, self).hide(s, mask, tile, place, hidden))
 
     def _operand(self, role: str, a: Array) -> Operand:
@@ -77,6 +77,25 @@ class Call(gpu_arrays.Call):
 def spread(vector: Array, place: Place, of_rows: bool) -> Array:
     """A number for each row, or column, of a tile as a whole tile."""
     return jax.lax.broadcast_in_dim(vector, gpu_arrays.shape_of(place), (int(of_rows == place.turned),))
+
+
+def shared(*shape: int, dtype):
+    """Shared memory for tiles that tensor cores read."""
+    return plgpu.SMEM(shape, dtype, transforms=WIDE)
+
+
+def registers(groups: int, of_memory: bool = False) -> None:
+    """A warp group's share of them: the one that only copies leaves its own to those that compute."""
+    if groups > 1:  # two have as many as there can be
+        plgpu.set_max_registers(24 if of_memory else 240, action="decrease" if of_memory else "increase")
+
+
+def feed(n: Array, stages: int, at: tuple, *streams: tuple) -> None:
+    """The n-th block of each stream (source, store, barrier of what is here, barrier of what is free) set off."""
+    slot = remainder(n, stages)
+    for source, store, here, free in streams:
+        pl.when(n >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+        plgpu.copy_gmem_to_smem(source.at[at], store.at[slot], here.at[slot])
 
 
 def with_booleans_as_numbers(function):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxml.attention import blocks
 from jaxml.attention.fold import unfold
 from jaxml.attention.gpu_arrays import Place, Ranges
-from jaxml.attention.hopper_arrays import LANES, ROWS, WIDE, Call
+from jaxml.attention.hopper_arrays import LANES, ROWS, Call, feed, registers, shared
 from jaxml.attention.tiles import HIDDEN, LOG2E, Inputs, Rules, add_sinks, keep, shape2
 from jaxml.axes import Array, Float
 from jaxml.kernels import divide, remainder
@@ -40,7 +40,6 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N ro
     ranges = Ranges(p, p.cut.rows, p.cut.columns, of_rows=True)
     operands = [p.query, p.key, p.value, *ranges.arrays, *(o.array for o in p.operands)]
     columns, stages = p.cut.columns, p.cut.stages
-    shared = lambda *shape, dtype=p.dtype: plgpu.SMEM(shape, dtype, transforms=WIDE)
     return plgpu.kernel(
         _kernel(p, ranges),
         out_type=[
@@ -52,9 +51,9 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N ro
         num_threads=GROUPS + 1,
         thread_name="group",
         scratch_types=[
-            shared(GROUPS, ROWS, p.width),
-            shared(stages, columns, p.width),
-            shared(stages, columns, p.width2),
+            shared(GROUPS, ROWS, p.width, dtype=p.dtype),
+            shared(stages, columns, p.width, dtype=p.dtype),
+            shared(stages, columns, p.width2, dtype=p.dtype),
             plgpu.SMEM((GROUPS, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=GROUPS),
             *[plgpu.Barrier(num_barriers=stages) for _ in range(2)],
@@ -66,8 +65,7 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N ro
 
 
 def _kernel(p: Call, ranges: Ranges):
-    rules, cut = p.rules, p.cut
-    columns, stages = cut.columns, cut.stages
+    cut, columns, stages = p.cut, p.cut.columns, p.cut.stages
     softmax = Softmax(p)
 
     def flash_attention_forward(query, key, value, *refs):
@@ -83,18 +81,16 @@ def _kernel(p: Call, ranges: Ranges):
 
         @pl.when(group == GROUPS)
         def _():
-            plgpu.set_max_registers(24, action="decrease")
+            registers(GROUPS, of_memory=True)
 
             @pl.loop(0, count)
             def _(n):
                 at = batch, pl.ds(needed.at(n) * columns, columns), key_head
-                for source, store, here, done in ((key, k_s, k_here, k_free), (value, v_s, v_here, v_free)):
-                    pl.when(n >= stages)(lambda done=done: plgpu.barrier_wait(done.at[slot(n)]))
-                    plgpu.copy_gmem_to_smem(source.at[at], store.at[slot(n)], here.at[slot(n)])
+                feed(n, stages, at, (key, k_s, k_here, k_free), (value, v_s, v_here, v_free))
 
         @pl.when(group < GROUPS)
         def _():
-            plgpu.set_max_registers(240, action="increase")
+            registers(GROUPS)
             start = i * cut.rows + group * ROWS
             rows = batch, pl.ds(start, ROWS), head
             q = q_s.at[group]
@@ -214,4 +210,3 @@ class Softmax:
 
 def along_rows(a: Array, shape: tuple[int, int]) -> Array:
     return jax.lax.broadcast_in_dim(a, shape, (0,))
-

@@ -7,6 +7,8 @@ Reference:
     Dao 2023, "FlashAttention-2", algorithm 2.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -14,8 +16,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.fold import folded_queries, folded_rows, unfold
-from jaxml.attention.gpu_arrays import Call, Place, Ranges, load_heads, load_rows, pieces, shape_of, store_heads
-from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules, keep, shape2
+from jaxml.attention.gpu_arrays import Call, Place, Ranges, load_heads, load_rows, pieces, store_heads
+from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules
 from jaxml.attention.triton_forward import product, sum_of
 from jaxml.axes import Array
 from jaxml.kernels import divide
@@ -53,6 +55,7 @@ def _queries(p: Call, rows: list[Array]) -> Array:
         start, key_head = i * cut.rows, divide(head, p.group)
         of_rows = lambda ref, width: load_heads(ref, batch, head, start, cut.rows, width, some_rows)
         q, g = of_rows(query, p.H), of_rows(ct, p.H2)
+        slopes = functools.partial(_slopes, p, extra)
         norm = load_rows(lse, batch, head, start, cut.rows, some_rows, NOTHING)[:, None]
         shift = load_rows(delta, batch, head, start, cut.rows, some_rows)[:, None]
 
@@ -65,12 +68,12 @@ def _queries(p: Call, rows: list[Array]) -> Array:
             v = load_heads(value, batch, key_head, place.column, cut.columns, p.H2, end)
             s = sum_of(product(a, b.T) for a, b in zip(q, k))
             pull = sum_of(product(a, b.T) for a, b in zip(g, v))
-            _, ds = _slopes(p, extra, place, masked, s, pull, norm, shift)
+            _, ds = slopes(place, masked, s, pull, norm, shift)
             return tuple(a + product(ds, b) for a, b in zip(dq, k))
 
         empty = tuple(jnp.zeros((cut.rows, size), p.wide) for _, size, _ in pieces(p.H))
         found = ranges.visit(bounds, batch, i, tile, empty)
-        store_heads(dq, ((batch,), head), [a * _scale(p) for a in found], start, p.H, some_rows)
+        store_heads(dq, ((batch,), head), [a * p.missing for a in found], start, p.H, some_rows)
 
     return _call(p, cut, ranges, kernel, rows, p.N, [p.x.query], 3 * p.H + 2 * p.H2, "queries")[0]
 
@@ -87,6 +90,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
         start = j * cut.columns
         of_keys = lambda ref, width: load_heads(ref, batch, key_head, start, cut.columns, width, some_keys)
         k, v = of_keys(key, p.H), of_keys(value, p.H2)
+        slopes = functools.partial(_slopes, p, extra)
 
         def one_head(member, sums):
             head = key_head * p.group + member
@@ -100,7 +104,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
                 shift = load_rows(delta, batch, head, place.row, cut.rows, end)[None, :]
                 s = sum_of(product(a, b.T) for a, b in zip(k, q))
                 pull = sum_of(product(a, b.T) for a, b in zip(v, g))
-                e, ds = _slopes(p, extra, place, masked, s, pull, norm, shift)
+                e, ds = slopes(place, masked, s, pull, norm, shift)
                 dk, dv = sums
                 dv = tuple(a + product(e, b) for a, b in zip(dv, g))
                 return tuple(a + product(ds, b) for a, b in zip(dk, q)), dv
@@ -110,7 +114,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
         zeros = lambda width: tuple(jnp.zeros((cut.columns, size), p.wide) for _, size, _ in pieces(width))
         sums = zeros(p.H), zeros(p.H2)
         sums = one_head(0, sums) if p.group == 1 else jax.lax.fori_loop(0, p.group, one_head, sums)
-        store_heads(dk, ((batch,), key_head), [a * _scale(p) for a in sums[0]], start, p.H, some_keys)
+        store_heads(dk, ((batch,), key_head), [a * p.missing for a in sums[0]], start, p.H, some_keys)
         store_heads(dv, ((batch,), key_head), list(sums[1]), start, p.H2, some_keys)
 
     return _call(p, cut, ranges, kernel, rows, p.K, [p.x.key, p.x.value], 2 * p.H + 2 * p.H2, "keys")
@@ -118,29 +122,8 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
 
 def _slopes(p: Call, extra, place: Place, masked: bool, s, pull, norm, shift) -> tuple[Array, Array]:
     """(weights, gradient of the products), in the dtype of the products that follow."""
-    mask, bias, tables, dropout_key, at = p.read(extra, place)
-    shape = lambda s: shape2(p.rules, s, bias, tables, at)
-    s, slope = jax.jvp(shape, (s,), (jnp.ones_like(s),)) if _bent(p) else (shape(s), None)
-    if masked:
-        s = p.hide(s, mask, at, place)
-    e = jnp.exp2(s - norm)
-    kept = e
-    if p.rules.dropout_rate:
-        factor = jnp.broadcast_to(keep(p.rules, dropout_key, at), shape_of(place))
-        pull, kept = pull * factor, e * factor
-    ds = e * (pull - shift)
-    ds = ds if slope is None else ds * (slope * (1 / LOG2E))
-    return kept.astype(p.dtype), ds.astype(p.dtype)
-
-
-def _bent(p: Call) -> bool:
-    """Whether a logit depends on its product otherwise than by a factor."""
-    return p.rules.soft_cap is not None or p.rules.score_mod is not None
-
-
-def _scale(p: Call) -> float:
-    """What the sums lack: the factor of the products, unless `_slopes` has it."""
-    return 1.0 if _bent(p) else p.rules.scale
+    e, more = p.weights(extra, place, masked, s, norm)
+    return tuple(a.astype(p.dtype) for a in p.slopes(e, more, pull, shift))
 
 
 def _call(

@@ -8,6 +8,7 @@ business, not looked at here.
 """
 
 import contextlib
+import functools
 import random
 import threading
 from typing import Any, NamedTuple
@@ -67,9 +68,9 @@ class Ref:
         at = []
         for i, size in zip(self.index, array.shape):
             places = np.asarray([i]) if isinstance(i, int) else np.arange(i[0], i[0] + i[1])
-            assert beyond or (0 <= places.min() and places.max() < size), f"{self.index} is outside {array.shape}"
+            assert beyond or (places.min() >= 0 and places.max() < size), f"{self.index} is outside {array.shape}"
             at.append(places)
-        inside = [(0 <= p) & (p < size) for p, size in zip(at, array.shape)]
+        inside = [(p >= 0) & (p < size) for p, size in zip(at, array.shape)]
         got = array[np.ix_(*(np.clip(p, 0, size - 1) for p, size in zip(at, array.shape)))]
         for axis, ok in enumerate(inside):
             got = np.where(ok.reshape([-1 if n == axis else 1 for n in range(got.ndim)]), got, np.zeros((), got.dtype))
@@ -84,7 +85,7 @@ class Ref:
         at, cut = [], []
         for n, i in enumerate(self.index):
             places = np.asarray([i]) if isinstance(i, int) else np.arange(i[0], i[0] + i[1])
-            ok = (0 <= places) & (places < array.shape[n])
+            ok = (places >= 0) & (places < array.shape[n])
             at.append(places[ok])
             if not isinstance(i, int):
                 cut.append(ok)
@@ -359,12 +360,12 @@ def _fori(low, high, body, carry, **_):
     return carry
 
 
-def _kernel(body, *, out_type, grid, grid_names, num_threads, thread_name, scratch_types, **_):
+def _kernel(seed: int, body, *, out_type, grid, grid_names, num_threads, thread_name, scratch_types, **_):
     def call(*operands):
         outs = [Memory(np.full(o.shape, np.nan, o.dtype), False) for o in out_type]
         arrays = [Memory(np.asarray(a), False) for a in operands]
         for place in np.ndindex(*grid):
-            machine = Machine(seed=hash(place))
+            machine = Machine(seed + hash(place))
             machine.memories = []
             scratch = []
             for t in scratch_types:
@@ -382,21 +383,32 @@ def _kernel(body, *, out_type, grid, grid_names, num_threads, thread_name, scrat
 
 
 @contextlib.contextmanager
-def simulated():
-    """Kernels for Mosaic GPU that are called in here, outside `jit`, run on the simulator."""
+def simulated(seed: int = 0):
+    """Kernels for Mosaic GPU that are called in here, outside `jit`, run on the simulator; `seed`: of their order."""
     nothing = lambda *_, **__: None
     index = lambda name: jnp.int32(_here.group) if name == "group" else _here.axes[name]
+    memory = dict(
+        SMEM=lambda shape, dtype, transforms=(): Shared(shape, dtype),
+        copy_gmem_to_smem=_to_shared,
+        copy_smem_to_gmem=_to_global,
+        commit_smem=_commit,
+        commit_smem_to_gmem_group=nothing,
+        wait_smem_to_gmem=_flush_stores,
+        load=lambda ref, *_, **__: ref[...],
+    )
+    groups = dict(
+        kernel=functools.partial(_kernel, seed),
+        Barrier=BarrierType,
+        barrier_arrive=_arrive,
+        barrier_wait=_wait,
+        set_max_registers=nothing,
+    )
+    products = dict(ACC=Acc, wgmma=_wgmma, wgmma_wait=_products, wgmma_accumulator_load=_accumulated)
     swap = [
-        (plgpu, dict(
-            kernel=_kernel, SMEM=lambda shape, dtype, transforms=(): Shared(shape, dtype), Barrier=BarrierType, ACC=Acc,
-            copy_gmem_to_smem=_to_shared, copy_smem_to_gmem=_to_global, wait_smem_to_gmem=_flush_stores,
-            commit_smem=_commit, commit_smem_to_gmem_group=nothing, set_max_registers=nothing, barrier_arrive=_arrive,
-            barrier_wait=_wait, wgmma=_wgmma, wgmma_wait=_products, wgmma_accumulator_load=_accumulated,
-            load=lambda ref, *_, **__: ref[...], layout_cast=lambda x, layout: x,
-        )),
+        (plgpu, memory | groups | products),
         (pl, dict(run_scoped=_run_scoped, run_state=_run_state, when=_when, loop=_loop)),
         (jax.lax, dict(axis_index=index, fori_loop=_fori)),
-    ]  # fmt: skip
+    ]
     old = [(module, name, getattr(module, name)) for module, names in swap for name in names]
     try:
         for module, names in swap:

@@ -25,8 +25,8 @@ SPILLED = {
 }
 
 
-def kernels(case, dtype, device):
-    _, found = compile_for_gpu(*gradients(case, dtype), device)
+def kernels(case, dtype, device, by="triton"):
+    _, found = compile_for_gpu(*gradients(case, dtype, by), device)
     return [k for k in found if k.name.startswith("flash_attention")]
 
 
@@ -40,7 +40,9 @@ def test_registers_suffice(H, dtype, device):
 
 
 @pytest.mark.parametrize("device", ["NVIDIA A100", "NVIDIA H100"])
-@pytest.mark.parametrize("name", ["causal", "one query", "packed", "bias of queries", "soft cap", "algebra of masks", "dropout"])
+@pytest.mark.parametrize(
+    "name", ["causal", "one query", "packed", "bias of queries", "soft cap", "algebra of masks", "dropout"]
+)
 def test_what_else_a_tile_does_fits_in_registers(name, device):
     case = by_name[name]
     found = kernels(case.scaled(T=520 if case.T > 1 else 1, H=128), "bfloat16", device)
@@ -56,3 +58,24 @@ def test_a_kernel_needs_no_memory_beside_its_results():
     compiled, _ = compile_for_gpu(function, arrays, "NVIDIA H100")
     x = jax.eval_shape(function, *arrays)[0]
     assert compiled.memory_analysis().temp_size_in_bytes <= 4 * x.size * x.dtype.itemsize
+
+
+# ---- Hopper's warp groups ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("H, H2, spilled", [(64, 64, 16), (128, 128, 16), (192, 128, 200), (256, 256, 200)])
+def test_hopper_registers_suffice_and_products_overlap(H, H2, spilled):
+    case = by_name["causal"].scaled(T=4096, N=8, K=4, H=H, H2=H2)
+    found = {k.name.split("_mosaic")[0]: k for k in kernels(case, "bfloat16", "NVIDIA H100", "mosaic_gpu")}
+    assert len(found) == 3 and not any(k.serialized for k in found.values()), found
+    assert all(k.spilled <= spilled for k in found.values()), found
+    assert found["flash_attention_forward"].spilled <= (0 if H == H2 else 16), found
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "odd lengths", "window", "packed", "lengths", "positions", "bias", "soft cap", "ALiBi", "dropout"]
+)
+def test_hopper_compiles_whatever_a_tile_does(name):
+    case = by_name[name].scaled(H=128, H2=128)
+    found = kernels(case, "bfloat16", "NVIDIA H100", "mosaic_gpu")
+    assert len(found) == 3 and all(k.spilled <= 200 and not k.serialized for k in found), found

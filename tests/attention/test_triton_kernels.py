@@ -115,7 +115,7 @@ def test_what_a_kernel_cannot_do_it_refuses_with_the_reason(width, options, reas
         flash_attention(x, x, x, **options, implementation="triton")
 
 
-def gradients(case, dtype):
+def gradients(case, dtype, by="triton"):
     """(function of the arrays → gradients, the arrays' shapes)."""
     kwargs = case.kwargs(jnp.dtype(dtype))
     names = [n for n in ("bias", "sinks") if n in kwargs]
@@ -123,7 +123,7 @@ def gradients(case, dtype):
 
     def total(*arrays):
         rest = dict(zip(names, arrays[3:]))
-        out, lse = flash_attention(*arrays[:3], **kwargs, **rest, implementation="triton", return_residual=True)
+        out, lse = flash_attention(*arrays[:3], **kwargs, **rest, implementation=by, return_residual=True)
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
 
     return jax.grad(total, (0, 1, 2)), [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
