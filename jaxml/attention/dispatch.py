@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blockwise, masks, pallas_hopper, pallas_tpu, pallas_triton, reference, tiles
+from jaxml.attention import blockwise, cudnn, masks, pallas_hopper, pallas_tpu, pallas_triton, reference, tiles
 from jaxml.attention.derivatives import Backend, attend
 from jaxml.attention.masks import Mask
 from jaxml.attention.tiles import Inputs, Rules
@@ -17,10 +17,11 @@ BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwis
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
 MOSAIC_GPU = Backend("mosaic_gpu", pallas_hopper.supports, pallas_hopper.forward, pallas_hopper.backward)
 TRITON = Backend("triton", pallas_triton.supports, pallas_triton.forward, pallas_triton.backward)
+CUDNN = Backend("cudnn", cudnn.supports, cudnn.forward, cudnn.backward)
 REFERENCE = Backend("reference", blockwise.supports, reference.attend, blockwise.backward)
-BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, TRITON, BLOCKWISE)}
+BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, TRITON, CUDNN, BLOCKWISE)}
 ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
-BY_NAME = dict.fromkeys(("mosaic_gpu", "triton"), "it has not run on a GPU yet; name it to take it")
+BY_NAME = dict.fromkeys(("mosaic_gpu", "triton", "cudnn"), "it has not run on a GPU yet; name it to take it")
 
 
 def flash_attention(
