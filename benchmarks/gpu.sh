@@ -20,6 +20,9 @@ step() {
 step devices python3 -c "import jax; d = jax.devices(); print(d); assert d[0].platform == 'gpu', d"
 step lm python3 benchmarks/lm.py --repeats 2 --warm 5
 step attention python3 benchmarks/attention.py --lengths 1024 4096 8192
+step attention_correct python3 benchmarks/attention_gpu.py --subjects correct
+step attention_grid python3 benchmarks/attention_gpu.py --subjects grid
+step attention_rest python3 benchmarks/attention_gpu.py --subjects models packed lengths decoding
 step optim python3 benchmarks/optim.py --subjects refresh compile
 step optim_time python3 benchmarks/optim.py --subjects time --size 350M
 step kan python3 benchmarks/kan.py --subjects layer parameters

@@ -25,10 +25,10 @@ LANES = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lowering
 
 
 class Call(gpu_arrays.Call):
-    """A call's arrays as the kernels take them; `cut` says how large the tiles are."""
+    """A call's arrays as the kernels take them; `cut` says how large the tiles are, `turned` whether they are turned."""
 
-    def __init__(self, rules: Rules, x: Inputs, cut: HopperCut, others: Any = ()):
-        self.cut = cut
+    def __init__(self, rules: Rules, x: Inputs, cut: HopperCut, others: Any = (), turned: bool = False):
+        self.cut, self.turned = cut, turned
         super().__init__(rules, x, others)
         # Tiles of shared memory are 8 rows of 64 numbers each, and so have to be the arrays that fill them.
         self.query, self.key, self.value = (padded(a, 1, 8, 1, 64) for a in (self.x.query, self.x.key, self.x.value))
@@ -57,18 +57,23 @@ class Call(gpu_arrays.Call):
             a = a[:, None, :, None] if role == "row" else a[:, None, None, :]
         small = a.dtype == jnp.bool_
         b, n, t, s = a.shape
+        turned = self.turned and t > 1 and s > 1
+        if turned:  # whole, beforehand: threads cannot turn what they load
+            a = a.swapaxes(2, 3)
 
         def load_part(ref, place):
             first = jnp.int32(0)
             at = [place.batch if b > 1 else first, place.head if n > 1 else first]
             at.append(pl.ds(place.row, place.rows) if t > 1 else first)
             at.append(pl.ds(place.column, place.columns) if s > 1 else first)
-            along = None if t > 1 and s > 1 else plgpu.Layout.WGMMA.reduce(int((t > 1) != place.turned))
-            out = load(ref.at[tuple(at)], along)
+            part = ref.at[tuple([*at[:2], at[3], at[2]] if turned else at)]
             if t > 1 and s > 1:
-                out = out.T if place.turned else out
+                out = load(part)
             elif t > 1 or s > 1:
+                out = load(part, plgpu.Layout.WGMMA.reduce(int((t > 1) != place.turned)))
                 out = spread(out, place, of_rows=t > 1)
+            else:
+                out = load(part)
             return out.astype(jnp.int32) != 0 if small else out
 
         return Operand(a.astype(jnp.int8) if small else a, load_part)

@@ -34,13 +34,13 @@ def backward(
     delta = blockwise.delta(out, lse, ct_out, ct_lse)
     grads = blockwise.beside_kernels(rules, x, out, lse, ct_out, ct_lse, delta, wanted)
     lse = jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING)
-    call = lambda which: Call(rules, x, blocks.hopper_cut(x.query.shape[3], x.value.shape[3], which), (lse, ct_out))
+    cut = lambda which: blocks.hopper_cut(x.query.shape[3], x.value.shape[3], which)
     if "query" in wanted:
-        p = call("queries")
+        p = Call(rules, x, cut("queries"), (lse, ct_out))
         dq = _queries(p, _rows(p, ct_out, lse, delta))[:, : p.T, :, : p.H]
         grads["query"] = unfold(dq.swapaxes(1, 2), p.fold).swapaxes(1, 2)
     if "key" in wanted or "value" in wanted:
-        p = call("keys")
+        p = Call(rules, x, cut("keys"), (lse, ct_out), turned=True)
         dk, dv = _keys(p, _rows(p, ct_out, lse, delta))
         grads["key"], grads["value"] = dk[:, : p.S, :, : p.H], dv[:, : p.S, :, : p.H2]
     return {name: grads[name] for name in wanted}
@@ -269,8 +269,9 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
             if tiles == groups:
                 sums(group, True, True)
             else:
-                pl.when(group == 0)(lambda: sums(0, False, True))
-                pl.when(group == 1)(lambda: sums(0, True, False))
+                first = jax.lax.rem(group, jnp.int32(tiles))
+                pl.when(group == 0)(lambda: sums(first, False, True))
+                pl.when(group == 1)(lambda: sums(first, True, False))
 
     scratch = [
         shared(tiles, ROWS, p.width, dtype=p.dtype),

@@ -78,4 +78,5 @@ def test_hopper_registers_suffice_and_products_overlap(H, H2, spilled):
 def test_hopper_compiles_whatever_a_tile_does(name):
     case = by_name[name].scaled(H=128, H2=128)
     found = kernels(case, "bfloat16", "NVIDIA H100", "mosaic_gpu")
-    assert len(found) == 3 and all(k.spilled <= 200 and not k.serialized for k in found), found
+    spilled = {"ALiBi": 300, "dropout": 300}.get(name, 100)
+    assert len(found) == 3 and all(k.spilled <= spilled and not k.serialized for k in found), found
