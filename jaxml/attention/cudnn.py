@@ -33,7 +33,7 @@ def beyond(rules: Rules, x: Inputs, widest: int) -> str | None:
     (_, T, _, H), S, H2 = x.query.shape, x.key.shape[1], x.value.shape[3]
     if x.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, query is {x.query.dtype}"
-    if H != H2 or H > widest or H % 8:
+    if H != H2 or H % 8 or max(H, H2) > widest:
         return f"head dims are alike, at most {widest} and multiples of 8, got {H} and {H2}"
     unknown = dict(logits_soft_cap=rules.soft_cap, score_mod=rules.score_mod, sinks=x.sinks)
     for name, value in unknown.items():

@@ -210,7 +210,8 @@ def load_heads(ref, batch, head, start, count: int, width: int, length: int | No
     for at, size, exist in pieces(width):
         inside = [] if length is None else [start + jax.lax.broadcasted_iota(jnp.int32, (count, 1), 0) < length]
         inside += [] if exist == size else [jax.lax.broadcasted_iota(jnp.int32, (1, size), 1) < exist]
-        out.append(load_where(ref.at[batch, pl.ds(start, count), head, pl.ds(at, size)], inside, (count, size)))
+        place = ref.at[batch, pl.ds(start, count), head, pl.ds(jnp.int32(at), size)]
+        out.append(load_where(place, inside, (count, size)))
     return out
 
 

@@ -25,7 +25,7 @@ LANES = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.Lowering
 
 
 class Call(gpu_arrays.Call):
-    """A call's arrays as the kernels take them; `cut` says how large the tiles are, `turned` whether they are turned."""
+    """A call's arrays as the kernels take them; `cut`: how large the tiles are, `turned`: whether they are turned."""
 
     def __init__(self, rules: Rules, x: Inputs, cut: HopperCut, others: Any = (), turned: bool = False):
         self.cut, self.turned = cut, turned

@@ -13,10 +13,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import tiles, tpu_paged
+from jaxml.attention import tiles, tpu_paged, triton_paged
 from jaxml.attention.dispatch import flash_attention
 from jaxml.axes import Array, Float, Int
 from jaxml.target import platform
+
+KERNELS = {"mosaic_tpu": tpu_paged, "triton": triton_paged}
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +105,8 @@ def paged_attention(
         scale, logits_soft_cap, sinks: as in `flash_attention`.
         local_window_size: how far a query sees to the left; every token where None.
         return_residual: return the log-sum-exp of each query's logits as well.
-        implementation: "mosaic_tpu" or "blockwise" (pages gathered, then `flash_attention`); what runs best where None.
+        implementation: "mosaic_tpu", "triton" (GPUs, by name until it has run on one) or "blockwise" (pages gathered,
+            then `flash_attention`); what runs best where None.
 
     Returns:
         The output in query's dtype; queries before a row's beginning are 0. With `return_residual` also the
@@ -129,13 +132,17 @@ def paged_attention(
         soft_cap=logits_soft_cap,
         num_heads=pages.num_heads,
     )
-    reason = tpu_paged.supports(query, pages.key, pages.value, table)
-    if implementation not in (None, "blockwise", "mosaic_tpu"):
-        raise ValueError(f"paged_attention: implementation is one of blockwise, mosaic_tpu, got {implementation!r}.")
-    if implementation == "mosaic_tpu" and reason is not None:
-        raise NotImplementedError(f"paged_attention: mosaic_tpu cannot do this: {reason}. blockwise can.")
-    kernel = implementation != "blockwise" and reason is None and (platform() == "tpu" or implementation)
-    attend = _by_kernel if kernel else _gathered
+    if implementation not in (None, "blockwise", *KERNELS):
+        raise ValueError(
+            f"paged_attention: implementation is one of blockwise, {', '.join(KERNELS)}, got {implementation!r}."
+        )
+    by = implementation or ("mosaic_tpu" if platform() == "tpu" else "blockwise")
+    if by in KERNELS:
+        reason = KERNELS[by].supports(query, pages.key, pages.value, table)
+        if reason is not None and implementation is not None:
+            raise NotImplementedError(f"paged_attention: {by} cannot do this: {reason}. blockwise can.")
+        by = "blockwise" if reason is not None else by
+    attend = functools.partial(_by_kernel, by) if by in KERNELS else _gathered
     out, lse = attend(rules, query, pages.key, pages.value, table, lengths)
     if sinks is not None:
         out, lse = tiles.add_sinks(out, lse, sinks[None, None])
@@ -162,14 +169,14 @@ def _gathered(rules, query, key, value, table, lengths):
     )  # fmt: skip
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _by_kernel(rules, query, key, value, table, lengths):
-    attend = jax.custom_batching.custom_vmap(functools.partial(tpu_paged.attend, rules))
-    attend.def_vmap(functools.partial(_by_kernel_mapped, rules))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _by_kernel(by: str, rules, query, key, value, table, lengths):
+    attend = jax.custom_batching.custom_vmap(functools.partial(KERNELS[by].attend, rules))
+    attend.def_vmap(functools.partial(_by_kernel_mapped, by, rules))
     return attend(query, key, value, table, lengths)
 
 
-def _by_kernel_mapped(rules, size: int, batched, query, key, value, table, lengths):
+def _by_kernel_mapped(by: str, rules, size: int, batched, query, key, value, table, lengths):
     """The kernel under `vmap`: more rows, and where the pages are mapped as well, more pages."""
     spread = lambda a, has: a if has else jnp.broadcast_to(a, (size, *a.shape))
     flat = lambda a: a.reshape(-1, *a.shape[2:])
@@ -178,13 +185,13 @@ def _by_kernel_mapped(rules, size: int, batched, query, key, value, table, lengt
         key, value = spread(key, batched[1]), spread(value, batched[2])
         table = table + key.shape[1] * jnp.arange(size, dtype=table.dtype)[:, None, None]
         key, value = flat(key), flat(value)
-    out = _by_kernel(rules, flat(query), key, value, flat(table), flat(lengths))
+    out = _by_kernel(by, rules, flat(query), key, value, flat(table), flat(lengths))
     return tuple(a.reshape(size, -1, *a.shape[1:]) for a in out), (True, True)
 
 
 @_by_kernel.defjvp
-def _(rules, primals, dots):
-    return _by_kernel(rules, *primals), jax.jvp(functools.partial(_gathered, rules), primals, dots)[1]
+def _(by, rules, primals, dots):
+    return _by_kernel(by, rules, *primals), jax.jvp(functools.partial(_gathered, rules), primals, dots)[1]
 
 
 def _last_places(lengths: Int[Array, "B"], T: int) -> Int[Array, "B T"]:

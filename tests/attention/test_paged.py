@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxml.attention import Pages, flash_attention, paged, paged_attention
-from jaxml.target import INTERPRET, target
+from jaxml.attention import Pages, blocks, flash_attention, paged, paged_attention
+from jaxml.target import INTERPRET, INTERPRET_GPU, target
+from jaxml.testing import lower_for_gpu
 
-BACKENDS = ("blockwise", "mosaic_tpu")
+BACKENDS = ("blockwise", "mosaic_tpu", "triton")
 
 
 @pytest.fixture(autouse=True)
-def interpreted():
-    with target(INTERPRET):
+def interpreted(request):
+    values = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+    with target(INTERPRET_GPU if "triton" in values else INTERPRET):
         yield
 
 
@@ -73,6 +75,8 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_pages_equal_one_piece(name, backend):
     shape, options = CALLS[name]
+    if backend == "triton":  # whose pages hold a multiple of 16 tokens
+        shape = dataclasses.replace(shape, page=16)
     with jax.enable_x64(True):
         q, pages, table, lengths, k, v = shape.arrays(n=-(-max(shape.lengths) // shape.page))
         ours = {("local_window_size" if n == "window" else n): value for n, value in options.items()}
@@ -85,10 +89,11 @@ def test_pages_equal_one_piece(name, backend):
             np.testing.assert_allclose(a, b, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_narrow_dtypes(dtype):
+def test_narrow_dtypes(dtype, backend):
     q, pages, table, lengths, k, v = Shape(T=2).arrays(dtype)
-    out = paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
+    out = paged_attention(q, pages, table, lengths, implementation=backend)
     want, _ = plain(*(a.astype(jnp.float32) for a in (q, k, v)), lengths)
     assert out.dtype == dtype
     np.testing.assert_allclose(out.astype(jnp.float32), want, atol=16 * float(jnp.finfo(dtype).eps))
@@ -101,18 +106,19 @@ def test_a_row_that_grows_token_by_token_under_jit(backend):
     q, k, v = (
         jax.random.normal(key, (1, T, n, H)) for key, n in zip(jax.random.split(jax.random.key(0), 3), (N, K, K))
     )
-    table = jnp.array([[2, 0, 3]], jnp.int32)
+    table = jnp.array([[2, 0]], jnp.int32)
 
     def step(pages, t):
         one = lambda a: jax.lax.dynamic_slice_in_dim(a, t, 1, axis=1)
         pages = paged.write(pages, one(k), one(v), table, t[None] + 1)
         return pages, paged_attention(one(q), pages, table, t[None] + 1, implementation=backend)[:, 0]
 
-    _, out = jax.jit(lambda: jax.lax.scan(step, paged.init(4, 8, K, H, dtype=jnp.float32), jnp.arange(T)))()
+    _, out = jax.jit(lambda: jax.lax.scan(step, paged.init(3, 16, K, H, dtype=jnp.float32), jnp.arange(T)))()
     np.testing.assert_allclose(out.swapaxes(0, 1), flash_attention(q, k, v, is_causal=True), atol=2e-6)
 
 
-def test_gradients_pass_through_the_kernel():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_gradients_pass_through_the_kernel(backend):
     with jax.enable_x64(True):
         q, pages, table, lengths, _, _ = Shape(T=2).arrays()
         pages = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), 0.0, a), pages)
@@ -127,12 +133,13 @@ def test_gradients_pass_through_the_kernel():
 
             return jax.grad(of, (0, 1, 2, 3))(q, pages.key, pages.value, jnp.ones(q.shape[2]))
 
-        for a, b in zip(total("mosaic_tpu"), total("blockwise"), strict=True):
+        for a, b in zip(total(backend), total("blockwise"), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("axes", [(0, None, 0, 0), (None, 0, None, None), (0, 0, None, 0)])
-def test_mapped_over_queries_and_pages(axes):
+def test_mapped_over_queries_and_pages(axes, backend):
     with jax.enable_x64(True):
         shapes = [Shape(lengths=lengths).arrays()[:4] for lengths in ((0, 80, 1), (40, 7, 16))]
         shapes = [(q, jax.tree.map(jnp.nan_to_num, p), *rest) for q, p, *rest in shapes]
@@ -140,7 +147,7 @@ def test_mapped_over_queries_and_pages(axes):
         pick = lambda n: tuple(shapes[0 if axis is None else n][i] for i, axis in enumerate(axes))
         mapped = jax.tree.map(lambda *a: jnp.stack(a), *shapes)
         calls = tuple(shapes[0][i] if axis is None else mapped[i] for i, axis in enumerate(axes))
-        out = jax.vmap(lambda *a: paged_attention(*a, implementation="mosaic_tpu"), axes)(*calls)
+        out = jax.vmap(lambda *a: paged_attention(*a, implementation=backend), axes)(*calls)
         for n in range(2):
             np.testing.assert_allclose(out[n], paged_attention(*pick(n), implementation="blockwise"), atol=1e-12)
 
@@ -177,7 +184,25 @@ def test_what_the_kernel_cannot_do_is_said():
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
     with target("cpu"), pytest.raises(NotImplementedError, match="this is 'cpu'"):
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
-    with pytest.raises(ValueError, match="one of blockwise, mosaic_tpu, got 'cudnn'"):
+    with pytest.raises(ValueError, match="one of blockwise, mosaic_tpu, triton, got 'cudnn'"):
         paged_attention(q, pages, table, lengths, implementation="cudnn")
     with pytest.raises(ValueError, match="key has the shape"):
         paged.write(pages, q, q, table, lengths)
+    with target("NVIDIA H100"), pytest.raises(NotImplementedError, match="multiple of 16 tokens, these 12"):
+        paged_attention(q, pages, table, lengths, implementation="triton")
+
+
+def test_a_gpu_shares_long_rows_among_programs(monkeypatch):
+    monkeypatch.setattr(blocks, "splits", lambda programs, blocks: 3)
+    with target(INTERPRET_GPU), jax.enable_x64(True):
+        q, pages, table, lengths, k, v = Shape(T=2, lengths=(0, 80, 1, 37)).arrays()
+        out = paged_attention(q, pages, table, lengths, return_residual=True, implementation="triton")
+        for a, b in zip(out, plain(q, k, v, lengths), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_paged_attention_is_lowered_for_cuda(window):
+    q, pages, table, lengths, _, _ = Shape(T=1, H=128, H2=128, page=128, lengths=(500, 3)).arrays("bfloat16")
+    attend = lambda *a: paged_attention(*a, local_window_size=window, implementation="triton")
+    assert "triton" in lower_for_gpu(attend, (q, pages, table, lengths)).as_text()
