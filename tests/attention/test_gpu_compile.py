@@ -17,6 +17,14 @@ pytestmark = [
         reason="needs CUDA's assembler ptxas, jax-cuda13-plugin and jax-cuda13-pjrt",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def optimised(quick_compiles):
+    """As for a program that is going to run."""
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 by_name = {case.name: case for case in CASES}
 # Head dim → bytes that may be spilled. Of float32 each operand is split in two for the tensor cores.
 SPILLED = {

@@ -11,6 +11,7 @@ from jaxml.attention import Pages, blocks, flash_attention, paged, paged_attenti
 from jaxml.target import INTERPRET, INTERPRET_GPU, target
 from jaxml.testing import lower_for_gpu
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 BACKENDS = ("blockwise", "mosaic_tpu", "triton")
 
 

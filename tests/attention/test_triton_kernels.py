@@ -13,6 +13,7 @@ from jaxml.attention.gpu_arrays import pieces
 from jaxml.target import INTERPRET_GPU, target
 from jaxml.testing import lower_for_gpu, tolerance
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 by_name = {case.name: case for case in CASES}
 
 
