@@ -8,6 +8,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from jaxml.attention import tuned
 from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, generation, platform
 
 LANES = 128
@@ -102,6 +103,8 @@ def gpu_cut(T: int, H: int, H2: int, dtype, which: str = "forward") -> GpuCut:
     """The tiles of a Triton kernel: "forward", or backward of the "queries" or the "keys"."""
     if platform() == INTERPRET_GPU:
         return GpuCut(32, 32, 4, 1)
+    if chosen := tuned.find("triton", which, T, max(H, H2), dtype):
+        return GpuCut(**chosen)
     table = _FLOAT32 if dtype == jnp.float32 else _HOPPER if compute_capability() >= 90 else _AMPERE
     cut = table[which][next(width for width in table[which] if max(H, H2) <= width)]
     short = max(16, 1 << (T - 1).bit_length())
@@ -131,11 +134,18 @@ HOPPER = {
 SHARED = 223 * 1024  # bytes of shared memory for tiles
 
 
-def hopper_cut(H: int, H2: int, which: str = "forward") -> HopperCut:
+def hopper_cut(T: int, H: int, H2: int, dtype, which: str = "forward") -> HopperCut:
     """The tiles of a Hopper kernel: "forward", or backward of the "queries" or the "keys"."""
+    if chosen := tuned.find("mosaic_gpu", which, T, max(H, H2), dtype):
+        return HopperCut(**chosen)
     cut = HOPPER[which][next(width for width in HOPPER[which] if (H2 if which == "forward" else max(H, H2)) <= width)]
-    H, H2 = (-(-n // 64) * 64 for n in (H, H2))
     if which == "forward":
-        room = SHARED - 2 * cut.rows * H
-        return dataclasses.replace(cut, stages=min(cut.stages, room // (2 * cut.columns * (H + H2))))
+        stages = lambda columns: min(cut.stages, (SHARED - shared_bytes(cut.rows, H)) // shared_bytes(columns, H, H2))
+        columns = cut.columns if stages(cut.columns) > 1 else 64
+        return HopperCut(cut.rows, columns, stages(columns))
     return cut
+
+
+def shared_bytes(rows: int, *widths: int) -> int:
+    """Of tiles of 16 bits, their widths multiples of 64."""
+    return sum(2 * rows * -(-width // 64) * 64 for width in widths)

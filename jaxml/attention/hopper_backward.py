@@ -34,7 +34,8 @@ def backward(
     delta = blockwise.delta(out, lse, ct_out, ct_lse)
     grads = blockwise.beside_kernels(rules, x, out, lse, ct_out, ct_lse, delta, wanted)
     lse = jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING)
-    cut = lambda which: blocks.hopper_cut(x.query.shape[3], x.value.shape[3], which)
+    (_, T, _, H), H2 = x.query.shape, x.value.shape[3]
+    cut = lambda which: blocks.hopper_cut(T, H, H2, x.query.dtype, which)
     if "query" in wanted:
         p = Call(rules, x, cut("queries"), (lse, ct_out))
         dq = _queries(p, _rows(p, ct_out, lse, delta))[:, : p.T, :, : p.H]

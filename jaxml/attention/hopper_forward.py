@@ -27,7 +27,7 @@ GROUPS = 2
 
 def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
     """(output in query's dtype, log-sum-exp of each row's logits, −inf where it sees nothing)."""
-    p = Call(rules, x, blocks.hopper_cut(x.query.shape[3], x.value.shape[3]))
+    p = Call(rules, x, blocks.hopper_cut(x.query.shape[1], x.query.shape[3], x.value.shape[3], x.query.dtype))
     out, lse = _attend(p)
     out, lse = unfold(out[:, : p.T, :, : p.H2].swapaxes(1, 2), p.fold), unfold(lse[..., : p.T], p.fold)
     if x.sinks is not None:

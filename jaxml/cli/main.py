@@ -21,6 +21,7 @@ VERBS = (
     "convert",
     "activations",
     "kan",
+    "bench",
     "doctor",
 )
 FORMATS = ("nf4", "fp4", "int4", "int8")  # of `jaxml.quant`, said here so that --help need not import it
