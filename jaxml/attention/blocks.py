@@ -94,7 +94,7 @@ _HOPPER = {
 _FLOAT32 = {
     "forward": {64: GpuCut(32, 32, 8, 1), 128: GpuCut(32, 32, 8, 1), 256: GpuCut(16, 32, 8, 1)},
     "queries": {64: GpuCut(32, 32, 8, 1), 128: GpuCut(16, 32, 4, 1), 256: GpuCut(16, 16, 8, 1)},
-    "keys": {64: GpuCut(32, 32, 8, 1), 128: GpuCut(16, 32, 8, 1), 256: GpuCut(16, 16, 8, 1)},
+    "keys": {64: GpuCut(32, 32, 8, 2), 128: GpuCut(16, 32, 8, 1), 256: GpuCut(16, 16, 8, 1)},
 }
 PROGRAMS = 264  # as many as fill an H100 twice
 
