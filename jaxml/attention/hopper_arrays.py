@@ -17,7 +17,7 @@ from jaxml.attention.gpu_arrays import Operand, Place
 from jaxml.attention.masks import Grid, Mask, Tile
 from jaxml.attention.tiles import HIDDEN, Inputs, Rules
 from jaxml.axes import Array
-from jaxml.kernels import padded, remainder
+from jaxml.kernels import divide, padded, remainder
 
 ROWS = 64  # of what a warp group multiplies
 WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
@@ -37,6 +37,11 @@ class Call(gpu_arrays.Call):
     def of_rows(self, a: Array, beyond: float = 0.0) -> Array:
         """A number for each row, [B, N, T], lengthened to whole blocks."""
         return jnp.pad(a, ((0, 0), (0, 0), (0, -self.T % self.cut.rows)), constant_values=beyond)
+
+    def program(self, heads: int) -> tuple[Array, Array, Array]:
+        """(head, batch row, block) of the program that runs: a block of all heads of all rows, then the next block."""
+        tile = jax.lax.axis_index("tile")
+        return remainder(tile, heads), remainder(divide(tile, heads), self.B), divide(tile, heads * self.B)
 
     def rows_of(self, place: Place) -> Array:
         shape = gpu_arrays.shape_of(place)

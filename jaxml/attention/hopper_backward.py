@@ -62,9 +62,9 @@ def _queries(p: Call, rows: list[Array]) -> Array:
     def flash_attention_backward_queries(query, key, value, ct, lse, delta, *refs):
         *refs, dq, q_s, g_s, lse_s, delta_s, k_s, v_s, here, k_here, v_here, k_free, v_free = refs
         bounds, extra = refs[: len(ranges.arrays)], refs[len(ranges.arrays) :]
-        tile, group = jax.lax.axis_index("tile"), jax.lax.axis_index("group")
-        head, batch = remainder(tile, p.N), remainder(divide(tile, p.N), p.B)
-        i = ranges.blocks - 1 - divide(tile, p.N * p.B)  # the longest first
+        group = jax.lax.axis_index("group")
+        head, batch, block = p.program(p.N)
+        i = ranges.blocks - 1 - block  # the longest first
         needed = ranges.of(bounds, batch, i)
         count = jnp.maximum(needed.all, 1)
         slot = lambda n: remainder(n, stages)
@@ -164,9 +164,8 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
     def flash_attention_backward_keys(query, key, value, ct, lse, delta, *refs):
         *refs, dk, dv, k_s, v_s, q_s, g_s, lse_s, delta_s, here, q_here, g_here, q_free, g_free, done = refs
         bounds, extra = refs[: len(ranges.arrays)], refs[len(ranges.arrays) :]
-        tile, group = jax.lax.axis_index("tile"), jax.lax.axis_index("group")
-        key_head, batch = remainder(tile, p.K), remainder(divide(tile, p.K), p.B)
-        j = divide(tile, p.K * p.B)
+        group = jax.lax.axis_index("group")
+        key_head, batch, j = p.program(p.K)
         needed = ranges.of(bounds, batch, j)
         slot = lambda n: remainder(n, stages)
 

@@ -71,9 +71,9 @@ def _kernel(p: Call, ranges: Ranges):
     def flash_attention_forward(query, key, value, *refs):
         *refs, out, lse, q_s, k_s, v_s, lse_s, q_here, k_here, v_here, k_free, v_free, turns = refs
         bounds, extra = refs[: len(ranges.arrays)], refs[len(ranges.arrays) :]
-        tile, group = jax.lax.axis_index("tile"), jax.lax.axis_index("group")
-        head, batch = remainder(tile, p.N), remainder(divide(tile, p.N), p.B)
-        i = ranges.blocks - 1 - divide(tile, p.N * p.B)  # the longest first
+        group = jax.lax.axis_index("group")
+        head, batch, block = p.program(p.N)
+        i = ranges.blocks - 1 - block  # the longest first
         key_head = divide(head, p.group)
         needed = ranges.of(bounds, batch, i)
         count = jnp.maximum(needed.all, 1)
