@@ -161,21 +161,24 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
             lowered = jax.jit(function).trace(*jax.tree.map(place, tuple(arguments))).lower()
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(triton)})
         files = [file for file in sorted(triton.glob("*.ptx")) if ".entry" in file.read_text()]
-        logs = [_assembled(file, device_kind) for file in files] + [
-            f.read_text() for f in sorted(mosaic.glob("*.ptxas"))
-        ]
+        logs = [_assembled(file, device_kind) for file in files]
+        logs += [file.read_text() for file in sorted(mosaic.glob("*.ptxas"))]
         return compiled, [kernel for log in logs for kernel in _kernels(log)]
 
 
 @contextlib.contextmanager
 def _environment(**variables: str):
+    """Sets them for a while; what others set meanwhile stays, as where JAX finds Mosaic GPU's runtime."""
     old = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
         yield
     finally:
         for name, value in old.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _assembled(ptx: Path, device_kind: str) -> str:

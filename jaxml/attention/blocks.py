@@ -67,6 +67,17 @@ def cut_evenly(length: int, most: int) -> tuple[int, int]:
     return max((size, number) for size, number in choices if size * number <= 1.03 * least)
 
 
+def unsupported_gpu(interpreted: bool = True) -> str | None:
+    """Why programs for GPUs from Ampere on cannot run here, or None; `interpreted`: whether they may be."""
+    if interpreted and platform() == INTERPRET_GPU:
+        return None
+    if platform() != "gpu":
+        return f"it needs a GPU, this is {platform()}"
+    if compute_capability() < 80:
+        return f"it needs an Ampere GPU or a newer one, this has compute capability {compute_capability() / 10}"
+    return None
+
+
 # ---- GPUs -------------------------------------------------------------------------------------------
 
 

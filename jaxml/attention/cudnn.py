@@ -10,26 +10,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxml.attention import blockwise, masks
+from jaxml.attention import blocks, blockwise, masks
 from jaxml.attention.masks import Mask
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.axes import Array, Float
-from jaxml.target import compute_capability, platform
+from jaxml.target import compute_capability
 
 IMPLEMENTATION = "cudnn"  # of `jax.nn.dot_product_attention`
 
 
 def supports(rules: Rules, x: Inputs) -> str | None:
     """Why cuDNN cannot compute the call exactly, or None."""
-    if platform() != "gpu":
-        return f"it needs a GPU, this is {platform()}"
-    if compute_capability() < 80:
-        return f"it needs an Ampere GPU or a newer one, this has compute capability {compute_capability() / 10}"
-    return beyond(rules, x, widest=256 if compute_capability() >= 90 else 128)
-
-
-def beyond(rules: Rules, x: Inputs, widest: int) -> str | None:
-    """What of the call cuDNN does not know, or None; `widest`: of its head dims."""
+    if reason := blocks.unsupported_gpu(interpreted=False):
+        return reason
+    widest = 256 if compute_capability() >= 90 else 128
     (_, T, _, H), S, H2 = x.query.shape, x.key.shape[1], x.value.shape[3]
     if x.query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it computes in bfloat16 and float16, query is {x.query.dtype}"
@@ -78,10 +72,11 @@ def _attend(rules: Rules, x: Inputs, query: Array, key: Array, value: Array) -> 
     )
     if not set(options) - {"is_causal"}:
         return out
-    row, S = jnp.arange(query.shape[1])[None], key.shape[1]
+    row, last = jnp.arange(query.shape[1])[None], key.shape[1] - 1
     q_lengths, kv_lengths = options.get("query_seq_lengths"), options.get("key_value_seq_lengths")
-    first = jnp.maximum(row - options["local_window_size"][0], 0) if "local_window_size" in options else 0 * row
-    last = jnp.minimum(row, S - 1) if options.get("is_causal") else 0 * row + S - 1
+    left, _ = options.get("local_window_size", (query.shape[1], 0))
+    first = jnp.maximum(row - left, 0)
+    last = jnp.minimum(row, last) if options.get("is_causal") else last
     last = last if kv_lengths is None else jnp.minimum(last, kv_lengths[:, None] - 1)
     seen = first <= last
     seen = seen if q_lengths is None else seen & (row < q_lengths[:, None])
@@ -90,26 +85,22 @@ def _attend(rules: Rules, x: Inputs, query: Array, key: Array, value: Array) -> 
 
 def _options(mask: Mask | None) -> dict[str, Any] | str:
     """The mask as arguments of `jax.nn.dot_product_attention`, or what of it has none."""
-    options, windows = {}, []
+    options, found = {}, {}
     for part in _parts(mask):
-        given = [v for n, v in vars(part).items() if n.endswith("positions") and v is not None]
-        if given:
+        if any(v is not None for n, v in vars(part).items() if n.endswith("positions")):
             return "it knows no positions"
-        if isinstance(part, masks.Causal):
-            options["is_causal"] = True
-        elif isinstance(part, masks.Window) and not windows:
-            windows.append(part)
-        elif isinstance(part, masks.Lengths) and "lengths" not in options:
-            options["lengths"] = part
-        else:
-            return f"it knows causal masks, windows and lengths, one of each, got {type(part).__name__}"
-    lengths = options.pop("lengths", None)
-    if lengths is not None:
+        kind = type(part)
+        if kind not in (masks.Causal, masks.Window, masks.Lengths) or (kind in found and kind != masks.Causal):
+            return f"it knows causal masks, windows and lengths, one of each, got {kind.__name__}"
+        found[kind] = part
+    if masks.Causal in found:
+        options["is_causal"] = True
+    if (lengths := found.get(masks.Lengths)) is not None:
         for name, value in (("query", lengths.q_lengths), ("key_value", lengths.kv_lengths)):
             if value is not None:
                 options[f"{name}_seq_lengths"] = jnp.asarray(value, jnp.int32)
-    for window in windows:
-        if not options.get("is_causal") or window.left is None or window.right is not None:
+    if (window := found.get(masks.Window)) is not None:
+        if masks.Causal not in found or window.left is None or window.right is not None:
             return "a window without is_causal would see keys that it must not (jax#39576)"
         options["local_window_size"] = (window.left, 0)
     return options

@@ -13,15 +13,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxml.attention import gpu_arrays, masks
 from jaxml.attention.blocks import HopperCut
-from jaxml.attention.gpu_arrays import Operand, Place
+from jaxml.attention.gpu_arrays import Operand, Place, Ranges
 from jaxml.attention.masks import Grid, Mask, Tile
 from jaxml.attention.tiles import HIDDEN, Inputs, Rules
 from jaxml.axes import Array
 from jaxml.kernels import divide, padded, remainder
+from jaxml.linear import vary
 
 ROWS = 64  # of what a warp group multiplies
 WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
-LANES = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
 class Call(gpu_arrays.Call):
@@ -42,6 +43,25 @@ class Call(gpu_arrays.Call):
         """(head, batch row, block) of the program that runs: a block of all heads of all rows, then the next block."""
         tile = jax.lax.axis_index("tile")
         return remainder(tile, heads), remainder(divide(tile, heads), self.B), divide(tile, heads * self.B)
+
+    def launch(self, kernel, ranges: Ranges, rows: list[Array], heads: int, out: list, groups: int, scratch: list):
+        """The kernel's results: a program for each block of `ranges` and each head of each batch row.
+
+        Args:
+            kernel: takes query, key, value, `rows`, the arrays of `ranges`, the operands, results, scratch.
+            groups: warp groups that compute; one more copies.
+        """
+        operands = [self.query, self.key, self.value, *rows, *ranges.arrays, *(o.array for o in self.operands)]
+        return plgpu.kernel(
+            kernel,
+            out_type=out,
+            grid=(ranges.blocks * self.B * heads,),
+            grid_names=("tile",),
+            num_threads=groups + 1,
+            thread_name="group",
+            scratch_types=scratch,
+            compiler_params=COMPILER,
+        )(*vary(operands, self.axes))
 
     def rows_of(self, place: Place) -> Array:
         shape = gpu_arrays.shape_of(place)
@@ -75,13 +95,18 @@ class Call(gpu_arrays.Call):
             if t > 1 and s > 1:
                 out = load(part)
             elif t > 1 or s > 1:
-                out = load(part, plgpu.Layout.WGMMA.reduce(int((t > 1) != place.turned)))
-                out = spread(out, place, of_rows=t > 1)
+                out = load_along(part, place, of_rows=t > 1)
             else:
                 out = load(part)
             return out.astype(jnp.int32) != 0 if small else out
 
         return Operand(a.astype(jnp.int8) if small else a, load_part)
+
+
+def load_along(ref, place: Place, of_rows: bool) -> Array:
+    """A number for each row, or column, of a tile, read from memory, as a whole tile."""
+    axis = int(of_rows == place.turned)
+    return spread(load(ref, plgpu.Layout.WGMMA.reduce(1 - axis)), place, of_rows)
 
 
 def spread(vector: Array, place: Place, of_rows: bool) -> Array:
@@ -98,6 +123,12 @@ def registers(groups: int, of_memory: bool = False) -> None:
     """A warp group's share of them: the one that only copies leaves its own to those that compute."""
     if groups > 1:  # two have as many as there can be
         plgpu.set_max_registers(24 if of_memory else 240, action="decrease" if of_memory else "increase")
+
+
+def meet(barrier) -> None:
+    """Waits for the other warp groups that compute."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
 
 
 def feed(n: Array, stages: int, at: tuple, *streams: tuple) -> None:

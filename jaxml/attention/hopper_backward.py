@@ -17,14 +17,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.fold import folded_queries, folded_rows, unfold
 from jaxml.attention.gpu_arrays import Place, Ranges
-from jaxml.attention.hopper_arrays import LANES, ROWS, Call, feed, load, registers, shared, spread
+from jaxml.attention.hopper_arrays import ROWS, Call, feed, load, load_along, meet, registers, shared, spread
 from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules
 from jaxml.axes import Array
 from jaxml.kernels import divide, padded, remainder
-from jaxml.linear import vary
 
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
-OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 def backward(
@@ -152,7 +150,8 @@ def _queries(p: Call, rows: list[Array]) -> Array:
         *[plgpu.Barrier(num_barriers=stages) for _ in range(2)],
         *[plgpu.Barrier(num_arrivals=groups, num_barriers=stages) for _ in range(2)],
     ]
-    return _call(p, flash_attention_backward_queries, ranges, rows, p.N, [p.query], groups, scratch)[0]
+    out = [p.output(*p.query.shape, dtype=p.dtype)]
+    return p.launch(flash_attention_backward_queries, ranges, rows, p.N, out, groups, scratch)[0]
 
 
 def _keys(p: Call, rows: list[Array]) -> list[Array]:
@@ -204,7 +203,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
                 place = Place(batch, head, i * cut.rows, start, cut.rows, ROWS, True, False, masked)
                 q, g = q_s.at[slot(m)], g_s.at[slot(m)]
 
-                of = lambda ref: spread(load(ref.at[slot(m)], OF_COLUMNS), place, of_rows=True)
+                of = lambda ref: load_along(ref.at[slot(m)], place, of_rows=True)
 
                 def tile(refs):
                     s_ref, pull_ref, reached_ref, ds_ref = refs
@@ -250,8 +249,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
             found = (zeros(p.width2),) * of_value + (zeros(p.width),) * of_key
             found = one_head(0, found) if p.group == 1 else jax.lax.fori_loop(0, p.group, one_head, found)
             if tiles < groups:  # whose memory the results take, the other one may still read
-                plgpu.barrier_arrive(done)
-                plgpu.barrier_wait(done)
+                meet(done)
             at = batch, pl.ds(start, ROWS), key_head
             if of_value:
                 v[...] = found[0].astype(p.dtype)
@@ -284,18 +282,5 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
         *[plgpu.Barrier(num_arrivals=groups, num_barriers=stages) for _ in range(2)],
         plgpu.Barrier(num_arrivals=groups),
     ]
-    return _call(p, flash_attention_backward_keys, ranges, rows, p.K, [p.key, p.value], groups, scratch)
-
-
-def _call(p: Call, kernel, ranges: Ranges, rows: list[Array], heads: int, like: list[Array], groups: int, scratch):
-    operands = [p.query, p.key, p.value, *rows, *ranges.arrays, *(o.array for o in p.operands)]
-    return plgpu.kernel(
-        kernel,
-        out_type=[p.output(*a.shape, dtype=p.dtype) for a in like],
-        grid=(ranges.blocks * p.B * heads,),
-        grid_names=("tile",),
-        num_threads=groups + 1,
-        thread_name="group",
-        scratch_types=scratch,
-        compiler_params=LANES,
-    )(*vary(operands, p.axes))
+    out = [p.output(*a.shape, dtype=p.dtype) for a in (p.key, p.value)]
+    return p.launch(flash_attention_backward_keys, ranges, rows, p.K, out, groups, scratch)

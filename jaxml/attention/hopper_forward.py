@@ -16,11 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxml.attention import blocks
 from jaxml.attention.fold import unfold
 from jaxml.attention.gpu_arrays import Place, Ranges
-from jaxml.attention.hopper_arrays import LANES, ROWS, Call, feed, registers, shared
+from jaxml.attention.hopper_arrays import ROWS, Call, feed, meet, registers, shared
 from jaxml.attention.tiles import HIDDEN, LOG2E, Inputs, Rules, add_sinks, keep, shape2
 from jaxml.axes import Array, Float
 from jaxml.kernels import divide, remainder
-from jaxml.linear import vary
 
 GROUPS = 2
 
@@ -38,30 +37,22 @@ def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Ar
 def _attend(p: Call) -> tuple[Float[Array, "B T N width2"], Float[Array, "B N rows"]]:
     """The kernel's call; no sinks."""
     ranges = Ranges(p, p.cut.rows, p.cut.columns, of_rows=True)
-    operands = [p.query, p.key, p.value, *ranges.arrays, *(o.array for o in p.operands)]
     columns, stages = p.cut.columns, p.cut.stages
-    return plgpu.kernel(
-        _kernel(p, ranges),
-        out_type=[
-            p.output(*p.query.shape[:3], p.width2, dtype=p.dtype),
-            p.output(p.B, p.N, ranges.blocks * p.cut.rows, dtype=jnp.float32),
-        ],
-        grid=(ranges.blocks * p.B * p.N,),
-        grid_names=("tile",),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        scratch_types=[
-            shared(GROUPS, ROWS, p.width, dtype=p.dtype),
-            shared(stages, columns, p.width, dtype=p.dtype),
-            shared(stages, columns, p.width2, dtype=p.dtype),
-            plgpu.SMEM((GROUPS, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=GROUPS),
-            *[plgpu.Barrier(num_barriers=stages) for _ in range(2)],
-            *[plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages) for _ in range(2)],
-            plgpu.Barrier(num_arrivals=GROUPS),
-        ],
-        compiler_params=LANES,
-    )(*vary(operands, p.axes))
+    out = [
+        p.output(*p.query.shape[:3], p.width2, dtype=p.dtype),
+        p.output(p.B, p.N, ranges.blocks * p.cut.rows, dtype=jnp.float32),
+    ]
+    scratch = [
+        shared(GROUPS, ROWS, p.width, dtype=p.dtype),
+        shared(stages, columns, p.width, dtype=p.dtype),
+        shared(stages, columns, p.width2, dtype=p.dtype),
+        plgpu.SMEM((GROUPS, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=GROUPS),
+        *[plgpu.Barrier(num_barriers=stages) for _ in range(2)],
+        *[plgpu.Barrier(num_arrivals=GROUPS, num_barriers=stages) for _ in range(2)],
+        plgpu.Barrier(num_arrivals=GROUPS),
+    ]
+    return p.launch(_kernel(p, ranges), ranges, [], p.N, out, GROUPS, scratch)
 
 
 def _kernel(p: Call, ranges: Ranges):
@@ -97,9 +88,7 @@ def _kernel(p: Call, ranges: Ranges):
             plgpu.copy_gmem_to_smem(query.at[rows], q, q_here.at[group])
             plgpu.barrier_wait(q_here.at[group])
 
-            def turn():
-                plgpu.barrier_arrive(turns)
-                plgpu.barrier_wait(turns)
+            turn = lambda: meet(turns)
 
             def soften(s, j, state, masked: bool):
                 place = Place(batch, head, start, j * columns, ROWS, columns, False, False, masked)
@@ -133,8 +122,8 @@ def _kernel(p: Call, ranges: Ranges):
                     (m_ref[...], total_ref[...]), e_ref[...] = soften(s, j, (m, total), masked)
 
                 empty = jnp.zeros((ROWS, columns), jnp.float32)
-                start = plgpu.ACC.init(empty), plgpu.ACC.init(acc), m, total, empty
-                _, acc, new, total, e = pl.run_state(products)(start)
+                begin = plgpu.ACC.init(empty), plgpu.ACC.init(acc), m, total, empty
+                _, acc, new, total, e = pl.run_state(products)(begin)
                 plgpu.barrier_arrive(v_free.at[slot(n - 1)])
                 acc, e = jax.lax.optimization_barrier((acc, e))  # operands of a product under way are not overwritten
                 return (new, total), e.astype(p.dtype), acc * along_rows(jnp.exp2(m - new), acc.shape)
@@ -178,9 +167,9 @@ class Softmax:
 
     def __init__(self, p: Call):
         self.p = p
-        bent = p.rules.soft_cap is not None or p.rules.score_mod is not None or p.x.bias is not None
         # Where logits are products times a positive factor, it is applied in the exponent, where it costs nothing.
-        self.factor = 1.0 if bent or p.rules.scale <= 0 else p.rules.scale * LOG2E
+        self.plain = not p.bent and p.x.bias is None and p.rules.scale > 0
+        self.factor = p.rules.scale * LOG2E if self.plain else 1.0
         self.hidden = HIDDEN / max(1.0, self.factor)
 
     def empty(self):
@@ -190,7 +179,7 @@ class Softmax:
         """((new maximum, new sum), weights for the product with values)."""
         p, (m, total) = self.p, state
         mask, bias, tables, dropout_key, at = p.read(extra, place)
-        if self.factor == 1.0:
+        if not self.plain:
             s = shape2(p.rules, s, bias, tables, at)
         if masked:
             s = p.hide(s, mask, at, place, self.hidden)

@@ -2,21 +2,19 @@
 
 import jax.numpy as jnp
 
-from jaxml.attention import tiles
+from jaxml.attention import blocks, tiles
 from jaxml.attention.tiles import Inputs, Rules
 from jaxml.attention.triton_backward import backward
 from jaxml.attention.triton_forward import forward
-from jaxml.target import INTERPRET_GPU, compute_capability, platform
+from jaxml.target import INTERPRET_GPU, platform
 
 __all__ = ["backward", "forward", "supports"]
 
 
 def supports(rules: Rules, x: Inputs) -> str | None:
     """Why the kernels cannot compute the call, or None."""
-    if platform() not in ("gpu", INTERPRET_GPU):
-        return f"it needs a GPU, this is {platform()}"
-    if platform() == "gpu" and compute_capability() < 80:
-        return f"it needs an Ampere GPU or a newer one, this has compute capability {compute_capability() / 10}"
+    if reason := blocks.unsupported_gpu():
+        return reason
     if x.query.dtype == jnp.float64 and platform() != INTERPRET_GPU:
         return "it computes in float32, bfloat16 and float16, query is float64"
     if max(x.query.shape[3], x.value.shape[3]) > 256:

@@ -55,7 +55,7 @@ def _attend(p: Call) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
         interpret=platform() == INTERPRET_GPU,
         name="flash_attention_forward",
     )(*vary(operands, p.axes))
-    return (out[0], lse[0]) if splits == 1 else put_together(out, lse)
+    return put_together(out, lse)
 
 
 def _kernel(p: Call, cut: blocks.GpuCut, ranges: Ranges, splits: int):
@@ -120,6 +120,8 @@ def sum_of(parts) -> Array:
 
 def put_together(out: Float[Array, "splits B T N H2"], lse: Float[Array, "splits B N T"]) -> tuple[Array, Array]:
     """One attention of those to parts of the keys."""
+    if out.shape[0] == 1:
+        return out[0], lse[0]
     top = jnp.max(lse, axis=0)
     base = jnp.where(top > -jnp.inf, top, 0.0)
     share = jnp.exp(lse - base[None])

@@ -20,17 +20,15 @@ from jaxml.attention.triton_forward import product, put_together, sum_of
 from jaxml.axes import Array, Float, Int, wide
 from jaxml.kernels import divide, remainder
 from jaxml.linear import vary, varying_axes
-from jaxml.target import INTERPRET_GPU, compute_capability, platform
+from jaxml.target import INTERPRET_GPU, platform
 
 KEYS = 64  # of a turn, where a page has as many
 
 
 def supports(query, key, value, table) -> str | None:
     """Why the kernel cannot compute the call, or None."""
-    if platform() not in ("gpu", INTERPRET_GPU):
-        return f"it needs a GPU, this is {platform()}"
-    if platform() == "gpu" and compute_capability() < 80:
-        return f"it needs an Ampere GPU or a newer one, this has compute capability {compute_capability() / 10}"
+    if reason := blocks.unsupported_gpu():
+        return reason
     if jnp.float64 in (query.dtype, key.dtype) and platform() != INTERPRET_GPU:
         return "it computes in float32, bfloat16 and float16, not in float64"
     if key.shape[1] % 16:

@@ -74,8 +74,9 @@ def save(kind: str, entries: dict[str, dict]) -> Path:
 def _read(file: str, _changed: int) -> dict:
     try:
         known = json.loads(Path(file).read_text())
-        assert all(isinstance(tiles, dict) for kind in known.values() for tiles in kind.values())
-    except (ValueError, AttributeError, AssertionError):
+        if not all(isinstance(tiles, dict) for kind in known.values() for tiles in kind.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
         raise ValueError(
             f"attention: {file} holds measured tiles as `jaxml bench attention --tune` writes them, "
             "got something else. Delete it, or name another file in JAXML_BLOCKS."

@@ -144,6 +144,10 @@ class Accumulator:
     def __init__(self, value):
         self.value, self.pending = value, 0
 
+    def __getitem__(self, key):
+        assert key is Ellipsis
+        return _accumulated(self)
+
 
 class Plain:
     """A value that `run_state` lets a function change."""
@@ -268,11 +272,10 @@ def _to_shared(source: Ref, target: Ref, barrier) -> None:
     _machine().wait()
 
 
-def _to_global(source: Ref, target: Ref, *_, reduction_op=None, commit_group=True) -> None:
+def _to_global(source: Ref, target: Ref) -> None:
     assert source.shape == target.shape, (source.shape, target.shape)
     assert _machine().me() not in source.memory.dirty, "shared memory is stored before commit_smem()"
-    add = 0 if reduction_op is None else 1
-    _here.stores.append(lambda: target.write(source.read() + (target.read(beyond=True) if add else 0)))
+    _here.stores.append(lambda: target.write(source.read()))
 
 
 def _flush_stores(*_, **__) -> None:
@@ -311,9 +314,6 @@ def _accumulated(acc: Accumulator, wait_n=0):
     _products(wait_n)
     assert not acc.pending, "an accumulator is read while its product is under way"
     return acc.value
-
-
-Accumulator.__getitem__ = lambda self, key: _accumulated(self)
 
 
 class Acc:
@@ -392,7 +392,6 @@ def simulated(seed: int = 0):
         copy_gmem_to_smem=_to_shared,
         copy_smem_to_gmem=_to_global,
         commit_smem=_commit,
-        commit_smem_to_gmem_group=nothing,
         wait_smem_to_gmem=_flush_stores,
         load=lambda ref, *_, **__: ref[...],
     )
@@ -403,7 +402,7 @@ def simulated(seed: int = 0):
         barrier_wait=_wait,
         set_max_registers=nothing,
     )
-    products = dict(ACC=Acc, wgmma=_wgmma, wgmma_wait=_products, wgmma_accumulator_load=_accumulated)
+    products = dict(ACC=Acc, wgmma=_wgmma, wgmma_accumulator_load=_accumulated)
     swap = [
         (plgpu, memory | groups | products),
         (pl, dict(run_scoped=_run_scoped, run_state=_run_state, when=_when, loop=_loop)),
