@@ -52,7 +52,11 @@ def main() -> None:
     path = RESULTS / f"attention-gpu-{name}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() and not options.again else {"rows": []}
     packages = ("jax", "jaxlib", "torch", "tokamax", "triton")
-    report |= {"device": device, "date": datetime.date.today().isoformat(), "versions": dict(_versions(packages))}
+    report |= {
+        "device": device,
+        "date": datetime.date.today().isoformat(),
+        "versions": {p: version(p) for p in packages},
+    }
     report.setdefault("ceiling_tflops", ceiling(512 if options.tiny else 8192))
     print(f"{device}: {report['ceiling_tflops']:.0f} TFLOP/s of a product", flush=True)
     end = time.monotonic() + 60 * options.minutes
@@ -68,10 +72,6 @@ def main() -> None:
         temporary.write_text(json.dumps(report, indent=1))
         os.replace(temporary, path)
     print(path.name)
-
-
-def _versions(packages):
-    return ((p, version(p)) for p in packages)
 
 
 def rows(subjects, tiny: bool):
@@ -157,8 +157,8 @@ def errors(case: Case) -> dict:
         truth = run("reference", jnp.float64, cpu)
     parts = ("out", "lse", "dq", "dk", "dv")
     found = {}
-    for by in ("reference", *OURS):
-        dtypes = ("bfloat16",) if by == "mosaic_gpu" else ("bfloat16", "float32")
+    for by in ("reference", *OURS, "cudnn"):
+        dtypes = ("bfloat16",) if by in ("mosaic_gpu", "cudnn") else ("bfloat16", "float32")
         for dtype in dtypes:
             try:
                 got = run(by, jnp.dtype(dtype), jax.devices()[0])
@@ -307,7 +307,10 @@ def decoding(B: int, S: int, rounds: int) -> dict:
 
     by = lambda f, name: functools.partial(f, implementation=name)
     calls = {f"jaxml {n}": functools.partial(of_jax, by(flash_attention, n), q, k, v) for n in OURS}
-    calls["jaxml pages"] = functools.partial(of_jax, paged_attention, q, pages, *at)
+    calls |= {
+        f"jaxml pages {n}": functools.partial(of_jax, by(paged_attention, n), q, pages, *at)
+        for n in ("triton", "blockwise")
+    }
     calls |= {
         f"jax.nn {n}": functools.partial(of_jax, by(jax.nn.dot_product_attention, n), q, k, v) for n in ("cudnn", "xla")
     }
