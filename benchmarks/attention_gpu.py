@@ -31,7 +31,7 @@ from jaxml.attention.cases import CASES, Case
 from jaxml.extras import version
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("mosaic_gpu", "triton", "blockwise")
+OURS = ("mosaic_gpu", "triton", "jax_triton", "blockwise")
 SUBJECTS = ("correct", "grid", "models", "packed", "lengths", "decoding")
 ROUNDS, TOKENS, WIDTHS = 25, 16384, 2048
 
@@ -309,7 +309,7 @@ def decoding(B: int, S: int, rounds: int) -> dict:
     calls = {f"jaxml {n}": functools.partial(of_jax, by(flash_attention, n), q, k, v) for n in OURS}
     calls |= {
         f"jaxml pages {n}": functools.partial(of_jax, by(paged_attention, n), q, pages, *at)
-        for n in ("triton", "blockwise")
+        for n in ("triton", "jax_triton", "blockwise")
     }
     calls |= {
         f"jax.nn {n}": functools.partial(of_jax, by(jax.nn.dot_product_attention, n), q, k, v) for n in ("cudnn", "xla")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -146,6 +147,7 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
 
     Returns:
         (what `jit(function).lower(...).compile()` returns, the kernels written in Triton or Mosaic GPU that are in it).
+        Kernels that jax-triton calls are assembled by the assembler that comes with Triton.
     """
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -155,13 +157,14 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
     sharding = SingleDeviceSharding(topology.devices[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     with target(device_kind), tempfile.TemporaryDirectory() as folder:
-        triton, mosaic = Path(folder, "triton"), Path(folder, "mosaic")
+        triton, mosaic, called = (Path(folder, name) for name in ("triton", "mosaic", "called"))
         mosaic.mkdir()
-        with _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(mosaic)):
+        with _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(mosaic)), _jax_triton_dumps(called):
             lowered = jax.jit(function).trace(*jax.tree.map(place, tuple(arguments))).lower()
             compiled = lowered.compile(compiler_options={"xla_dump_to": str(triton)})
         files = [file for file in sorted(triton.glob("*.ptx")) if ".entry" in file.read_text()]
-        logs = [_assembled(file, device_kind) for file in files]
+        logs = [_assembled(file, device_kind, "ptxas") for file in files]
+        logs += [_assembled(file, device_kind, _assembler_of_triton()) for file in called.glob("*/*.ptx")]
         logs += [file.read_text() for file in sorted(mosaic.glob("*.ptxas"))]
         return compiled, [kernel for log in logs for kernel in _kernels(log)]
 
@@ -181,8 +184,32 @@ def _environment(**variables: str):
                 os.environ[name] = value
 
 
-def _assembled(ptx: Path, device_kind: str) -> str:
-    command = ["ptxas", f"-arch={GPUS[device_kind][0]}", "-v", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
+@contextlib.contextmanager
+def _jax_triton_dumps(folder: Path):
+    """jax-triton, where it is installed, writes what it compiles to that folder."""
+    if importlib.util.find_spec("jax_triton") is None:
+        yield
+        return
+    from jax_triton import triton_lib
+
+    old, triton_lib._JAX_TRITON_DUMP_DIR = triton_lib._JAX_TRITON_DUMP_DIR, str(folder)
+    triton_lib._COMPILED_KERNEL_CACHE.clear()
+    try:
+        yield
+    finally:
+        triton_lib._JAX_TRITON_DUMP_DIR = old
+
+
+def _assembler_of_triton() -> str:
+    """The newest that comes with it: jax-triton has the newest language written."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    return str(max(folder.glob("ptxas*")))
+
+
+def _assembled(ptx: Path, device_kind: str, assembler: str) -> str:
+    command = [assembler, f"-arch={GPUS[device_kind][0]}", "-v", str(ptx), "-o", str(ptx.with_suffix(".cubin"))]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

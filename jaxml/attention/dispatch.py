@@ -17,11 +17,18 @@ BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwis
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
 MOSAIC_GPU = Backend("mosaic_gpu", pallas_hopper.supports, pallas_hopper.forward, pallas_hopper.backward)
 TRITON = Backend("triton", pallas_triton.supports, pallas_triton.forward, pallas_triton.backward)
+JAX_TRITON = Backend(
+    "jax_triton",
+    pallas_triton.jax_triton_supports,
+    pallas_triton.forward_by_jax_triton,
+    pallas_triton.backward_by_jax_triton,
+)
 CUDNN = Backend("cudnn", cudnn.supports, cudnn.forward, cudnn.backward)
 REFERENCE = Backend("reference", blockwise.supports, reference.attend, blockwise.backward)
-BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, TRITON, CUDNN, BLOCKWISE)}
+BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, TRITON, JAX_TRITON, CUDNN, BLOCKWISE)}
 ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
-BY_NAME = dict.fromkeys(("mosaic_gpu", "triton", "cudnn"), "it has not run on a GPU yet; name it to take it")
+UNTRIED = "it has not run on a GPU yet; name it to take it"
+BY_NAME = dict.fromkeys(("mosaic_gpu", "triton", "jax_triton", "cudnn"), UNTRIED)
 
 
 def flash_attention(

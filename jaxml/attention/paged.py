@@ -9,16 +9,33 @@ Reference:
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxml.attention import tiles, tpu_paged, triton_paged
 from jaxml.attention.dispatch import flash_attention
+from jaxml.attention.triton_launch import by_jax_triton
 from jaxml.axes import Array, Float, Int
 from jaxml.target import platform
 
-KERNELS = {"mosaic_tpu": tpu_paged, "triton": triton_paged}
+
+class Kernel(NamedTuple):
+    """What attends to pages: (rules, query, key, value, table, lengths) → (out, log-sum-exp)."""
+
+    supports: Callable[..., str | None]  # (query, key, value, table) → the reason why not
+    attend: Callable
+
+
+KERNELS = {
+    "mosaic_tpu": Kernel(tpu_paged.supports, tpu_paged.attend),
+    "triton": Kernel(triton_paged.supports, triton_paged.attend),
+    "jax_triton": Kernel(
+        triton_paged.jax_triton_supports, functools.partial(triton_paged.attend, launch=by_jax_triton)
+    ),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -105,8 +122,8 @@ def paged_attention(
         scale, logits_soft_cap, sinks: as in `flash_attention`.
         local_window_size: how far a query sees to the left; every token where None.
         return_residual: return the log-sum-exp of each query's logits as well.
-        implementation: "mosaic_tpu", "triton" (GPUs, by name until it has run on one) or "blockwise" (pages gathered,
-            then `flash_attention`); what runs best where None.
+        implementation: "mosaic_tpu", "triton" or "jax_triton" (GPUs, by name until they have run on one) or
+            "blockwise" (pages gathered, then `flash_attention`); what runs best where None.
 
     Returns:
         The output in query's dtype; queries before a row's beginning are 0. With `return_residual` also the

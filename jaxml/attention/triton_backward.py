@@ -1,4 +1,4 @@
-"""The backward pass on GPUs from Ampere on, deterministic: two Pallas kernels for Triton.
+"""The backward pass on GPUs from Ampere on, deterministic: two kernels for Triton, in the terms of Pallas.
 
 In the one for the keys' gradients a program holds keys and walks the queries of all heads that share them; in the one
 for the queries' it holds queries and walks keys.
@@ -12,21 +12,26 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.fold import folded_queries, folded_rows, unfold
 from jaxml.attention.gpu_arrays import Call, Place, Ranges, load_heads, load_rows, pieces, store_heads
 from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules
 from jaxml.attention.triton_forward import product, sum_of
+from jaxml.attention.triton_launch import Launch, by_pallas
 from jaxml.axes import Array
 from jaxml.kernels import divide
-from jaxml.linear import vary
-from jaxml.target import INTERPRET_GPU, platform
 
 
 def backward(
-    rules: Rules, x: Inputs, out: Array, lse: Array, ct_out: Array, ct_lse: Array, wanted: tuple[str, ...]
+    rules: Rules,
+    x: Inputs,
+    out: Array,
+    lse: Array,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[str, ...],
+    launch: Launch = by_pallas,
 ) -> dict[str, Array]:
     """Gradients of the arrays named in `wanted`; those of bias and of score_mod's data by `blockwise`."""
     delta = blockwise.delta(out, lse, ct_out, ct_lse)
@@ -35,14 +40,14 @@ def backward(
     lse = folded_rows(jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING), p.fold)
     rows = [folded_queries(ct_out.astype(p.dtype), p.fold), lse, folded_rows(delta, p.fold)]
     if "query" in wanted:
-        dq = unfold(_queries(p, rows).swapaxes(1, 2), p.fold).swapaxes(1, 2)
+        dq = unfold(_queries(p, rows, launch).swapaxes(1, 2), p.fold).swapaxes(1, 2)
         grads["query"] = dq
     if "key" in wanted or "value" in wanted:
-        grads["key"], grads["value"] = _keys(p, rows)
+        grads["key"], grads["value"] = _keys(p, rows, launch)
     return {name: grads[name] for name in wanted}
 
 
-def _queries(p: Call, rows: list[Array]) -> Array:
+def _queries(p: Call, rows: list[Array], launch: Launch) -> Array:
     """dq [B, T, N, H]."""
     cut = blocks.gpu_cut(p.T, p.H, p.H2, p.dtype, "queries")
     ranges = Ranges(p, cut.rows, cut.columns, of_rows=True)
@@ -75,10 +80,10 @@ def _queries(p: Call, rows: list[Array]) -> Array:
         found = ranges.visit(bounds, batch, i, tile, empty)
         store_heads(dq, ((batch,), head), [a * p.missing for a in found], start, p.H, some_rows)
 
-    return _call(p, cut, ranges, kernel, rows, p.N, [p.x.query], 3 * p.H + 2 * p.H2, "queries")[0]
+    return _call(launch, p, cut, ranges, kernel, rows, p.N, [p.x.query], 3 * p.H + 2 * p.H2, "queries")[0]
 
 
-def _keys(p: Call, rows: list[Array]) -> list[Array]:
+def _keys(p: Call, rows: list[Array], launch: Launch) -> list[Array]:
     """dk [B, S, K, H] and dv [B, S, K, H2]."""
     cut = blocks.gpu_cut(p.T, p.H, p.H2, p.dtype, "keys")
     ranges = Ranges(p, cut.rows, cut.columns, of_rows=False)
@@ -117,7 +122,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
         store_heads(dk, ((batch,), key_head), [a * p.missing for a in sums[0]], start, p.H, some_keys)
         store_heads(dv, ((batch,), key_head), list(sums[1]), start, p.H2, some_keys)
 
-    return _call(p, cut, ranges, kernel, rows, p.K, [p.x.key, p.x.value], 2 * p.H + 2 * p.H2, "keys")
+    return _call(launch, p, cut, ranges, kernel, rows, p.K, [p.x.key, p.x.value], 2 * p.H + 2 * p.H2, "keys")
 
 
 def _slopes(p: Call, extra, place: Place, masked: bool, s, pull, norm, shift) -> tuple[Array, Array]:
@@ -127,19 +132,22 @@ def _slopes(p: Call, extra, place: Place, masked: bool, s, pull, norm, shift) ->
 
 
 def _call(
-    p: Call, cut, ranges: Ranges, kernel, rows: list[Array], heads: int, like: list[Array], widths: int, name: str
-):
+    launch: Launch,
+    p: Call,
+    cut: blocks.GpuCut,
+    ranges: Ranges,
+    kernel,
+    rows: list[Array],
+    heads: int,
+    like: list[Array],
+    widths: int,
+    name: str,
+) -> list[Array]:
     operands = [p.x.query, p.x.key, p.x.value, *rows, *ranges.arrays, *(o.array for o in p.operands)]
-    return pl.pallas_call(
-        kernel,
-        grid=(ranges.blocks, heads, p.B),
-        out_shape=[p.output(*a.shape, dtype=p.dtype) for a in like],
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * p.B * p.N * p.T * p.S * widths,
-            transcendentals=p.B * p.N * p.T * p.S,
-            bytes_accessed=2 * p.dtype.itemsize * (2 * p.x.query.size + p.x.key.size + p.x.value.size),
-        ),
-        interpret=platform() == INTERPRET_GPU,
-        name=f"flash_attention_backward_{name}",
-    )(*vary(operands, p.axes))
+    cost = pl.CostEstimate(
+        flops=2 * p.B * p.N * p.T * p.S * widths,
+        transcendentals=p.B * p.N * p.T * p.S,
+        bytes_accessed=2 * p.dtype.itemsize * (2 * p.x.query.size + p.x.key.size + p.x.value.size),
+    )
+    results, grid = [p.output(*a.shape, dtype=p.dtype) for a in like], (ranges.blocks, heads, p.B)
+    return launch(kernel, operands, results, grid, cut, f"flash_attention_backward_{name}", p.axes, cost)

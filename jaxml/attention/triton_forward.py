@@ -1,4 +1,4 @@
-"""The forward pass on GPUs from Ampere on: a Pallas kernel for Triton.
+"""The forward pass on GPUs from Ampere on: a kernel for Triton, in the terms of Pallas.
 
 A program holds a block of queries of one head and walks the keys that it sees; blocks that the mask leaves whole have a
 loop of their own. Few queries share their keys among programs, whose parts are put together afterwards.
@@ -16,45 +16,42 @@ from jaxml.attention import blocks
 from jaxml.attention.fold import unfold
 from jaxml.attention.gpu_arrays import Call, Place, Ranges, load_heads, pieces, shape_of, store_heads
 from jaxml.attention.tiles import HIDDEN, LOG2E, Inputs, Rules, add_sinks, keep, shape2
+from jaxml.attention.triton_launch import Launch, by_pallas
 from jaxml.axes import Array, Float, wide
 from jaxml.kernels import divide, remainder
-from jaxml.linear import vary
 from jaxml.target import INTERPRET_GPU, platform
 
 
-def forward(rules: Rules, x: Inputs) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
+def forward(
+    rules: Rules, x: Inputs, launch: Launch = by_pallas
+) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
     """(output in query's dtype, log-sum-exp of each row's logits, −inf where it sees nothing)."""
     p = Call(rules, x)
-    out, lse = _attend(p)
+    out, lse = _attend(p, launch)
     out, lse = unfold(out.swapaxes(1, 2), p.fold), unfold(lse, p.fold)
     if x.sinks is not None:
         out, lse = add_sinks(out, lse, x.sinks[None, :, None])
     return out.swapaxes(1, 2).astype(x.query.dtype), lse
 
 
-def _attend(p: Call) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
+def _attend(p: Call, launch: Launch) -> tuple[Float[Array, "B T N H2"], Float[Array, "B N T"]]:
     """The kernel's call; no sinks."""
     cut = blocks.gpu_cut(p.T, p.H, p.H2, p.dtype)
     ranges = Ranges(p, cut.rows, cut.columns, of_rows=True)
     splits = blocks.splits(p.B * p.N * ranges.blocks, ranges.others)
     out_dtype = p.dtype if splits == 1 else p.wide
     operands = [p.x.query, p.x.key, p.x.value, *ranges.arrays, *(o.array for o in p.operands)]
-    out, lse = pl.pallas_call(
-        _kernel(p, cut, ranges, splits),
-        grid=(ranges.blocks * splits, p.N, p.B),
-        out_shape=[
-            p.output(splits, p.B, p.T, p.N, p.H2, dtype=out_dtype),
-            p.output(splits, p.B, p.N, p.T, dtype=p.wide),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=cut.warps, num_stages=cut.stages),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * p.B * p.N * p.T * p.S * (p.H + p.H2),
-            transcendentals=p.B * p.N * p.T * p.S,
-            bytes_accessed=p.dtype.itemsize * (p.x.query.size + p.x.key.size + p.x.value.size),
-        ),
-        interpret=platform() == INTERPRET_GPU,
-        name="flash_attention_forward",
-    )(*vary(operands, p.axes))
+    cost = pl.CostEstimate(
+        flops=2 * p.B * p.N * p.T * p.S * (p.H + p.H2),
+        transcendentals=p.B * p.N * p.T * p.S,
+        bytes_accessed=p.dtype.itemsize * (p.x.query.size + p.x.key.size + p.x.value.size),
+    )
+    results = [
+        p.output(splits, p.B, p.T, p.N, p.H2, dtype=out_dtype),
+        p.output(splits, p.B, p.N, p.T, dtype=p.wide),
+    ]
+    kernel, grid = _kernel(p, cut, ranges, splits), (ranges.blocks * splits, p.N, p.B)
+    out, lse = launch(kernel, operands, results, grid, cut, "flash_attention_forward", p.axes, cost)
     return put_together(out, lse)
 
 

@@ -1,4 +1,4 @@
-"""Paged decoding on GPUs from Ampere on: a Pallas kernel for Triton.
+"""Paged decoding on GPUs from Ampere on: a kernel for Triton, in the terms of Pallas.
 
 A program holds the queries of all heads that share a key head and walks the pages of its row, or a share of them where
 there are too few programs to fill a GPU; the parts are put together afterwards.
@@ -12,17 +12,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from jaxml import triton_call
 from jaxml.attention import blocks
 from jaxml.attention.gpu_arrays import load_heads, pieces, store_heads
 from jaxml.attention.tiles import HIDDEN, LOG2E, shape2
 from jaxml.attention.tpu_paged import Rules
 from jaxml.attention.triton_forward import product, put_together, sum_of
+from jaxml.attention.triton_launch import Launch, by_pallas
 from jaxml.axes import Array, Float, Int, wide
 from jaxml.kernels import divide, remainder
 from jaxml.linear import vary, varying_axes
 from jaxml.target import INTERPRET_GPU, platform
 
-KEYS = 64  # of a turn, where a page has as many
+CUT = blocks.GpuCut(rows=16, columns=64, warps=4, stages=3)  # rows at least, columns where a page has as many
 
 
 def supports(query, key, value, table) -> str | None:
@@ -41,41 +43,43 @@ def supports(query, key, value, table) -> str | None:
     return None
 
 
+def jax_triton_supports(query, key, value, table) -> str | None:
+    """Why the kernel cannot compute the call as source of Triton, or None."""
+    return supports(query, key, value, table) or triton_call.unsupported()
+
+
 def attend(
-    rules: Rules, query: Array, key: Array, value: Array, table: Int[Array, "B n"], lengths: Int[Array, "B"]
+    rules: Rules,
+    query: Array,
+    key: Array,
+    value: Array,
+    table: Int[Array, "B n"],
+    lengths: Int[Array, "B"],
+    launch: Launch = by_pallas,
 ) -> tuple[Float[Array, "B T N H2"], Float[Array, "B T N"]]:
     """(output in float32 or wider, log-sum-exp)."""
     (B, T, N, H), (P, page, _) = query.shape, key.shape
     K, dtype = rules.num_heads, wide(query.dtype)
     group, H2 = N // K, value.shape[2] // K
-    columns = min(KEYS, page & -page)
+    columns = min(CUT.columns, page & -page)
     axes = varying_axes(query, key, value, table, lengths)
     q = query.reshape(B, T, K, group, H).swapaxes(2, 3).reshape(B, T * group, K, H)  # the rows of a key head together
-    rows = max(16, 1 << (T * group - 1).bit_length())
+    rows = max(CUT.rows, 1 << (T * group - 1).bit_length())
     splits = blocks.splits(B * K, table.shape[1] * page // columns)
     like = jax.typeof(vary(query, axes)).manual_axis_type
-    out, lse = pl.pallas_call(
-        _kernel(rules, T, group, rows, H, H2, page, columns, splits),
-        grid=(splits, K, B),
-        out_shape=[
-            jax.ShapeDtypeStruct((splits, B, T * group, K, H2), dtype, manual_axis_type=like),
-            jax.ShapeDtypeStruct((splits, B, K, T * group), dtype, manual_axis_type=like),
-        ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
-        interpret=platform() == INTERPRET_GPU,
-        name="paged_attention",
-    )(
-        *vary(
-            [
-                q.astype(key.dtype),
-                key.reshape(P, page, K, H),
-                value.reshape(P, page, K, H2),
-                table.astype(jnp.int32),
-                lengths.astype(jnp.int32),
-            ],
-            axes,
-        )
-    )
+    operands = [
+        q.astype(key.dtype),
+        key.reshape(P, page, K, H),
+        value.reshape(P, page, K, H2),
+        table.astype(jnp.int32),
+        lengths.astype(jnp.int32),
+    ]
+    results = [
+        jax.ShapeDtypeStruct((splits, B, T * group, K, H2), dtype, manual_axis_type=like),
+        jax.ShapeDtypeStruct((splits, B, K, T * group), dtype, manual_axis_type=like),
+    ]
+    kernel = _kernel(rules, T, group, rows, H, H2, page, columns, splits)
+    out, lse = launch(kernel, operands, results, (splits, K, B), CUT, "paged_attention", axes)
     out, lse = put_together(out, lse)
     turn = lambda a: a.reshape(B, T, group, K, -1).swapaxes(2, 3).reshape(B, T, N, -1)
     return turn(out), turn(lse.swapaxes(1, 2))[..., 0]

@@ -11,8 +11,6 @@ measurement says how many rows it is for.
 """
 
 import dataclasses
-import functools
-import importlib.metadata
 import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from jaxml import triton_call
 from jaxml.axes import Array, Float, Params
 from jaxml.linear import vary, varying_axes
 from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, named, platform
@@ -126,7 +125,7 @@ def _device(name: str, dtype) -> str | None:
             return f"it computes in float32, bfloat16 and float16, x is {jnp.dtype(dtype).name}"
         if name == "mosaic_gpu":
             return _not_on_hopper(dtype)
-        return _without_jax_triton(platform()) if name == "jax_triton" else None
+        return triton_call.unsupported() if name == "jax_triton" else None
     from jaxml.attention import blocks  # where it is used: it brings Pallas along
 
     if reason := blocks.unsupported():
@@ -142,20 +141,6 @@ def _not_on_hopper(dtype) -> str | None:
     if compute_capability() != HOPPER:
         return f"it needs a Hopper GPU (compute capability 9.0), this one has {compute_capability() / 10:.1f}"
     return "it computes in bfloat16 and float16, x is float32" if dtype == jnp.float32 else None
-
-
-@functools.cache
-def _without_jax_triton(where: str) -> str | None:
-    """Why Triton's own kernels cannot be called, or None."""
-    needs = ("triton", "torch") if where == INTERPRET_GPU else ("triton", "jax-triton")
-    for package in needs:
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return f"it needs the package {package}: python -m pip install 'jaxml[cuda]'"
-    if where != INTERPRET_GPU and version in ("0.3.1", "0.4.0", "0.4.1") and jax.__version_info__ >= (0, 12):
-        return f"jax-triton {version} fails with jax {jax.__version__}: it wants jax below 0.12, or a newer jax-triton"
-    return None
 
 
 def _not_by_itself(name: str) -> str | None:

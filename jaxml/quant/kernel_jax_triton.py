@@ -5,19 +5,18 @@ codes is looked up in a table of sixteen numbers that stays in the L1 cache, and
 halves of a byte are neighbours in a row: each has a product of its own, with the even or the odd columns of x.
 """
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 
+from jaxml import triton_call
 from jaxml.axes import Array, Float
 from jaxml.quant import codebook
 from jaxml.quant.qarray import NESTED_BLOCK, QArray
-from jaxml.target import INTERPRET_GPU, compute_capability, named, platform
+from jaxml.target import INTERPRET_GPU, platform
 
 ROWS = 16  # of x in a tile: the least that tensor cores multiply
 BYTES = 64  # of a tile of codes
@@ -52,12 +51,11 @@ def product(q: QArray, x: Float[Array, "... M C"], along: bool) -> Float[Array, 
         WIDE=platform() == INTERPRET_GPU and x.dtype == jnp.bfloat16,
     )  # fmt: skip
     arguments = rows, q.codes, q.scales, *nested, values, jnp.asarray(codebook.dynamic(), jnp.float32)
-    y = _call(arguments, partial, (kept, down, L * splits), sizes)
+    (y,) = triton_call.call(_product, list(arguments), [partial], (kept, down, L * splits), warps=4, stages=4, **sizes)
     y = y[:, 0] if splits == 1 else jnp.sum(y, axis=1).astype(x.dtype)
     return y.reshape(*x.shape[:-1], N)
 
 
-@triton.jit
 def _product(
     x, codes, scales, nested, offset, values, dynamic, y,
     M: tl.constexpr, R: tl.constexpr, HELD: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr,
@@ -127,34 +125,3 @@ def _product(
         out = first
         n = tl.program_id(0) * BB + tl.arange(0, BB)
     tl.store(y + m[:, None] * N + n[None, :], out.to(y.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
-
-
-def _call(arguments: tuple, out: jax.ShapeDtypeStruct, grid: tuple[int, int, int], sizes: dict) -> Array:
-    if platform() == INTERPRET_GPU:
-        return jax.pure_callback(functools.partial(_interpreted, out, grid, sizes), out, *arguments)
-    import jax_triton
-
-    return jax_triton.triton_call(
-        *arguments,
-        kernel=_product,
-        out_shape=out,
-        grid=grid,
-        num_warps=4,
-        num_stages=4,
-        compute_capability=compute_capability() if named() else None,
-        **sizes,
-    )
-
-
-def _interpreted(out: jax.ShapeDtypeStruct, grid: tuple[int, int, int], sizes: dict, *arguments: Array) -> np.ndarray:
-    """The same by Triton's interpreter, which wants PyTorch."""
-    import torch
-    from triton.runtime.interpreter import InterpretedFunction
-
-    def tensor(a):
-        bits = np.array(a).view(np.int16 if a.dtype == jnp.bfloat16 else a.dtype)
-        return torch.from_numpy(bits).view(torch.bfloat16) if a.dtype == jnp.bfloat16 else torch.from_numpy(bits)
-
-    y = tensor(np.zeros(out.shape, out.dtype))
-    InterpretedFunction(_product.fn)[grid](*[tensor(a) for a in arguments], y, **sizes)
-    return y.view(torch.int16).numpy().view(out.dtype) if out.dtype == jnp.bfloat16 else y.numpy()
