@@ -31,7 +31,7 @@ from jaxml.attention.cases import CASES, Case
 from jaxml.extras import version
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("mosaic_gpu", "triton", "jax_triton", "blockwise")
+OURS = ("mosaic_gpu", "mosaic_gpu_fused", "triton", "jax_triton", "blockwise")
 SUBJECTS = ("correct", "grid", "models", "packed", "lengths", "decoding")
 ROUNDS, TOKENS, WIDTHS = 25, 16384, 2048
 
@@ -158,7 +158,7 @@ def errors(case: Case) -> dict:
     parts = ("out", "lse", "dq", "dk", "dv")
     found = {}
     for by in ("reference", *OURS, "cudnn"):
-        dtypes = ("bfloat16",) if by in ("mosaic_gpu", "cudnn") else ("bfloat16", "float32")
+        dtypes = ("bfloat16",) if by in ("mosaic_gpu", "mosaic_gpu_fused", "cudnn") else ("bfloat16", "float32")
         for dtype in dtypes:
             try:
                 got = run(by, jnp.dtype(dtype), jax.devices()[0])

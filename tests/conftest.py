@@ -2,11 +2,15 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import jax
 import pytest
+
+# Thousands of small programs, each run once or a few times: what matters is that they compile quickly.
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if jax.__version_info__ < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # half the time of compiling; later XLA has nothing else
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
@@ -14,6 +18,13 @@ jax.config.update("jax_numpy_dtype_promotion", "standard")
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
+    # A program that another test, or the last run, has compiled is read from here; a folder a worker, since JAX does
+    # not write its files whole.
+    folder = config.cache.mkdir("xla") / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Orbax and its dependencies, on import; nothing of ours.
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:orbax.*")
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:etils.*")
@@ -21,9 +32,8 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def quick_compiles(request):
-    """Where arrays are small and programs many, each run once or a few times, compiling quickly is what matters."""
-    quick = {"attention", "kan", "optim", "quant", "tune", "test_docs"} & {request.path.parent.name, request.path.stem}
-    jax.config.update("jax_disable_most_optimizations", bool(quick))
+    """XLA optimises nothing, but for the tests of what it makes of activations' arithmetic."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem != "test_numerics")
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -16,6 +16,7 @@ from jaxml.target import platform
 BLOCKWISE = Backend("blockwise", blockwise.supports, blockwise.forward, blockwise.backward)
 MOSAIC_TPU = Backend("mosaic_tpu", pallas_tpu.supports, pallas_tpu.forward, pallas_tpu.backward)
 MOSAIC_GPU = Backend("mosaic_gpu", pallas_hopper.supports, pallas_hopper.forward, pallas_hopper.backward)
+FUSED = Backend("mosaic_gpu_fused", pallas_hopper.fused_supports, pallas_hopper.forward, pallas_hopper.fused_backward)
 TRITON = Backend("triton", pallas_triton.supports, pallas_triton.forward, pallas_triton.backward)
 JAX_TRITON = Backend(
     "jax_triton",
@@ -25,10 +26,10 @@ JAX_TRITON = Backend(
 )
 CUDNN = Backend("cudnn", cudnn.supports, cudnn.forward, cudnn.backward)
 REFERENCE = Backend("reference", blockwise.supports, reference.attend, blockwise.backward)
-BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, TRITON, JAX_TRITON, CUDNN, BLOCKWISE)}
+BACKENDS = {b.name: b for b in (MOSAIC_TPU, MOSAIC_GPU, FUSED, TRITON, JAX_TRITON, CUDNN, BLOCKWISE)}
 ORDER = {"tpu": ("mosaic_tpu", "blockwise")}  # elsewhere blockwise alone
 UNTRIED = "it has not run on a GPU yet; name it to take it"
-BY_NAME = dict.fromkeys(("mosaic_gpu", "triton", "jax_triton", "cudnn"), UNTRIED)
+BY_NAME = dict.fromkeys(("mosaic_gpu", "mosaic_gpu_fused", "triton", "jax_triton", "cudnn"), UNTRIED)
 
 
 def flash_attention(

@@ -22,6 +22,7 @@ from jaxml.linear import vary
 
 ROWS = 64  # of what a warp group multiplies
 WIDE = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)  # rows of 64 numbers of 16 bits
+WIDE_FLOAT32 = plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128)
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 
@@ -44,15 +45,26 @@ class Call(gpu_arrays.Call):
         tile = jax.lax.axis_index("tile")
         return remainder(tile, heads), remainder(divide(tile, heads), self.B), divide(tile, heads * self.B)
 
-    def launch(self, kernel, ranges: Ranges, rows: list[Array], heads: int, out: list, groups: int, scratch: list):
+    def launch(
+        self,
+        kernel,
+        ranges: Ranges,
+        rows: list[Array],
+        heads: int,
+        out: list,
+        groups: int,
+        scratch: list,
+        sums: tuple[Any, ...] = (),
+    ):
         """The kernel's results: a program for each block of `ranges` and each head of each batch row.
 
         Args:
-            kernel: takes query, key, value, `rows`, the arrays of `ranges`, the operands, results, scratch.
+            kernel: takes query, key, value, `rows`, the arrays of `ranges`, the operands, `sums`, results, scratch.
             groups: warp groups that compute; one more copies.
+            sums: references to arrays (of `pl.run_state`) that all programs add to.
         """
         operands = [self.query, self.key, self.value, *rows, *ranges.arrays, *(o.array for o in self.operands)]
-        return plgpu.kernel(
+        call = plgpu.kernel(
             kernel,
             out_type=out,
             grid=(ranges.blocks * self.B * heads,),
@@ -61,7 +73,10 @@ class Call(gpu_arrays.Call):
             thread_name="group",
             scratch_types=scratch,
             compiler_params=COMPILER,
-        )(*vary(operands, self.axes))
+        )
+        # Until 0.10 what `plgpu.kernel` returns can be mapped, but takes no references; what it is made of does.
+        call = getattr(call, "fun", call) if sums else call
+        return call(*vary(operands, self.axes), *sums)
 
     def rows_of(self, place: Place) -> Array:
         shape = gpu_arrays.shape_of(place)

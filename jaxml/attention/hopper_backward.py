@@ -1,9 +1,12 @@
-"""The backward pass on Hopper GPUs, deterministic: two Pallas kernels for Mosaic GPU.
+"""The backward pass on Hopper GPUs: two Pallas kernels for Mosaic GPU, or one.
 
 In the one for the queries' gradients a warp group holds 64 queries and walks keys; its last product is under way while
 it works out the next tile. In the one for the keys' it holds 64 keys and walks the queries of all heads that share
 them. Where the head dim is too wide for a group to sum both gradients of its keys, one of two sums the keys' and the
 other the values'.
+
+Fused, the latter does all: five products a tile instead of seven. Its programs add to the queries' gradients in memory,
+in any order, so that the last bits of those differ from run to run.
 
 Reference:
     Shah et al. 2024, "FlashAttention-3", algorithm 3.
@@ -17,16 +20,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxml.attention import blocks, blockwise
 from jaxml.attention.fold import folded_queries, folded_rows, unfold
 from jaxml.attention.gpu_arrays import Place, Ranges
-from jaxml.attention.hopper_arrays import ROWS, Call, feed, load, load_along, meet, registers, shared, spread
+from jaxml.attention.hopper_arrays import (
+    ROWS,
+    WIDE_FLOAT32,
+    Call,
+    feed,
+    load,
+    load_along,
+    meet,
+    registers,
+    shared,
+    spread,
+)
 from jaxml.attention.tiles import LOG2E, NOTHING, Inputs, Rules
 from jaxml.axes import Array
 from jaxml.kernels import divide, padded, remainder
+from jaxml.linear import vary
 
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
+PART = 64  # of the head dim, of which a group adds up the queries' gradients at once
 
 
 def backward(
-    rules: Rules, x: Inputs, out: Array, lse: Array, ct_out: Array, ct_lse: Array, wanted: tuple[str, ...]
+    rules: Rules,
+    x: Inputs,
+    out: Array,
+    lse: Array,
+    ct_out: Array,
+    ct_lse: Array,
+    wanted: tuple[str, ...],
+    fused: bool = False,
 ) -> dict[str, Array]:
     """Gradients of the arrays named in `wanted`; those of bias and of score_mod's data by `blockwise`."""
     delta = blockwise.delta(out, lse, ct_out, ct_lse)
@@ -34,15 +57,22 @@ def backward(
     lse = jnp.where(lse > -jnp.inf, lse * LOG2E, NOTHING)
     (_, T, _, H), H2 = x.query.shape, x.value.shape[3]
     cut = lambda which: blocks.hopper_cut(T, H, H2, x.query.dtype, which)
-    if "query" in wanted:
+    fused = fused and {"query", "key", "value"} <= set(wanted)
+    if "query" in wanted and not fused:
         p = Call(rules, x, cut("queries"), (lse, ct_out))
-        dq = _queries(p, _rows(p, ct_out, lse, delta))[:, : p.T, :, : p.H]
-        grads["query"] = unfold(dq.swapaxes(1, 2), p.fold).swapaxes(1, 2)
+        grads["query"] = _unfolded(p, _queries(p, _rows(p, ct_out, lse, delta)))
     if "key" in wanted or "value" in wanted:
         p = Call(rules, x, cut("keys"), (lse, ct_out), turned=True)
-        dk, dv = _keys(p, _rows(p, ct_out, lse, delta))
+        dk, dv, *dq = _keys(p, _rows(p, ct_out, lse, delta), fused)
+        if fused:
+            grads["query"] = _unfolded(p, dq[0])
         grads["key"], grads["value"] = dk[:, : p.S, :, : p.H], dv[:, : p.S, :, : p.H2]
     return {name: grads[name] for name in wanted}
+
+
+def _unfolded(p: Call, dq: Array) -> Array:
+    """The queries' gradients without what their array was lengthened by."""
+    return unfold(dq[:, : p.T, :, : p.H].swapaxes(1, 2), p.fold).swapaxes(1, 2)
 
 
 def _rows(p: Call, ct_out: Array, lse: Array, delta: Array) -> list[Array]:
@@ -154,14 +184,18 @@ def _queries(p: Call, rows: list[Array]) -> Array:
     return p.launch(flash_attention_backward_queries, ranges, rows, p.N, out, groups, scratch)[0]
 
 
-def _keys(p: Call, rows: list[Array]) -> list[Array]:
-    """dk and dv, of the shapes of `p.key` and `p.value`."""
+def _keys(p: Call, rows: list[Array], fused: bool = False) -> list[Array]:
+    """dk and dv, of the shapes of `p.key` and `p.value`; fused, also dq, of that of `p.query`."""
     cut, groups, tiles = p.cut, 2, p.cut.columns // ROWS  # with fewer tiles than groups, each sums one gradient
     stages = cut.stages
     ranges = Ranges(p, cut.rows, cut.columns, of_rows=False)
 
     def flash_attention_backward_keys(query, key, value, ct, lse, delta, *refs):
+        if fused:
+            *refs, ds_s, part_s = refs
         *refs, dk, dv, k_s, v_s, q_s, g_s, lse_s, delta_s, here, q_here, g_here, q_free, g_free, done = refs
+        if fused:
+            *refs, dq = refs
         bounds, extra = refs[: len(ranges.arrays)], refs[len(ranges.arrays) :]
         group = jax.lax.axis_index("group")
         key_head, batch, j = p.program(p.K)
@@ -188,6 +222,28 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
                     feed(m, stages, at, (query, q_s, q_here, q_free), (ct, g_s, g_here, g_free))
                     plgpu.copy_gmem_to_smem(lse.at[of], lse_s.at[slot(m)], q_here.at[slot(m)])
                     plgpu.copy_gmem_to_smem(delta.at[of], delta_s.at[slot(m)], g_here.at[slot(m)])
+
+        def add_to_queries(m, head, i):
+            """Of the slopes that both groups have written: a group takes half of the head dim, or every other tile."""
+            plgpu.barrier_wait(done)  # by now the slopes of the tile before the last are read: two have room
+
+            def share(columns):
+                def product(ref):
+                    for t in range(tiles):
+                        plgpu.wgmma(ref, ds_s.at[remainder(m, 2), t].transpose((1, 0)), k_s.at[t, :, columns])
+                    return ref[...]
+
+                part = pl.run_scoped(product, plgpu.ACC((ROWS, PART), jnp.float32))
+                plgpu.wait_smem_to_gmem(0)
+                part_s.at[group][...] = part
+                plgpu.commit_smem()
+                at = batch, pl.ds(i * cut.rows, ROWS), head, columns
+                plgpu.copy_smem_to_gmem(part_s.at[group], dq.at[at], reduction_op="add")
+
+            if p.width == groups * PART:
+                share(pl.ds(group * PART, PART))
+            else:
+                pl.when(remainder(m, groups) == group)(lambda: share(pl.ds(0, PART)))
 
         def sums(t, of_key: bool, of_value: bool):
             """The gradients that a group holds, of the keys of tile t."""
@@ -232,9 +288,16 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
                     if of_value:
                         plgpu.wgmma(refs[0], reached, g)
                     if of_key:
-                        plgpu.wgmma(refs[-1], ds, q)
+                        plgpu.wgmma(refs[-1], slopes if fused else ds, q)
 
+                if fused:
+                    slopes = ds_s.at[remainder(m, 2), t]
+                    slopes[...] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(done)
                 carry = pl.run_state(add)(tuple(map(plgpu.ACC.init, carry)))
+                if fused:
+                    add_to_queries(m, head, i)
                 plgpu.barrier_arrive(q_free.at[slot(m)])
                 plgpu.barrier_arrive(g_free.at[slot(m)])
                 return carry
@@ -248,7 +311,7 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
 
             found = (zeros(p.width2),) * of_value + (zeros(p.width),) * of_key
             found = one_head(0, found) if p.group == 1 else jax.lax.fori_loop(0, p.group, one_head, found)
-            if tiles < groups:  # whose memory the results take, the other one may still read
+            if tiles < groups or fused:  # whose memory the results take, the other one may still read
                 meet(done)
             at = batch, pl.ds(start, ROWS), key_head
             if of_value:
@@ -283,4 +346,18 @@ def _keys(p: Call, rows: list[Array]) -> list[Array]:
         plgpu.Barrier(num_arrivals=groups),
     ]
     out = [p.output(*a.shape, dtype=p.dtype) for a in (p.key, p.value)]
-    return p.launch(flash_attention_backward_keys, ranges, rows, p.K, out, groups, scratch)
+    if not fused:
+        return p.launch(flash_attention_backward_keys, ranges, rows, p.K, out, groups, scratch)
+    assert cut.rows == ROWS and tiles == groups and p.width in (PART, groups * PART), (cut, p.width)
+    scratch += [
+        shared(2, tiles, ROWS, ROWS, dtype=p.dtype),
+        plgpu.SMEM((groups, ROWS, PART), jnp.float32, transforms=WIDE_FLOAT32),
+    ]
+
+    def run(refs):
+        dk, dv, dq = refs
+        dk[...], dv[...] = p.launch(flash_attention_backward_keys, ranges, rows, p.K, out, groups, scratch, (dq,))
+
+    zeros = lambda like, dtype: vary(jnp.zeros(like.shape, dtype), p.axes)
+    dk, dv, dq = pl.run_state(run)((zeros(p.key, p.dtype), zeros(p.value, p.dtype), zeros(p.query, jnp.float32)))
+    return [dk, dv, (dq * p.missing).astype(p.dtype)]

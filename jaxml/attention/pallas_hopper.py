@@ -1,4 +1,7 @@
-"""The GPU backend `mosaic_gpu`: which calls it computes. The kernels: hopper_forward.py, hopper_backward.py."""
+"""The GPU backends `mosaic_gpu` and `mosaic_gpu_fused`: which calls they compute.
+
+The kernels are in hopper_forward.py and hopper_backward.py; the two differ in the backward pass.
+"""
 
 import jax.numpy as jnp
 
@@ -19,6 +22,12 @@ def backward(rules: Rules, x: Inputs, *args):
     return hopper_backward.backward(rules, x, *args)
 
 
+def fused_backward(rules: Rules, x: Inputs, *args):
+    from jaxml.attention import hopper_backward
+
+    return hopper_backward.backward(rules, x, *args, fused=True)
+
+
 def supports(rules: Rules, x: Inputs) -> str | None:
     """Why the kernels cannot compute the call, or None."""
     if platform() != "gpu":
@@ -30,3 +39,10 @@ def supports(rules: Rules, x: Inputs) -> str | None:
     if max(x.query.shape[3], x.value.shape[3]) > 256:
         return f"head dims are at most 256, got {x.query.shape[3]} and {x.value.shape[3]}"
     return tiles.outside_kernels(rules, x)
+
+
+def fused_supports(rules: Rules, x: Inputs) -> str | None:
+    """Why they cannot with the backward pass in one kernel, or None."""
+    if max(x.query.shape[3], x.value.shape[3]) > 128:
+        return f"head dims are at most 128, got {x.query.shape[3]} and {x.value.shape[3]}"
+    return supports(rules, x)

@@ -272,10 +272,12 @@ def _to_shared(source: Ref, target: Ref, barrier) -> None:
     _machine().wait()
 
 
-def _to_global(source: Ref, target: Ref) -> None:
+def _to_global(source: Ref, target: Ref, reduction_op: str | None = None) -> None:
     assert source.shape == target.shape, (source.shape, target.shape)
     assert _machine().me() not in source.memory.dirty, "shared memory is stored before commit_smem()"
-    _here.stores.append(lambda: target.write(source.read()))
+    assert reduction_op in (None, "add"), reduction_op
+    before = (lambda: target.read(beyond=True)) if reduction_op else (lambda: 0)
+    _here.stores.append(lambda: target.write(before() + source.read()))
 
 
 def _flush_stores(*_, **__) -> None:
@@ -306,7 +308,7 @@ def _wgmma(acc: Accumulator, a, b: Ref) -> None:
 
 
 def _products(most: int) -> None:
-    while len(_here.products) > most:
+    while len(getattr(_here, "products", ())) > most:  # a state around a whole kernel has none
         _here.products.pop(0)()
 
 
@@ -363,7 +365,7 @@ def _fori(low, high, body, carry, **_):
 def _kernel(seed: int, body, *, out_type, grid, grid_names, num_threads, thread_name, scratch_types, **_):
     def call(*operands):
         outs = [Memory(np.full(o.shape, np.nan, o.dtype), False) for o in out_type]
-        arrays = [Memory(np.asarray(a), False) for a in operands]
+        arrays = [Memory(np.array(a[...]), False) for a in operands]
         for place in np.ndindex(*grid):
             machine = Machine(seed + hash(place))
             machine.memories = []
@@ -377,6 +379,9 @@ def _kernel(seed: int, body, *, out_type, grid, grid_names, num_threads, thread_
             refs = [m.ref() for m in (*arrays, *outs)]
             axes = dict(zip(grid_names, map(jnp.int32, place)))
             machine.run(lambda refs=refs, scratch=scratch: body(*refs, *scratch), num_threads, axes)
+        for a, memory in zip(operands, arrays):
+            if isinstance(a, Plain):  # a reference
+                a[...] = jnp.asarray(memory.array)
         return [jnp.asarray(m.array) for m in outs]
 
     return call

@@ -26,13 +26,13 @@ def forward(case):
     equal(ours, reference.attend(rules, x))
 
 
-def backward(case):
+def backward(case, fused=False):
     rules, x, _ = normalise(*case.arrays(), **case.kwargs())
     out, lse = reference.attend(rules, x)
     cotangent = lambda a, f: f(jnp.arange(a.size, dtype=jnp.float32)).reshape(a.shape)
     arguments = rules, x, out, lse, cotangent(out, jnp.sin), cotangent(lse, jnp.cos), ("query", "key", "value")
     with simulated(), target("NVIDIA H100"):
-        ours = hopper_backward.backward(*arguments)
+        ours = hopper_backward.backward(*arguments, fused=fused)
     theirs = blockwise.backward(*arguments)
     equal([ours[n] for n in theirs], [theirs[n] for n in theirs])
 
@@ -67,6 +67,17 @@ def test_forward(name, sizes):
 @pytest.mark.parametrize("name, sizes", CALLS)
 def test_backward(name, sizes):
     backward(by_name[name].scaled(**sizes))
+
+
+@pytest.mark.parametrize("name, sizes", CALLS)
+def test_fused_backward(name, sizes):
+    backward(by_name[name].scaled(**sizes), fused=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("H, H2", [(128, 128), (128, 64), (40, 128)])
+def test_widths_fused(H, H2):
+    backward(by_name["causal"].scaled(T=270, N=2, K=1, H=H, H2=H2), fused=True)
 
 
 @pytest.mark.slow

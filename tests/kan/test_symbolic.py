@@ -112,18 +112,14 @@ def test_what_is_wrong_is_told():
 
 @pytest.mark.slow
 def test_data_become_a_formula_by_one_call():
-    found = 0
-    for seed in range(3):  # two of three
-        one, two = jax.random.split(jax.random.key(seed))
-        x = jax.random.uniform(one, (1000, 2), minval=-1.0)
-        y = jnp.exp(jnp.sin(jnp.pi * x[:, 0]) + x[:, 1] ** 2)
-        discovery = kan.discover(two, x, y, widths=[2, 5, 1], names=["x", "y"])
-        found += str(discovery.formulas[0]) == "exp(y**2 + sin(3.1416*x))"
-        if found == 2:
-            break
-    assert found == 2
+    one, two = jax.random.split(jax.random.key(0))
+    x = jax.random.uniform(one, (1000, 2), minval=-1.0)
+    y = jnp.exp(jnp.sin(jnp.pi * x[:, 0]) + x[:, 1] ** 2)
+    discovery = kan.discover(two, x, y, widths=[2, 5, 1], names=["x", "y"])
+    assert str(discovery.formulas[0]) == "exp(y**2 + sin(3.1416*x))"
 
 
+@pytest.mark.slow
 def test_discovery_speaks_in_the_units_of_the_data():
     x = jax.random.uniform(jax.random.key(0), (300, 1), minval=100.0, maxval=300.0)
     y = 5e4 + 2e4 * jnp.exp(-x[:, 0] / 50)

@@ -59,6 +59,7 @@ def test_semicolons_and_byte_order_marks_are_read(tmp_path):
         table.read(path, "y")
 
 
+@pytest.mark.slow
 def test_the_command_finds_a_formula_and_writes_its_files(tmp_path, capsys):
     path = written(tmp_path, ["a,word,same,y", *ROWS])
     out = tmp_path / "out"
