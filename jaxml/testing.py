@@ -99,7 +99,7 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
     device = _tpus(chip)[0]
     sharding = SingleDeviceSharding(device)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with _as_on(device.device_kind, 1, "tpu"), target(f"TPU {chip}"):
+    with _as_on(device.device_kind, 1, "tpu"), target(f"TPU {chip}"), _without_compilation_cache():
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, tuple(arguments))).compile()
 
 
@@ -156,7 +156,7 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
     topology = topologies.get_topology_desc("", "cuda", target_config=_gpu_config(device_kind), topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with target(device_kind), tempfile.TemporaryDirectory() as folder:
+    with target(device_kind), _without_compilation_cache(), tempfile.TemporaryDirectory() as folder:
         triton, mosaic, called = (Path(folder, name) for name in ("triton", "mosaic", "called"))
         mosaic.mkdir()
         with _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(mosaic)), _jax_triton_dumps(called):
@@ -167,6 +167,21 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
         logs += [_assembled(file, device_kind, _assembler_of_triton()) for file in called.glob("*/*.ptx")]
         logs += [file.read_text() for file in sorted(mosaic.glob("*.ptxas"))]
         return compiled, [kernel for log in logs for kernel in _kernels(log)]
+
+
+@contextlib.contextmanager
+def _without_compilation_cache():
+    """What is compiled for a device that is not there cannot be read back."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it has looked at the setting once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager

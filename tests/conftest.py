@@ -1,5 +1,6 @@
 """Strict by default: 8 CPU devices, rank promotion raises, warnings are errors."""
 
+import gc
 import os
 
 import jax
@@ -12,6 +13,7 @@ if jax.__version_info__ < (0, 11):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+gc.set_threshold(100_000, 50, 1000)  # a tenth of the time of tracing is the collector's
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 
@@ -21,7 +23,6 @@ def pytest_configure(config):
     # A program that another test, or the last run, has compiled is read from here; a folder a worker, since JAX does
     # not write its files whole.
     folder = config.cache.mkdir("xla") / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -32,8 +33,9 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def quick_compiles(request):
-    """XLA optimises nothing, but for the tests of what it makes of activations' arithmetic."""
-    jax.config.update("jax_disable_most_optimizations", request.path.stem != "test_numerics")
+    """XLA optimises nothing, but where tests ask for it (the marker `optimised`) or run a real model."""
+    optimised = request.node.get_closest_marker("optimised") or "smollm2" in request.fixturenames
+    jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

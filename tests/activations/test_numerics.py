@@ -12,6 +12,7 @@ from jaxml.activations import CATALOGUE
 from tests.activations.conftest import NAMES, evaluated, quick
 from tests.activations.definitions import DEFINITIONS, KINKS
 
+pytestmark = pytest.mark.optimised  # it is what XLA makes of the arithmetic that counts
 mp = pytest.importorskip("mpmath")
 
 NO_LIMIT = ("sin", "cos", "gcu")
@@ -122,6 +123,7 @@ def test_second_derivatives_are_finite():
         assert all(np.isfinite(a[np.abs(x) < 40]).all() for a in derivatives), name
 
 
+@pytest.mark.slow
 def test_forward_and_mixed_modes_are_reverse_mode_and_the_third_order_is_the_definition():
     forward, reverse = lambda f: lambda v: jax.jvp(f, (v,), (jnp.ones_like(v),))[1], jax.grad
     modes = (

@@ -12,17 +12,12 @@ from tests.attention.test_triton_kernels import gradients
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optimised,
     pytest.mark.skipif(
         shutil.which("ptxas") is None or importlib.util.find_spec("jax_plugins") is None,
         reason="needs CUDA's assembler ptxas, jax-cuda13-plugin and jax-cuda13-pjrt",
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def optimised(quick_compiles):
-    """As for a program that is going to run."""
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 by_name = {case.name: case for case in CASES}

@@ -30,6 +30,7 @@ def test_products_are_multiplying_nodes():
     assert kan.from_formula("x*y*z", ["x", "y", "z"]).widths == (3, (0, (3,)), 1)
 
 
+@pytest.mark.slow
 def test_a_loosened_network_starts_as_the_formula_and_trains():
     params = kan.from_formula("exp(sin(pi*x) + y**2)", ["x", "y", "z"])
     loose = kan.loosen(params, X, grid=10)

@@ -11,6 +11,7 @@ from jaxml import kan
 from jaxml.kan.prune import mask
 
 
+@pytest.mark.slow
 def test_a_constant_is_found():
     x = jax.random.uniform(jax.random.key(0), (40, 2), minval=-1.0)
     found = kan.discover(jax.random.key(1), x, jnp.full(40, 7.0), widths=[2, 1], functions=["x"], restarts=1)

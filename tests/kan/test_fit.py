@@ -152,6 +152,7 @@ def test_an_optimizer_with_a_line_search_is_given_what_it_looks_at():
     assert info["train"][-1] < 0.02
 
 
+@pytest.mark.slow
 def test_grids_that_are_not_even_stay_so():
     x, y = samples(lambda x: jnp.tanh(8 * x[:, 0]), count=200, inputs=1)
     params, _ = kan.fit(kan.init(jax.random.key(0), [1, 1]), x, y, steps=5)

@@ -104,6 +104,7 @@ def test_bad_options_are_said():
         kan.update(periodic, jnp.ones((3, 1)), eps=0.5)
 
 
+@pytest.mark.slow
 def test_cells_gather_where_the_splines_bend():
     """A steep step: cells that follow the bends make a grid of 12 cells ten times better."""
     x = jnp.linspace(-1.0, 1.0, 400)[:, None]
@@ -115,6 +116,7 @@ def test_cells_gather_where_the_splines_bend():
     assert after["train"][-1] < 0.1 * info["train"][-1]
 
 
+@pytest.mark.slow
 def test_padded_grids_are_as_fine_and_keep_their_shape():
     x = jax.random.uniform(jax.random.key(0), (300, 2), minval=-1.0)
     y = jnp.sin(3 * x[:, 0]) * x[:, 1]

@@ -13,6 +13,7 @@ def test_the_laplacian_is_the_trace_of_the_hessian():
     np.testing.assert_allclose(pinn.laplacian(u, x), jnp.trace(jax.hessian(u)(x)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_equation_of_two_dimensions_is_solved():
     """u_xx + u_yy = −2 sin x cos y with its values on the boundary of a square."""
     exact = lambda x: jnp.sin(x[..., 0]) * jnp.cos(x[..., 1])

@@ -12,7 +12,7 @@ from jaxml.tune.loss import cross_entropy
 TOKENS = np.random.default_rng(0).integers(3, 64, (4, 17)).astype(np.int32)
 
 
-@pytest.mark.parametrize("kind", ["kan", "rational"])
+@pytest.mark.parametrize("kind", [pytest.param("kan", marks=pytest.mark.slow), "rational"])
 def test_a_decoder_of_learnt_functions_trains(kind):
     config = tiny_config(feed_forward=kind)
     params = decoder.init(jax.random.key(0), config)

@@ -236,7 +236,12 @@ def test_a_run_with_dropout_resumes_to_the_same_bits_and_layers_drop_differently
 
 @pytest.mark.parametrize(
     "options",
-    [dict(quantize="nf4"), dict(method="dora", quantize="nf4"), dict(targets=["q", "head"]), dict(method="ia3")],
+    [
+        dict(quantize="nf4"),
+        pytest.param(dict(method="dora", quantize="nf4"), marks=pytest.mark.slow),
+        dict(targets=["q", "head"]),
+        pytest.param(dict(method="ia3"), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_a_run_trains_any_of_them(options):
