@@ -22,8 +22,9 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error")
     # A program that another test, or the last run, has compiled is read from here; a folder a worker, since JAX does
     # not write its files whole.
-    folder = config.cache.mkdir("xla") / os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if hasattr(config, "cache"):  # unless pytest is told to keep none
+        folder = config.cache.mkdir("xla") / os.environ.get("PYTEST_XDIST_WORKER", "alone")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # Orbax and its dependencies, on import; nothing of ours.
