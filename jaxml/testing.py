@@ -99,7 +99,7 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
     device = _tpus(chip)[0]
     sharding = SingleDeviceSharding(device)
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with _as_on(device.device_kind, 1, "tpu"), target(f"TPU {chip}"), _without_compilation_cache():
+    with _as_on(device.device_kind, 1, "tpu"), target(f"TPU {chip}"), without_compilation_cache():
         return jax.jit(function, donate_argnums=donate).lower(*jax.tree.map(place, tuple(arguments))).compile()
 
 
@@ -156,7 +156,7 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
     topology = topologies.get_topology_desc("", "cuda", target_config=_gpu_config(device_kind), topology="1x1x1")
     sharding = SingleDeviceSharding(topology.devices[0])
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-    with target(device_kind), _without_compilation_cache(), tempfile.TemporaryDirectory() as folder:
+    with target(device_kind), without_compilation_cache(), tempfile.TemporaryDirectory() as folder:
         triton, mosaic, called = (Path(folder, name) for name in ("triton", "mosaic", "called"))
         mosaic.mkdir()
         with _environment(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_TO=str(mosaic)), _jax_triton_dumps(called):
@@ -170,7 +170,7 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
 
 
 @contextlib.contextmanager
-def _without_compilation_cache():
+def without_compilation_cache():
     """What is compiled for a device that is not there cannot be read back."""
     from jax.experimental.compilation_cache import compilation_cache
 

@@ -357,7 +357,8 @@ class _Writer:
             raise NotImplementedError("attention's jax_triton backend translates counted loops only.")
         values = [self.held(v) for v in eqn.invars]
         constants, (_, end, *carry) = values[: p["body_nconsts"]], values[p["body_nconsts"] :]
-        turn = lambda i, names: self.inline(body, [*constants, i, end, *names])[2:]
+        index = lambda turn: self.value(f"tl.full([], {turn}, {_type(ins[0].aval.dtype)})")
+        turn = lambda i, names: self.inline(body, [*constants, index(i), end, *names])[2:]
         low, high = (self.read(v) for v in eqn.invars[p["body_nconsts"] :][:2])  # numbers as such, where they are known
         return [end, end, *self._loop(f"{low}, {high}", carry, turn)]
 
@@ -374,7 +375,7 @@ class _Writer:
         turn = self.fresh()
         self.line(f"for {turn} in range({bounds}):")
         self.depth += 1
-        results = body(self.value(f"tl.full([], {turn}, tl.int32)"), names)
+        results = body(turn, names)
         if names:
             self.line(f"{', '.join(names)} = {', '.join(results)}")
         self.depth -= 1

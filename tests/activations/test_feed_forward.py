@@ -158,6 +158,13 @@ def test_compiles_for_a_tpu(function):
 @pytest.mark.parametrize("chip, dtype", [("v5e", "float32"), *((chip, "bfloat16") for chip in TPU_TOPOLOGIES)])
 def test_compiles_for_every_generation(chip, dtype):
     pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
-    compiled = compile_for_tpu(step("swiglu"), like(2048, 1024, 2816, dtype), chip)
-    arrays = 3 * 2048 * 2816 * jnp.dtype(dtype).itemsize  # h and two cotangents
+    compiled = compile_for_tpu(step("swiglu"), like(512, 512, 1408, dtype), chip)
+    assert "gated_feed_forward" in compiled.as_text()
+
+
+@pytest.mark.slow
+def test_backwards_three_arrays_as_wide_as_the_hidden_layer_exist():
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
+    compiled = compile_for_tpu(step("swiglu"), like(2048, 1024, 2816), "v5e")
+    arrays = 3 * 2048 * 2816 * 2  # h and two cotangents
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * arrays

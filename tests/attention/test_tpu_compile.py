@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxml.attention import Pages, flash_attention, paged_attention, ring_attention
 from jaxml.attention.cases import CASES
 from jaxml.target import target
-from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu, tpu_mesh
+from jaxml.testing import TPU_TOPOLOGIES, compile_for_tpu, tpu_mesh, without_compilation_cache
 
 pytest.importorskip("libtpu", reason="libtpu compiles for TPUs; it comes with the tpu extra")
 
@@ -78,7 +78,7 @@ def test_a_ring_of_four_chips_compiles_with_its_gradients():
     spread = jax.shard_map(part, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     total = lambda *a: jnp.sum(spread(*a).astype(jnp.float32) ** 2)
     shape = lambda n: jax.ShapeDtypeStruct((1, 8192, n, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-    with target("TPU v5e"):
+    with target("TPU v5e"), without_compilation_cache():
         compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(shape(8), shape(2), shape(2)).compile()
     text = compiled.as_text()
     assert "tpu_custom_call" in text and "collective-permute" in text and "all-gather" not in text
