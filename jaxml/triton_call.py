@@ -15,19 +15,18 @@ BROKEN = ("0.3.1", "0.4.0", "0.4.1")  # with jax 0.12 and later
 
 
 def unsupported() -> str | None:
-    """Why such kernels cannot be called here, or None."""
-    return _unsupported(platform())
+    """Why such kernels cannot be called with the packages that are installed, or None; on a GPU or interpreted."""
+    return _unsupported(interpreted=platform() == INTERPRET_GPU)
 
 
 @functools.cache
-def _unsupported(where: str) -> str | None:
-    needs = ("triton", "torch") if where == INTERPRET_GPU else ("triton", "jax-triton")
-    for package in needs:
+def _unsupported(interpreted: bool) -> str | None:
+    for package in ("triton", "torch" if interpreted else "jax-triton"):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"it needs the package {package}: python -m pip install 'jaxml[cuda]'"
-    if where != INTERPRET_GPU and version in BROKEN and jax.__version_info__ >= (0, 12):
+    if not interpreted and version in BROKEN and jax.__version_info__ >= (0, 12):
         return f"jax-triton {version} fails with jax {jax.__version__}: it wants jax below 0.12, or a newer jax-triton"
     return None
 

@@ -93,7 +93,7 @@ def _kernels() -> dict[str, str]:
     """Part that has a kernel beside XLA's products → whether it could run on this machine, in float32."""
     import jax
 
-    from jaxml import kernels
+    from jaxml import kernels, triton_call
     from jaxml.kan import kernel, layer
 
     reasons = {
@@ -102,7 +102,8 @@ def _kernels() -> dict[str, str]:
     }
     may = f'runs on {jax.default_backend()} where implementation="kernel"; XLA otherwise'
     found = {name: may if why is None else f"XLA; no kernel: {why}" for name, why in reasons.items()}
-    return found | {"quantised products": _quantised()}
+    jax_triton = triton_call.unsupported() or f"works with jax {jax.__version__}, on a GPU"
+    return found | {"quantised products": _quantised(), "jax-triton": jax_triton}
 
 
 def _quantised() -> str:
