@@ -87,7 +87,8 @@ def test_hopper_registers_suffice_and_products_overlap(H, H2, spilled):
 def test_hopper_in_one_backward_kernel(H, spilled):
     case = by_name["causal"].scaled(T=4096, N=8, K=4, H=H)
     found = kernels(case, "bfloat16", "NVIDIA H100", "mosaic_gpu_fused")
-    assert len(found) == 2 and all(k.spilled <= spilled and not k.serialized for k in found), found
+    found = [k for k in found if "forward" not in k.name]  # which may have been compiled before, and then is not told
+    assert len(found) == 1 and found[0].spilled <= spilled and not found[0].serialized, found
 
 
 @pytest.mark.parametrize("name", ["odd lengths", "packed", "bias", "dropout"])
