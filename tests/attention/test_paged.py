@@ -185,7 +185,7 @@ def test_what_the_kernel_cannot_do_is_said():
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
     with target("cpu"), pytest.raises(NotImplementedError, match="this is 'cpu'"):
         paged_attention(q, pages, table, lengths, implementation="mosaic_tpu")
-    with pytest.raises(ValueError, match="one of blockwise, mosaic_tpu, triton, got 'cudnn'"):
+    with pytest.raises(ValueError, match="one of blockwise, mosaic_tpu, triton, jax_triton, got 'cudnn'"):
         paged_attention(q, pages, table, lengths, implementation="cudnn")
     with pytest.raises(ValueError, match="key has the shape"):
         paged.write(pages, q, q, table, lengths)
