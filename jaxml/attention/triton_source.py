@@ -25,6 +25,7 @@ FUNCTIONS = {
 FORMULAS = {
     "neg": "-{0}",
     "square": "{0} * {0}",
+    "one_minus_square": "1 - {0} * {0}",
     "logistic": "1 / (1 + tl.exp(-{0}))",
     "copy": "{0}",
     "stop_gradient": "{0}",
@@ -364,10 +365,12 @@ class _Writer:
 
     def _scan(self, eqn):
         p = eqn.params
-        values = [self.held(v) for v in eqn.invars]
-        constants, carry = values[: p["num_consts"]], values[p["num_consts"] :]
-        if len(carry) != p["num_carry"] or len(eqn.outvars) != p["num_carry"]:
+        inner = getattr(p["jaxpr"], "jaxpr", p["jaxpr"])
+        pairs = [*zip(eqn.invars, inner.invars, strict=True), *zip(eqn.outvars, inner.outvars, strict=True)]
+        if any(a.aval.shape != b.aval.shape for a, b in pairs):  # a part of an array each turn
             raise NotImplementedError("attention's jax_triton backend translates counted loops only.")
+        values, constants = [self.held(v) for v in eqn.invars], len(eqn.invars) - len(eqn.outvars)
+        constants, carry = values[:constants], values[constants:]
         return self._loop(f"{p['length']}", carry, lambda _, names: self.inline(p["jaxpr"], [*constants, *names]))
 
     def _loop(self, bounds: str, carry: list[str], body: Callable) -> list[str]:
