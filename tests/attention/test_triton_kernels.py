@@ -131,7 +131,7 @@ def gradients(case, dtype, by="triton"):
 
 
 LOWERED = [(n, 16, d) for n in by_name for d in ("bfloat16", "float32")]
-LOWERED += [(n, H, "float16") for n in by_name for H in (64, 80, 256)]
+LOWERED += [(n, H, "float16") for n in by_name for H in (32, 64, 80, 128, 192, 256)]
 
 
 @pytest.mark.parametrize(
