@@ -29,6 +29,10 @@ FORMULAS = {
     "logistic": "1 / (1 + tl.exp(-{0}))",
     "copy": "{0}",
     "stop_gradient": "{0}",
+    "max": "tl.maximum({0}, {1})",
+    "min": "tl.minimum({0}, {1})",
+    "clamp": "tl.minimum(tl.maximum({1}, {0}), {2})",
+    "shift_right_arithmetic": "{0} >> {1}",
 }
 REDUCTIONS = {"reduce_max": "tl.max({0}, {1})", "reduce_min": "tl.min({0}, {1})", "reduce_sum": "tl.sum({0}, {1})"}
 INTERPRETED = {  # the same, without the layer that is compiled
@@ -166,18 +170,6 @@ class _Writer:
         flag = eqn.outvars[0].aval.dtype == jnp.bool_
         return f"{self.read(eqn.invars[0])} == 0" if flag else f"~{self.read(eqn.invars[0])}"
 
-    def _max(self, eqn):
-        a, b = (self.read(v) for v in eqn.invars)
-        return f"tl.maximum({a}, {b})"
-
-    def _min(self, eqn):
-        a, b = (self.read(v) for v in eqn.invars)
-        return f"tl.minimum({a}, {b})"
-
-    def _clamp(self, eqn):
-        low, x, high = (self.read(v) for v in eqn.invars)
-        return f"tl.minimum(tl.maximum({x}, {low}), {high})"
-
     def _sign(self, eqn):
         x, dtype = self.read(eqn.invars[0]), _type(eqn.outvars[0].aval.dtype)
         return f"({x} > 0).to({dtype}) - ({x} < 0).to({dtype})"
@@ -188,10 +180,6 @@ class _Writer:
         unsigned = f"uint{8 * dtype.itemsize}"
         same = dtype.name == unsigned
         return f"{a} >> {n}" if same else f"({a}.to(tl.{unsigned}, bitcast=True) >> {n}).to({_type(dtype)})"
-
-    def _shift_right_arithmetic(self, eqn):
-        a, n = (self.read(v) for v in eqn.invars)
-        return f"{a} >> {n}"
 
     def _integer_pow(self, eqn):
         x, y = self.read(eqn.invars[0]), eqn.params["y"]
