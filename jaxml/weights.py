@@ -156,6 +156,39 @@ class Shared:
     value: Any
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows(Shared):
+    """A part of a node that has a number for each row of the batch: which of many adapters or prompts it takes."""
+
+    value: Int[Array, "B"]
+
+
+def of_rows(params: Any, rows: Any) -> Any:
+    """The same parameters for a part of the batch, whose rows are named by their numbers.
+
+    Raises:
+        IndexError: a row that the parameters say nothing about.
+    """
+
+    def one(x):
+        if not isinstance(x, Rows):
+            return x
+        if max(rows) >= x.value.shape[0]:
+            raise IndexError(
+                f"weights: `select` said what {x.value.shape[0]} rows take, and row {max(rows)} is asked for. "
+                "Select for all rows."
+            )
+        return Rows(x.value[jnp.asarray(rows)])
+
+    return jax.tree.map(one, params, is_leaf=is_shared)
+
+
+def has_rows(params: Any) -> bool:
+    """Whether any part has a number for each row of the batch."""
+    return any(isinstance(x, Rows) for x in jax.tree.leaves(params, is_leaf=is_shared))
+
+
 def is_shared(x: Any) -> bool:
     return isinstance(x, Shared)
 

@@ -29,6 +29,11 @@ class Cache:
     def slots(self) -> int:
         return self.positions.shape[1]
 
+    @property
+    def after(self) -> Int[Array, "B"]:
+        """The position that follows each row's last token."""
+        return jnp.max(jnp.where(self.positions == EMPTY, -1, self.positions), axis=1) + 1
+
 
 def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
@@ -41,14 +46,27 @@ def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Ca
     )
 
 
+def begin(
+    past: Cache | None, config: DecoderConfig, positions: Int[Array, "B T"], slots: int, dtype=jnp.float32
+) -> tuple[Cache, Int[Array, "B T"]]:
+    """(a cache that holds the past and has room for `slots` tokens more, the positions of rows after that past)."""
+    if past is None:
+        return init(config, positions.shape[0], slots, dtype), positions
+    after = broadcast(past, positions.shape[0])
+    cache = jax.tree.map(jnp.copy, grow(after, past.slots + slots))  # whoever fills it consumes it
+    return cache, jnp.where(positions == EMPTY, EMPTY, positions + after.after[:, None])
+
+
 def broadcast(cache: Cache, batch: int) -> Cache:
-    """One row's cache as the common prefix of `batch` rows.
+    """One row's cache as the common prefix of `batch` rows; a cache of `batch` rows as it is.
 
     Raises:
-        ValueError: the cache has more than one row.
+        ValueError: the cache has another number of rows.
     """
+    if cache.positions.shape[0] == batch:
+        return cache
     if cache.positions.shape[0] != 1:
-        raise ValueError(f"cache.broadcast: the cache has one row, got {cache.positions.shape[0]}.")
+        raise ValueError(f"cache.broadcast: the cache has one row or {batch}, got {cache.positions.shape[0]}.")
     repeat = lambda a, axis: jnp.repeat(a, batch, axis)
     return dataclasses.replace(
         cache,

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml import weights
-from jaxml.attention import flash_attention
+from jaxml.attention import Causal, Mask, Segments, flash_attention
+from jaxml.attention import Prefix as PrefixMask
 from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import feed_forward
 from jaxml.lm.cache import EMPTY, Cache
@@ -81,14 +82,20 @@ def apply(
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    ends: Int[Array, "B T"] | None = None,
+    past: Cache | None = None,
     remat: bool = False,
 ) -> Float[Array, "B T V"]:
     """Logits (float32) of the next token after each token.
 
     Args:
         tokens: token ids below V.
-        positions: for the rotary embedding; 0, 1, 2, … where not given.
+        positions: for the rotary embedding, counted on from the past; 0, 1, 2, … where not given.
         segment_ids: tokens attend within their own segment (packed documents; padding has one of its own).
+        ends: of a tree of texts laid out depth first (`lm.tree`): the place after the last one that continues each
+            token; nothing from there on sees it.
+        past: what every token sees before its row: keys and values of the rows, or of one row for all. Where None,
+            the prompt that these parameters were tuned with (`jaxml.tune.prompt`), if there is one.
         remat: recompute each layer in the backward pass instead of keeping its activations.
 
     Example:
@@ -99,8 +106,8 @@ def apply(
         >>> apply(params, config, jnp.array([[1, 2, 3]])).shape
         (1, 3, 64)
     """
-    x = hidden(params, config, tokens, positions=positions, segment_ids=segment_ids, remat=remat)
-    return logits(params, config, x)
+    more = dict(positions=positions, segment_ids=segment_ids, ends=ends, past=past, remat=remat)
+    return logits(params, config, hidden(params, config, tokens, **more))
 
 
 def apply_cached(
@@ -116,7 +123,7 @@ def apply_cached(
     Args:
         positions: of the new tokens; `EMPTY` marks padding, which nobody will attend to.
     """
-    x = _embed(params, config, tokens)
+    x = embed(params, config, tokens)
     kv_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1)
     attend = dict(q_positions=positions, kv_positions=kv_positions)
     x, (key, value) = _layers(params, config, x, positions, attend, (cache.key, cache.value), cache.length)
@@ -131,17 +138,49 @@ def hidden(
     *,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    ends: Int[Array, "B T"] | None = None,
+    past: Cache | None = None,
     remat: bool = False,
 ) -> Float[Array, "B T D"]:
     """Final hidden states, after the last norm and before the head (arguments as in `apply`)."""
     if tokens.ndim != 2:
         raise ValueError(f"decoder: tokens have the shape [B, T], got {tokens.shape}.")
-    x = _embed(params, config, tokens)
+    x = embed(params, config, tokens)
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
-    attend = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+    past = prefix(params, config) if past is None else past
+    if past is None and ends is None:
+        attend = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+    else:
+        positions, attend = _visible(tokens, positions, segment_ids, ends, past)
+    params = params if past is None else params | {"layers": _with_past(params["layers"], past)}
     x, _ = _layers(params, config, x, positions, attend, None, None, remat=remat)
     return _norm(x, params["norm"], config)
+
+
+def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """What goes into the first layer."""
+    x = weights.take(params["embed"], tokens)
+    return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def prefix(params: Params, config: DecoderConfig) -> Cache | None:
+    """What these parameters put before every text: the keys and values of a trained prompt (`jaxml.tune.prompt`)."""
+    return params["prefix"].cache(params, config) if "prefix" in params else None
+
+
+def read(params: Params, config: DecoderConfig, x: Float[Array, "B T D"], *, remat: bool = False) -> Cache:
+    """The keys and values of a text that is given as embeddings; differentiable, and as long as the text."""
+    B, T, _ = x.shape
+    positions = jnp.arange(T)[None]
+    _, (key, value) = _layers(params, config, x, positions, {}, None, None, remat=remat, keep=True)
+    heads_first = lambda a: a.swapaxes(2, 3)
+    return Cache(
+        key=heads_first(key),
+        value=heads_first(value),
+        positions=jnp.broadcast_to(positions, (B, T)),
+        length=jnp.asarray(T, jnp.int32),
+    )
 
 
 def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -168,26 +207,58 @@ def unstack(params: Params) -> Params:
 # ---- the layers -------------------------------------------------------------------------------------
 
 
-def _embed(params, config, tokens):
-    x = weights.take(params["embed"], tokens)
-    return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
+def _visible(tokens, positions, segment_ids, ends, past) -> tuple[Array, dict[str, Any]]:
+    """(positions after the past, the arguments of attention that say what each token sees of past and row)."""
+    B, T = tokens.shape
+    P = 0 if past is None else past.slots
+    rows = lambda a: jnp.broadcast_to(a, (B, a.shape[1]))
+    positions = rows(positions)
+    kv_positions = positions
+    if past is not None:
+        positions = jnp.where(positions == EMPTY, EMPTY, positions + past.after[:, None])
+        kv_positions = jnp.concatenate([rows(past.positions), positions], axis=1)
+    seen: Mask | None = None
+    if segment_ids is not None:
+        ids = jnp.pad(segment_ids, ((0, 0), (P, 0)))
+        seen = Segments(segment_ids, ids) | PrefixMask(jnp.full(B, P))
+    if ends is not None:
+        index = jnp.arange(P + T)[None]
+        last = jnp.pad(ends + P, ((0, 0), (P, 0)), constant_values=EMPTY)
+        tree = Causal(index[:, P:], index) & ~Causal(index[:, P:], last)
+        seen = tree if seen is None else seen & tree
+    return positions, dict(q_positions=positions, kv_positions=kv_positions, mask=seen)
 
 
-def _layers(params, config, x, positions, attend, kv, length, remat=False):
-    """All layers in order; kv is None or (key, value), [L, B, K, S, H] each, written at `length`."""
+def _with_past(layers, past: Cache):
+    """The layers, each with the keys and values of its own that stand before the row's."""
+    kv = {"past_key": past.key, "past_value": past.value}
+    if isinstance(layers, tuple):
+        return tuple(layer | {name: a[i] for name, a in kv.items()} for i, layer in enumerate(layers))
+    return layers | kv
+
+
+def _layers(params, config, x, positions, attend, kv, length, remat=False, keep=False):
+    """All layers in order; kv is None or (key, value), [L, B, K, S, H] each, written at `length`.
+
+    With `keep`, and kv None, the keys and values that the layers made are returned, [L, B, T, K, H] each.
+    """
     rotary = _rotary_tables(config, positions)
     kinds, layers = config.layer_kinds, params["layers"]
 
     def run(x, kv, layer, i, kind):
         """Layer number i (may be traced), whose kind is known."""
         with jax.named_scope("layer"):
-            return _layer(layer, config, x, rotary, attend, kv, i, length, kind)
+            x, new = _layer(layer, config, x, rotary, attend, kv, i, length, kind)
+        return x, None if kv is None and not keep else new
 
     run = jax.checkpoint(run, static_argnums=(4,)) if remat else run
+    stack = lambda made: jax.tree.map(lambda *a: jnp.stack(a), *made)
     if isinstance(layers, tuple):
+        made = []
         for i, layer in enumerate(layers):
-            x, kv = run(x, kv, layer, i, kinds[i])
-        return x, kv
+            x, new = run(x, kv, layer, i, kinds[i])
+            made, kv = ([*made, new], None) if keep else (made, new)
+        return x, stack(made) if keep else kv
 
     period = config.period
     groups, rest = divmod(config.num_layers, period)
@@ -197,17 +268,21 @@ def _layers(params, config, x, positions, attend, kv, length, remat=False):
     def body(carry, inputs):
         x, kv = carry
         group, g = inputs
+        made = []
         for j in range(period):
             layer = join(group if period == 1 else jax.tree.map(lambda a: a[j], group))
-            x, kv = run(x, kv, layer, g * period + j, kinds[j])
-        return (x, kv), None
+            x, new = run(x, kv, layer, g * period + j, kinds[j])
+            made, kv = ([*made, new], None) if keep else (made, new)
+        return (x, kv), stack(made) if keep else None
 
     if period > 1:
         stacked = jax.tree.map(lambda a: a[: groups * period].reshape(groups, period, *a.shape[1:]), stacked)
-    (x, kv), _ = jax.lax.scan(body, (x, kv), (stacked, jnp.arange(groups)))
+    (x, kv), made = jax.lax.scan(body, (x, kv), (stacked, jnp.arange(groups)))
+    made = jax.tree.map(lambda a: a.reshape(groups * period, *a.shape[2:]), made)
     for i in range(config.num_layers - rest, config.num_layers):
-        x, kv = run(x, kv, weights.layer_of(layers, lambda a: a[i]), i, kinds[i])
-    return x, kv
+        x, new = run(x, kv, weights.layer_of(layers, lambda a: a[i]), i, kinds[i])
+        made, kv = (jax.tree.map(lambda a, n: jnp.concatenate([a, n[None]]), made, new), None) if keep else (made, new)
+    return x, made if keep else kv
 
 
 def _layer(layer, config, x, rotary, attend, kv, i, length, kind):
@@ -218,6 +293,7 @@ def _layer(layer, config, x, rotary, attend, kv, i, length, kind):
 
 
 def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
+    """(output, the cache with this layer's keys and values in it; or those alone where there is no cache)."""
     local, rotated = kind
     B, T, _ = x.shape
     q = _dense(layer, "q", x).reshape(B, T, config.num_heads, config.head_dim)
@@ -228,10 +304,14 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
     if rotated:
         table = rotary["local" if local and "local" in rotary else "global"]
         q, k = _rotate(q, table), _rotate(k, table)
+    made = (k, v)
     if kv is not None:
         new = (k.swapaxes(1, 2)[None], v.swapaxes(1, 2)[None])
         kv = tuple(jax.lax.dynamic_update_slice(a, n.astype(a.dtype), (i, 0, 0, length, 0)) for a, n in zip(kv, new))
         k, v = (jax.lax.dynamic_index_in_dim(a, i, keepdims=False).swapaxes(1, 2).astype(x.dtype) for a in kv)
+    if "past_key" in layer:
+        before = (layer[name].swapaxes(1, 2).astype(x.dtype) for name in ("past_key", "past_value"))
+        k, v = (jnp.concatenate([jnp.broadcast_to(a, (B, *a.shape[1:])), n], 1) for a, n in zip(before, (k, v)))
     out = flash_attention(
         q,
         k,
@@ -242,7 +322,7 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
         logits_soft_cap=config.attention_soft_cap,
         **attend,
     )
-    return _dense(layer, "o", out.reshape(B, T, -1)), kv
+    return _dense(layer, "o", out.reshape(B, T, -1)), made if kv is None else kv
 
 
 def _dense(layer, name, x):

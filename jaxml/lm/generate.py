@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import weights
 from jaxml.axes import Array, Bool, Float, Int, Params
 from jaxml.lm import cache as caches
 from jaxml.lm import chat, decoder
@@ -190,8 +191,9 @@ def generate(
     size = batch_size or max(len(rows), 1)
     for first in range(0, len(rows), size):
         part = slice(first, first + size)
+        here = model.replace(params=weights.of_rows(model.params, range(len(rows))[part]))
         texts += _continue(
-            model, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first
+            here, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first
         )
     return texts
 
@@ -210,16 +212,17 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
 def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> list[str]:
     """The texts of one batch, told to `on_text` as they grow."""
     config, tokenizer = model.config, model.tokenizer
-    longest = max(map(len, rows))
+    past = decoder.prefix(model.params, config)
+    longest = max(map(len, rows)) + (0 if past is None else past.slots)
     if longest >= config.max_length:
         raise ValueError(
             f"generate: a prompt is shorter than the context of {config.max_length} tokens, got {longest}. "
             "Shorten the prompt."
         )
     limit = min(limit, config.max_length - longest)
-    width = _bucket(longest)
+    width = _bucket(max(map(len, rows)))
     tokens, positions = pad(rows, side=padding, to=width, pad_id=tokenizer.pad_id)
-    cache = caches.init(config, len(rows), _bucket(width + limit), model.params["embed"].dtype)
+    cache, positions = caches.begin(past, config, positions, _bucket(width + limit), model.params["embed"].dtype)
     params = decoder.unstack(model.params) if unroll else model.params
     logits, cache = prefill(model.params, config, tokens, positions, cache)
     state = start(logits, cache, jnp.asarray(tokens), jnp.asarray(positions), keys, sampling)

@@ -1,17 +1,24 @@
 """Exact log-likelihoods of whole continuations."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import weights
 from jaxml.axes import Array, Float, Int, Params
-from jaxml.lm import decoder
+from jaxml.lm import cache as caches
+from jaxml.lm import decoder, tree
+from jaxml.lm.cache import Cache
 from jaxml.lm.config import DecoderConfig
-from jaxml.lm.generate import Prompt, encode_prompt
+from jaxml.lm.generate import Prompt, encode_prompt, pad, prefill
 from jaxml.lm.model import Model
+from jaxml.lm.tree import Node
+
+SHARED = 32  # tokens that all texts begin with are read once, if there are so many
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
@@ -23,10 +30,35 @@ def token_log_probs(
     The logits of `chunk` positions are held at a time, never all of [B, T, V].
     """
     x = decoder.hidden(params, config, tokens)[:, :-1]
-    targets = tokens[:, 1:]
-    B, T = targets.shape
-    chunk = min(chunk, T)
-    more = -T % chunk
+    return jnp.pad(_log_probs(params, config, x, tokens[:, 1:], chunk), ((0, 0), (1, 0)))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "chunk"))
+def tree_log_probs(
+    params: Params,
+    config: DecoderConfig,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    ends: Int[Array, "B T"] | None,
+    sources: Int[Array, "B M"],
+    targets: Int[Array, "B M"],
+    past: Cache | None = None,
+    *,
+    chunk: int = 32,
+) -> Float[Array, "B M"]:
+    """log p of each target after the token at its source, float32 (`lm.tree` makes the arrays).
+
+    Logits are made for the sources alone, `chunk` of each row at a time.
+    """
+    x = decoder.hidden(params, config, tokens, positions=positions, ends=ends, past=past)
+    x = jnp.take_along_axis(x, sources[..., None], axis=1)
+    return _log_probs(params, config, x, targets, chunk)
+
+
+def _log_probs(params, config, x: Float[Array, "B M D"], targets: Int[Array, "B M"], chunk: int):
+    B, M = targets.shape
+    chunk = min(chunk, M)
+    more = -M % chunk
     x = jnp.pad(x, ((0, 0), (0, more), (0, 0))).reshape(B, -1, chunk, x.shape[-1]).swapaxes(0, 1)
     targets = jnp.pad(targets, ((0, 0), (0, more))).reshape(B, -1, chunk).swapaxes(0, 1)
 
@@ -36,8 +68,7 @@ def token_log_probs(
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    out = jax.lax.map(part, (x, targets)).swapaxes(0, 1).reshape(B, -1)[:, :T]
-    return jnp.pad(out, ((0, 0), (1, 0)))
+    return jax.lax.map(part, (x, targets)).swapaxes(0, 1).reshape(B, -1)[:, :M]
 
 
 def score(model: Model, prompts: Sequence[Prompt], continuations: Sequence[str], *, batch_size: int = 16) -> np.ndarray:
@@ -59,27 +90,99 @@ def score(model: Model, prompts: Sequence[Prompt], continuations: Sequence[str],
         raise ValueError(
             f"score: prompts and continuations are lists of equal length, got {len(prompts)} and {len(continuations)}."
         )
-    rows, starts = [], []
+    trees = []
     for prompt, continuation in zip(prompts, continuations):
-        before, after = encode_prompt(model, prompt), model.tokenizer.encode(continuation)
-        if not after:
-            raise ValueError("score: a continuation has at least one token, got an empty one.")
-        rows.append(before + after)
-        starts.append(len(before))
-    out = np.zeros(len(rows))
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        trees.append(Node(encode_prompt(model, prompt), [Node(encode_continuation(model, continuation), scored=True)]))
+    return np.array([sums[0] for sums in map(_sums, score_trees(model, trees, batch_size=batch_size))])
+
+
+def encode_continuation(model: Model, continuation: str) -> list[int]:
+    """Token ids of what follows a prompt.
+
+    Raises:
+        ValueError: there are none.
+    """
+    ids = model.tokenizer.encode(continuation)
+    if not ids:
+        raise ValueError("score: a continuation has at least one token, got an empty one.")
+    return ids
+
+
+def _sums(nodes: list[np.ndarray]) -> list[float]:
+    return [float(values.sum(dtype=np.float64)) for values in nodes]
+
+
+def score_trees(
+    model: Model, trees: Sequence[Node], *, batch_size: int = 16, share: bool = True
+) -> list[list[np.ndarray]]:
+    """The log-likelihood of each token of each scored node, one row of one forward pass for each tree.
+
+    Args:
+        trees: texts that share their beginnings (`lm.tree`), as tokens.
+        batch_size: trees in a batch, sorted by length.
+        share: read what all trees begin with once, and keep its keys and values for all.
+
+    Returns:
+        For each tree, for each scored node depth first: [its tokens] float32, in nats.
+
+    Raises:
+        ValueError: a text longer than the context.
+
+    Example:
+        >>> from jaxml import testing
+        >>> two = Node([4, 5], [Node([6], scored=True), Node([7, 8], scored=True)])
+        >>> [values.shape for values in score_trees(testing.tiny_model(), [two])[0]]
+        [(1,), (2,)]
+    """
+    if not trees:
+        return []
+    longest = max(len(text) for one in trees for text in tree.texts(one))
+    if longest > model.config.max_length:
+        raise ValueError(
+            f"score: prompt and continuation fit the context of {model.config.max_length} tokens, got {longest}."
+        )
+    common = _common(trees) if share and not weights.has_rows(model.params) else 0
+    past = read(model, trees[0].tokens[:common]) if common else None
+    rows = [tree.lay(Node(one.tokens[common:], one.children, one.scored)) for one in trees]
+    out: list[list[np.ndarray]] = [[] for _ in trees]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for first in range(0, len(rows), batch_size):
         part = order[first : first + batch_size]
-        log_probs = _log_probs(model, [rows[i] for i in part], batch_size if len(rows) > batch_size else len(part))
-        for i, values in zip(part, log_probs):
-            out[i] = values[starts[i] : len(rows[i])].sum(dtype=np.float64)
+        size = batch_size if len(rows) > batch_size else len(part)
+        params = weights.of_rows(model.params, part + part[:1] * (size - len(part)))
+        arrays = tree.batch([rows[i] for i in part], size)
+        values = np.asarray(tree_log_probs(params, model.config, *arrays, past))
+        for i, of_row in zip(part, values):
+            owners = rows[i].owners
+            bounds = [0, *(j for j in range(1, len(owners)) if owners[j] != owners[j - 1]), len(owners)]
+            out[i] = [of_row[a:b] for a, b in itertools.pairwise(bounds) if b > a]
     return out
+
+
+def read(model: Model, tokens: Sequence[int]) -> Cache:
+    """The keys and values of a text, one row: a past for whatever follows it."""
+    width = -(-len(tokens) // SHARED) * SHARED
+    array, positions = pad([list(tokens)], to=width, pad_id=model.tokenizer.pad_id)
+    dtype, past = model.params["embed"].dtype, decoder.prefix(model.params, model.config)
+    cache, positions = caches.begin(past, model.config, positions, width, dtype)
+    return prefill(model.params, model.config, array, positions, cache)[1]
+
+
+def _common(trees: Sequence[Node]) -> int:
+    """How many tokens all trees begin with, short of the last one of any root; 0 where sharing gains little."""
+    if len(trees) < 2:
+        return 0
+    least = min(len(one.tokens) for one in trees) - 1
+    first = trees[0].tokens
+    same = next((i for i in range(least) if any(one.tokens[i] != first[i] for one in trees)), max(least, 0))
+    return same if same >= SHARED and not any(one.scored for one in trees) else 0
 
 
 def perplexity(model: Model, text: str, *, window: int = 512) -> float:
     """exp of the mean negative log-likelihood of a token, in windows of at most `window` tokens.
 
-    The first token of each window has no past and is not counted.
+    The first token of each window has no past and is not counted. A prompt that the model was tuned with stands
+    before each window.
 
     Raises:
         ValueError: a text of fewer than two tokens.
@@ -88,17 +191,7 @@ def perplexity(model: Model, text: str, *, window: int = 512) -> float:
     if len(ids) < 2:
         raise ValueError(f"perplexity: the text has at least 2 tokens, got {len(ids)}.")
     rows = [ids[i : i + window] for i in range(0, len(ids) - 1, window)]
-    total = sum(v[: len(r)].sum(dtype=np.float64) for r, v in zip(rows, _log_probs(model, rows, len(rows))))
-    return float(np.exp(-total / sum(len(r) - 1 for r in rows)))
-
-
-def _log_probs(model: Model, rows: list[list[int]], batch: int) -> np.ndarray:
-    longest = max(map(len, rows))
-    if longest > model.config.max_length:
-        raise ValueError(
-            f"score: prompt and continuation fit the context of {model.config.max_length} tokens, got {longest}."
-        )
-    tokens = np.zeros((batch, -(-longest // 32) * 32), np.int32)  # right padding: causality hides it
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = row
-    return np.asarray(token_log_probs(model.params, model.config, tokens))
+    trees = [Node(row[:1], [Node(row[1:], scored=True)]) for row in rows if len(row) > 1]
+    scored = [value for nodes in score_trees(model, trees, batch_size=8) for value in nodes]
+    total = -sum(_sums(scored))
+    return float(np.exp(total / sum(map(len, scored))))

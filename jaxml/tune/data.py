@@ -33,11 +33,13 @@ class Packed:
     weights: np.ndarray  # [rows, T] float32, 1 where the target is learnt
     segment_ids: np.ndarray  # [rows, T] int32, from 1 in each row
     positions: np.ndarray  # [rows, T] int32, from 0 in each example
+    tasks: np.ndarray | None = None  # [rows, 1] int32, which task a row's examples are of
 
     def take(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """These rows as a batch; the row −1 is empty."""
         empty = rows < 0
-        batch = {f.name: getattr(self, f.name)[np.maximum(rows, 0)] for f in dataclasses.fields(self)}
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        batch = {name: a[np.maximum(rows, 0)] for name, a in arrays.items() if a is not None}
         return {k: np.where(np.expand_dims(empty, -1), np.zeros((), v.dtype), v) for k, v in batch.items()}
 
 
@@ -217,9 +219,22 @@ def prepare(
     seed: int = 0,
     learn_all: bool = False,
 ) -> Batches:
-    """Examples to batches: encoded, shuffled by the seed, packed."""
+    """Examples to batches: encoded, shuffled by the seed, packed.
+
+    Where examples have the key task, a number from 0, each row holds examples of one task.
+    """
     if not examples:
         raise ValueError("data.prepare: at least one example is given, got none.")
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encode(examples[i], tokenizer, learn_all=learn_all) for i in order]
-    return Batches(pack(encoded, length), batch_size, seed)
+    if not any("task" in example for example in examples):
+        return Batches(pack(encoded, length), batch_size, seed)
+    tasks = [examples[i].get("task") for i in order]
+    if any(not isinstance(t, int) or isinstance(t, bool) or t < 0 for t in tasks):
+        wrong = next(t for t in tasks if not isinstance(t, int) or isinstance(t, bool) or t < 0)
+        raise ValueError(f"data.prepare: each example's task is a number from 0, got {wrong!r}.")
+    parts = [(t, pack([e for e, of in zip(encoded, tasks) if of == t], length)) for t in sorted(set(tasks))]
+    join = lambda name: np.concatenate([getattr(part, name) for _, part in parts])
+    names = [f.name for f in dataclasses.fields(Packed) if f.name != "tasks"]
+    rows = np.concatenate([np.full((len(part.tokens), 1), t, np.int32) for t, part in parts])
+    return Batches(Packed(**{name: join(name) for name in names}, tasks=rows), batch_size, seed)

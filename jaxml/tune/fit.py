@@ -265,6 +265,7 @@ def batch_loss(
     params = adapters.combine(decoder.cast(trainable, options.dtype) if options.dtype else trainable, frozen)
     params = decoder.unstack(params) if options.unroll else params
     params = params if key is None else adapters.with_key(params, key)
+    params = adapters.select(params, batch["tasks"][:, 0]) if "tasks" in batch else params
     x = decoder.hidden(
         params,
         config,

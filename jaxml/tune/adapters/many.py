@@ -55,15 +55,22 @@ def stack(adapted: Sequence[Params]) -> Params:
 
 
 def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
-    """Which adapter each row of the batch takes: numbers from 0, or -1 for none."""
-    found = _stacks(stacked, "adapters.select")
-    count = min(w.a.shape[len(w.shape) - 2] for w in found.values())
+    """Which adapter, or which of several prompts, each row of the batch takes: numbers from 0, or -1 for no adapter.
+
+    Raises:
+        ValueError: nothing to choose from, or a number that there is not.
+    """
+    found = {path: w for path, w in of(stacked).items() if hasattr(w, "ids")}
+    if not found:
+        raise ValueError("adapters.select: a tree that `adapters.stack` or `prompt.stack` made, got one without.")
+    count = min(w.count for w in found.values())
+    least = -1 if all(isinstance(w, Stack) for w in found.values()) else 0  # a prompt's places cannot be left out
     if not isinstance(ids, jax.core.Tracer):
         numbers = np.asarray(ids)
-        if not ((numbers >= -1) & (numbers < count)).all():
-            raise ValueError(f"adapters.select: ids are in -1 … {count - 1}, got {numbers.tolist()}.")
-    shared = weights.Shared(jnp.asarray(ids, jnp.int32))
-    return paths.replaced(stacked, {path: dataclasses.replace(w, ids=shared) for path, w in found.items()})
+        if not ((numbers >= least) & (numbers < count)).all():
+            raise ValueError(f"adapters.select: ids are in {least} … {count - 1}, got {numbers.tolist()}.")
+    rows = weights.Rows(jnp.asarray(ids, jnp.int32))
+    return paths.replaced(stacked, {path: dataclasses.replace(w, ids=rows) for path, w in found.items()})
 
 
 def take(stacked: Params, number: int) -> Params:

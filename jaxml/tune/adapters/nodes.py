@@ -19,10 +19,12 @@ from jaxml.axes import Array, Float, Int, wide
 from jaxml.target import platform
 
 
-class _Around:
-    """What every node here says of the weight that it stands around."""
+class Adapter:
+    """What every node that is trained says of the weight that it stands around."""
 
     base: Any
+    method: str
+    train: tuple[str, ...]  # the fields that are trained
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -31,6 +33,10 @@ class _Around:
     @property
     def ndim(self) -> int:
         return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
 
     @property
     def untied(self) -> Any:
@@ -43,7 +49,7 @@ _static = lambda default=dataclasses.MISSING: dataclasses.field(default=default,
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LoRA(_Around):
+class LoRA(Adapter):
     """W + s·A diag(e) B diag(g) in the place of W, with DoRA's magnitudes m: m ⊙ (that) / its norms.
 
     A leads from inputs to the rank and B to outputs, whichever way W is stored. All arrays may have layers or experts
@@ -157,7 +163,7 @@ class LoRA(_Around):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Scaled(_Around):
+class Scaled(Adapter):
     """diag(inner)·W·diag(outer) in the place of W: one number for each input, or for each output."""
 
     base: Any  # [..., D, F]
@@ -189,7 +195,7 @@ class Scaled(_Around):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Whole(_Around):
+class Whole(Adapter):
     """A weight that is trained whole, beside the one that it began as."""
 
     base: Any
@@ -213,16 +219,21 @@ class Whole(_Around):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stack(_Around):
+class Stack(Adapter):
     """Many LoRAs around one W; row i of the batch takes number ids[i], or none where that is negative."""
 
     base: Any  # [..., D, F]
     a: Float[Array, "... M D R"]
     b: Float[Array, "... M R F"]  # times the scales
-    ids: Any = None  # weights.Shared of int32 [B]
+    ids: Any = None  # weights.Rows
     method: str = _static("stack")
     train: tuple[str, ...] = _static(())
     transposed: bool = _static(False)
+
+    @property
+    def count(self) -> int:
+        """M, how many adapters there are."""
+        return self.a.shape[len(self.shape) - 2]
 
     def astype(self, dtype: Any) -> "Stack":
         return dataclasses.replace(self, base=self.base.astype(dtype), a=self.a.astype(dtype), b=self.b.astype(dtype))

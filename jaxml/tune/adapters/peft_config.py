@@ -11,6 +11,7 @@ from jaxml.lm import hf
 from jaxml.tune.adapters import starts
 
 METHODS = ("LORA", "VERA", "IA3", "ADALORA")
+PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING")
 
 # Keys that change what is computed, and the only value that is implemented.
 _REFUSED = {
@@ -39,8 +40,11 @@ def read(folder: Path) -> dict[str, Any]:
             implemented.
     """
     about = hf.read_json(folder / "adapter_config.json")
-    if about.get("peft_type") not in METHODS:
-        raise ValueError(f"{folder}: peft_type is one of {', '.join(METHODS)}, got {about.get('peft_type')!r}.")
+    if about.get("peft_type") not in (*METHODS, *PROMPTS):
+        known = ", ".join((*METHODS, *PROMPTS))
+        raise ValueError(f"{folder}: peft_type is one of {known}, got {about.get('peft_type')!r}.")
+    if about.get("num_transformer_submodules") not in (None, 1):
+        raise ValueError(f"{folder}: num_transformer_submodules is 1, got {about['num_transformer_submodules']!r}.")
     for key, only in _REFUSED.items():
         if about.get(key) not in (only, None, False, [], {}):
             raise ValueError(f"{folder}: {key}={about[key]!r} is not implemented; only {only!r} is.")

@@ -22,7 +22,7 @@ from jaxml.tune.adapters.tree import is_adapter
 
 
 def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Modules, dtype: Any = None) -> Params:
-    """Puts the adapter of a PEFT folder around the model's matrices.
+    """Puts the adapter of a PEFT folder around the model's matrices, or its prompt in front of them.
 
     Args:
         params: of the model that the adapter was made for, without adapters; quantised or not.
@@ -36,6 +36,10 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     folder = Path(folder)
     about = peft_config.read(folder)
     method = about["peft_type"]
+    if method in peft_config.PROMPTS:
+        from jaxml.tune.prompt import peft as prompts  # which is made of this package
+
+        return prompts.load(folder, about, params, config, dtype)
     modules, found = modules_of(config), paths.named(params)
     with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
         names = list(file.keys())

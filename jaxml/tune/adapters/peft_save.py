@@ -24,7 +24,7 @@ def save_peft(
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads as they are.
 
     Args:
-        params: with adapters of one method, and perhaps weights that are trained whole.
+        params: with adapters of one method, and perhaps weights that are trained whole; or with a prompt in front.
         config: of the decoder; or, of another model, the module for each path ("{}" for the layer of a stack), as in
             {"layers/q": "encoder.layer.{}.attention.query"}.
         base_model: name or path of the model under the adapter, for PEFT's own bookkeeping. Needed where a start moved
@@ -38,6 +38,10 @@ def save_peft(
         FileExistsError: the folder exists and is not empty.
     """
     found = of(params)
+    if "prefix" in found:
+        from jaxml.tune.prompt import peft as prompts  # which is made of this package
+
+        return prompts.save(folder, params, config, base_model=base_model, dtype=dtype)
     methods = {w.method for w in found.values() if not isinstance(w, Whole)}
     if not found or not methods:
         raise ValueError("adapters.save_peft: the parameters hold at least one LoRA or IA3, got none.")

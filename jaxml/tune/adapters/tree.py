@@ -10,15 +10,13 @@ import jax.numpy as jnp
 from jaxml import paths, weights
 from jaxml.axes import Array, Params
 from jaxml.quant import QArray
-from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
+from jaxml.tune.adapters.nodes import Adapter, LoRA, Scaled, Stack, Whole
 from jaxml.weights import is_node
-
-_NODES = (LoRA, Scaled, Stack, Whole)
 
 
 def is_adapter(w: Any) -> bool:
-    """Whether a weight is one of the nodes of this package."""
-    return isinstance(w, _NODES)
+    """Whether a weight is one of the nodes of this package, or a trained prompt."""
+    return isinstance(w, Adapter)
 
 
 def of(params: Params) -> dict[str, Any]:
@@ -95,7 +93,10 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 def detach(params: Params) -> Params:
     """The model under the adapters."""
-    return jax.tree.map(lambda w: w.base if is_adapter(w) else w, params, is_leaf=is_node)
+    bare = jax.tree.map(lambda w: w.base if is_adapter(w) else w, params, is_leaf=is_node)
+    return (
+        {k: w for k, w in bare.items() if w is not None} if isinstance(bare, Mapping) else bare
+    )  # prompts: of nothing
 
 
 def merge(params: Params, *, requantize: bool = False) -> Params:

@@ -1,0 +1,162 @@
+"""From a soft prompt to words: the nearest tokens, then swaps that gradients propose."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml import weights
+from jaxml.axes import Float, Int, Params
+from jaxml.lm import decoder
+from jaxml.lm.model import Model
+from jaxml.tune import adapters, data
+from jaxml.tune.fit import Options, batch_loss
+from jaxml.tune.prompt.nodes import SoftPrompt, only
+from jaxml.tune.prompt.soft import common_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Hard:
+    """A prompt in words, and what they cost: mean losses of a learnt token, in nats."""
+
+    ids: list[int]
+    text: str
+    soft_loss: float  # of the trained vectors
+    projected_loss: float  # of the tokens nearest to them
+    loss: float  # after the swaps
+    history: list[float]  # after each step
+
+    @property
+    def gap(self) -> float:
+        """What words lose against the trained vectors."""
+        return self.loss - self.soft_loss
+
+
+def nearest(model: Model, rows: Float[Array, "P D"], allowed: Sequence[int] | None = None) -> list[int]:
+    """The token whose embedding has the largest cosine with each row; special tokens are left out.
+
+    Args:
+        allowed: the tokens to choose from.
+    """
+    allowed = np.asarray(common_tokens(model, count=model.config.vocab_size) if allowed is None else allowed)
+    table = weights.take(model.params["embed"], jnp.asarray(allowed)).astype(jnp.float32)
+    unit = lambda a: a / jnp.maximum(jnp.linalg.norm(a, axis=-1, keepdims=True), 1e-9)
+    return allowed[np.asarray(jnp.argmax(unit(rows.astype(jnp.float32)) @ unit(table).T, axis=-1))].tolist()
+
+
+def harden(
+    model: Model,
+    examples: Sequence[dict[str, Any]],
+    *,
+    start: Sequence[int] | None = None,
+    steps: int = 50,
+    candidates: int = 64,
+    top_k: int = 128,
+    batch_size: int = 8,
+    length: int = 512,
+    at_once: int = 8,
+    seed: int = 0,
+    on_step: Callable[[int, float], None] | None = None,
+) -> Hard:
+    """Words in the place of a trained prompt.
+
+    Each step takes the gradient of the loss with respect to which token stands where, draws single swaps among the
+    `top_k` most promising ones of each place, scores all of them on the same examples, and keeps the best if it is
+    better. Only prompts that their own text is tokenised to are considered, so that the text may be given to anyone.
+
+    Args:
+        model: with a soft prompt in front (one).
+        examples: what the prompt is to be good for, in the forms of `tune.data`; the first `batch_size` packed rows.
+        start: tokens to begin with; the nearest ones to the soft prompt where None.
+        candidates: swaps that are scored in a step.
+        length: tokens a row of examples.
+        at_once: candidates that are computed together.
+        on_step: told (step, loss).
+
+    Raises:
+        ValueError: no soft prompt, or several.
+
+    Reference:
+        Lester et al. 2021, section 7 (nearest tokens); Zou et al. 2023, "Universal and Transferable Adversarial
+        Attacks on Aligned Language Models", algorithm 1 (greedy coordinate gradient).
+    """
+    node = only(model.params, "prompt.harden")
+    if not isinstance(node, SoftPrompt) or node.count > 1:
+        raise ValueError(f"prompt.harden: one soft prompt is in front, got {node.count} of {type(node).__name__}.")
+    batches = data.prepare(examples, model.tokenizer, length=length, batch_size=batch_size, seed=seed)
+    batch = batches(0)
+    bare = adapters.split(model.params | {"prefix": SoftPrompt(node.table())})[1]
+    options = Options(length=length, batch_size=batch_size)
+    losses = functools.partial(_losses, config=model.config, options=options, at_once=at_once)
+    loss_of = lambda rows: float(losses(rows[None], bare, batch)[0])
+    embed = lambda ids: decoder.embed(model.params, model.config, jnp.asarray(ids)).astype(jnp.float32)
+
+    soft = node.table()[0].astype(jnp.float32)
+    allowed = np.asarray(common_tokens(model, count=model.config.vocab_size))
+    scale = model.config.embed_scale or 1.0
+    projected = _readable(model, nearest(model, soft / scale, allowed))
+    ids = list(projected if start is None else start)
+    projected_loss = loss_of(embed([projected])[0])
+    best = loss_of(embed([ids])[0])
+    rng, history = np.random.default_rng(seed), [best]
+    for step in range(1, steps + 1):
+        top = np.asarray(_promising(embed([ids])[0], bare, batch, jnp.asarray(allowed), model.config, options, top_k))
+        swaps = _swaps(model, ids, allowed[top], candidates, rng)
+        if swaps:
+            found = np.asarray(losses(embed(swaps + [ids] * (candidates - len(swaps))), bare, batch))[: len(swaps)]
+            if (least := float(found.min())) < best:
+                best, ids = least, swaps[int(found.argmin())]
+        history.append(best)
+        if on_step:
+            on_step(step, best)
+    return Hard(ids, model.tokenizer.decode(ids), loss_of(soft), projected_loss, best, history)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options", "at_once"))
+def _losses(rows: Float[Array, "C P D"], bare: Params, batch, config, options, at_once) -> Float[Array, "C"]:
+    """The mean loss of a learnt token under each prompt."""
+
+    def one(rows):
+        total, count = batch_loss({"prefix": {"rows": rows[None]}}, bare, batch, config=config, options=options)
+        return total / jnp.maximum(count, 1.0)
+
+    return jax.lax.map(one, rows, batch_size=min(at_once, rows.shape[0]))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "options", "top_k"))
+def _promising(rows, bare, batch, allowed: Int[Array, "A"], config, options, top_k: int) -> Int[Array, "P top_k"]:
+    """Of each place, the allowed tokens (their numbers) that a first-order step prefers."""
+    slope = jax.grad(lambda r: _losses(r[None], bare, batch, config=config, options=options, at_once=1)[0])(rows)
+    table = weights.take(bare["embed"], allowed).astype(jnp.float32)
+    return jax.lax.top_k(-slope @ table.T, min(top_k, allowed.shape[0]))[1]
+
+
+def _swaps(model: Model, ids: list[int], top: np.ndarray, count: int, rng) -> list[list[int]]:
+    """Different prompts, one token from `ids` away, that survive being written down."""
+    found: dict[tuple[int, ...], None] = {}
+    for _ in range(4 * count):
+        place = int(rng.integers(len(ids)))
+        swapped = (*ids[:place], int(rng.choice(top[place])), *ids[place + 1 :])
+        if list(swapped) != ids and swapped not in found and _survives(model, swapped):
+            found[swapped] = None
+        if len(found) == count:
+            break
+    return [list(s) for s in found]
+
+
+def _survives(model: Model, ids: Sequence[int]) -> bool:
+    return model.tokenizer.encode(model.tokenizer.decode(ids)) == list(ids)
+
+
+def _readable(model: Model, ids: list[int]) -> list[int]:
+    """As many tokens that survive being written down: those of their own text, cut or filled up, where that settles."""
+    for _ in range(8):
+        if _survives(model, ids):
+            return ids
+        again = model.tokenizer.encode(model.tokenizer.decode(ids))
+        ids = (again + ids[len(again) :])[: len(ids)]
+    return ids  # as they are; the first swap that is accepted is readable
