@@ -58,7 +58,7 @@ def tiny_tokenizer(vocab_size: int = 64, chat_template: str | None = None):
     vocab = {"<pad>": 0, "<s>": 1, "</s>": 2} | {c: i + 3 for i, c in enumerate(letters[: vocab_size - 3])}
     backend = Backend(models.WordLevel(vocab=vocab, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
-    backend.decoder = decoders.Fuse()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens(["<pad>", "<s>", "</s>"])
     return Tokenizer(backend, bos_id=1, eos_ids=(2,), pad_id=0, chat_template=chat_template)
 

@@ -13,6 +13,7 @@ from jaxml.extras import version
 EXTRAS = {
     "lm": ("tokenizers", "jinja2", "safetensors", "gguf"),
     "facts": ("countryinfo",),
+    "prompts": ("httpx", "llguidance"),
     "plot": ("matplotlib",),
     "cuda": ("jax-cuda13-plugin", "jax-triton"),
     "tpu": ("libtpu",),

@@ -8,7 +8,7 @@
 
 from jaxml.lm import decoder, zoo
 from jaxml.lm.config import DecoderConfig, RopeScaling
-from jaxml.lm.generate import generate
+from jaxml.lm.generate import generate, samples
 from jaxml.lm.model import Model, load, save, save_orbax
 from jaxml.lm.sampling import Sampling
 from jaxml.lm.score import perplexity, score
@@ -24,6 +24,7 @@ __all__ = [
     "generate",
     "load",
     "perplexity",
+    "samples",
     "save",
     "save_orbax",
     "score",

@@ -109,12 +109,16 @@ def decode(
     sampling: Sampling = Sampling(),  # noqa: B008
     eos_ids: tuple[int, ...] = (),
     pad_id: int = 0,
+    allowed: Int[Array, "B V/32"] | None = None,
 ) -> tuple[Int[Array, "B steps"], DecodeState]:
     """Up to `steps` tokens for every row; stops early when all rows are done.
 
     A row is done after one of `eos_ids`; from then on its tokens are `pad_id`. The state is consumed and
     given back, so that the loop can go on where it stopped. Row b draws token t with
     ``fold_in(keys[b], position of t)``: what a row gets does not depend on its neighbours.
+
+    Args:
+        allowed: which tokens may come, a bit each, the lowest of each int32 first (`prompts.constrain`).
     """
     batch = state.positions.shape[0]
     tokens = jnp.full((batch, steps), pad_id, jnp.int32)
@@ -126,7 +130,8 @@ def decode(
     def step(carry):
         i, tokens, s = carry
         keys = jax.vmap(jax.random.fold_in)(s.keys, s.positions)
-        token = jnp.where(s.done, pad_id, sample(s.logits, sampling, keys, s.seen))
+        logits = s.logits if allowed is None else jnp.where(_bits(allowed, s.logits.shape[-1]), s.logits, -jnp.inf)
+        token = jnp.where(s.done, pad_id, sample(logits, sampling, keys, s.seen))
         tokens = jax.lax.dynamic_update_slice(tokens, token[:, None], (0, i))
         positions = jnp.where(s.done, EMPTY, s.positions)
         x, cache = decoder.apply_cached(params, config, token[:, None], s.cache, positions=positions[:, None])
@@ -139,6 +144,11 @@ def decode(
 
     _, tokens, state = jax.lax.while_loop(more, step, (jnp.zeros((), jnp.int32), tokens, state))
     return tokens, state
+
+
+def _bits(words: Int[Array, "B W"], count: int) -> Bool[Array, "B V"]:
+    bits = (words[..., None] >> jnp.arange(32, dtype=words.dtype).reshape(1, 1, 32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :count] == 1
 
 
 # ---- strings ----------------------------------------------------------------------------------------
@@ -198,6 +208,32 @@ def generate(
     return texts
 
 
+def samples(
+    model: Model,
+    prompt: Prompt,
+    n: int,
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(temperature=1.0),  # noqa: B008
+    stop: Sequence[str] = (),
+    key: Array | int = 0,
+    unroll: bool = False,
+) -> list[str]:
+    """n continuations of one prompt, which is read once.
+
+    The same texts as `generate` gives for n copies of the prompt and the same key.
+
+    Raises:
+        ValueError: n below 1, or as in `generate`.
+    """
+    if n < 1:
+        raise ValueError(f"generate.samples: n is at least 1, got {n}.")
+    key = jax.random.key(key) if isinstance(key, int) else key
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
+    row = encode_prompt(model, prompt)
+    return _continue(model, [row], max_new_tokens, sampling, stop, keys, "right", unroll, None, 0)
+
+
 def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: a string with the model's bos token where it wants one, or a rendered chat."""
     if isinstance(prompt, str):
@@ -210,7 +246,7 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
 
 
 def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> list[str]:
-    """The texts of one batch, told to `on_text` as they grow."""
+    """The texts of one batch, told to `on_text` as they grow; of a single row with many keys, as many texts."""
     config, tokenizer = model.config, model.tokenizer
     past = decoder.prefix(model.params, config)
     longest = max(map(len, rows)) + (0 if past is None else past.slots)
@@ -225,7 +261,13 @@ def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text
     cache, positions = caches.begin(past, config, positions, _bucket(width + limit), model.params["embed"].dtype)
     params = decoder.unstack(model.params) if unroll else model.params
     logits, cache = prefill(model.params, config, tokens, positions, cache)
-    state = start(logits, cache, jnp.asarray(tokens), jnp.asarray(positions), keys, sampling)
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    if (n := len(keys)) > len(rows):
+        rows = rows * n
+        logits, tokens, positions = (jnp.repeat(a, n, 0) for a in (logits, tokens, positions))
+        cache = caches.broadcast(cache, n)
+        params = weights.of_rows(params, [0] * n)
+    state = start(logits, cache, tokens, positions, keys, sampling)
     chunk = 4 if on_text else (16 if stop else 64)
     ids: list[list[int]] = [[] for _ in rows]
     texts, finished = [""] * len(rows), [False] * len(rows)

@@ -54,7 +54,10 @@ def load(
         ValueError: an architecture, config key, tensor or file that cannot be read, by name.
     """
     convert = None if quantize is None else _convert(quantize, targets)
-    path = zoo.find(str(source)) if str(source) in zoo.NAMES else Path(source)
+    entry = zoo.NAMES.get(str(source))
+    if entry and entry.kind != "decoder":
+        raise ValueError(f"lm.load: {source} is an {entry.kind} ({entry.about}). Read it with lm.encoder.load.")
+    path = zoo.find(str(source)) if entry else Path(source)
     if (path / ORBAX).is_dir():
         model = _load_orbax(path, dtype)
         return (

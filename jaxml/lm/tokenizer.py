@@ -79,6 +79,8 @@ def from_folder(folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: in
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the Rust library raises plain Exception
         raise ValueError(f"{path}: not a tokenizer.json ({error}).") from error
+    backend.no_padding()  # what the file's last user had set
+    backend.no_truncation()
     config = {}
     if (folder / "tokenizer_config.json").is_file():
         try:

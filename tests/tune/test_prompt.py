@@ -95,7 +95,7 @@ def test_gradients_reach_only_the_prompt_and_training_lowers_the_loss(kind, quan
     assert set(trainable) == {"prefix"}
     examples = [{"prompt": "who? ", "response": "me"}, {"prompt": "what? ", "response": "it"}]
     options = tune.Options(steps=12, batch_size=1, length=32, learning_rate=0.1, schedule="constant", warmup=0)
-    after, info = tune.fit(tuned, examples, options, eval_examples=examples, progress=False)
+    after, _ = tune.fit(tuned, examples, options, eval_examples=examples, progress=False)
     before = -lm.score(tuned, [e["prompt"] for e in examples], [e["response"] for e in examples]).mean()
     now = -lm.score(after, [e["prompt"] for e in examples], [e["response"] for e in examples]).mean()
     assert now < before
@@ -248,7 +248,7 @@ def test_a_folder_of_another_model_or_a_damaged_one_is_refused(tmp_path):
         adapters.load_peft(tmp_path / "a", other.params, other.config)
     file = tmp_path / "a" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="adapter_model.safetensors"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors"):
         adapters.load_peft(tmp_path / "a", model.params, model.config)
 
 

@@ -1,0 +1,245 @@
+"""A BERT-family encoder on one page: sentences to unit vectors whose products say how alike they are.
+
+All layers' weights lie stacked along a first axis and are scanned. A matrix is [in, out].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxml.attention import flash_attention
+from jaxml.axes import Array, Float, Int, Params, wide
+from jaxml.lm import hf, tokenizer, zoo
+from jaxml.lm.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """Shapes of a BERT encoder and what a sentence's vector is (letters as in `jaxml.axes`)."""
+
+    vocab_size: int  # V
+    width: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    hidden_dim: int  # F
+    num_positions: int
+    max_length: int  # longer texts are cut
+    num_segments: int = 2
+    norm_eps: float = 1e-12
+    pooling: str = "mean"  # over tokens, or "cls": the first token's
+    normalize: bool = True
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A pytree whose leaves are the parameters, as `lm.Model` is."""
+
+    params: Params
+    config: EncoderConfig = dataclasses.field(metadata=dict(static=True))
+    tokenizer: Tokenizer = dataclasses.field(metadata=dict(static=True))
+
+    def __call__(self, texts: Sequence[str], *, batch_size: int = 64) -> Float[Array, "n D"]:
+        """A vector for each text, as `encode` makes them."""
+        return encode(self, texts, batch_size=batch_size)
+
+
+def load(source: str | Path = "minilm", dtype=jnp.float32) -> Encoder:
+    """An encoder by name or from a sentence-transformers folder.
+
+    Raises:
+        FileNotFoundError: no such folder or name.
+        ValueError: a config key or tensor that cannot be read, by name.
+    """
+    entry = zoo.NAMES.get(str(source))
+    if entry and entry.kind != "encoder":
+        raise ValueError(f"encoder.load: {source} is a {entry.kind} ({entry.about}). Read it with lm.load.")
+    folder = zoo.find(str(source)).parent if entry else Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"encoder.load: no folder or known encoder is called {str(source)!r}.")
+    config = read_config(folder)
+    names = _names()
+    with hf.open_safetensors(folder / "model.safetensors") as file:
+        prefix = "bert." if any(name.startswith("bert.") for name in set(file.keys())) else ""
+        read = lambda name: _tensor(folder, file, prefix + name)
+        params: dict[str, Any] = {"layers": {}}
+        for path, name in names.items():
+            if "{}" in name:
+                stack = np.stack([read(name.format(i)) for i in range(config.num_layers)])
+                stack = stack.swapaxes(1, 2) if stack.ndim == 3 else stack
+                params["layers"][path] = jnp.asarray(stack, dtype)
+            else:
+                params[path] = jnp.asarray(read(name), dtype)
+    for (path, shape), a in zip(_flat(shapes(config)), jax.tree.leaves(params)):
+        if a.shape != shape:
+            raise ValueError(f"{folder}: {path} has the shape {shape}, got {a.shape}.")
+    return Encoder(params, config, tokenizer.from_folder(folder))
+
+
+def read_config(folder: str | Path) -> EncoderConfig:
+    """From config.json and, where they are, sentence-transformers' files beside it.
+
+    Raises:
+        FileNotFoundError, ValueError: no config.json, a model that is no BERT, or a pooling that is not implemented.
+    """
+    folder = Path(folder)
+    about = hf.read_json(folder / "config.json")
+    for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+        if about.get(key, only) != only:
+            raise ValueError(f"{folder}: an encoder has {key} {only!r}, got {about[key]!r}.")
+    beside = lambda name: hf.read_json(folder / name) if (folder / name).is_file() else {}
+    pooling = beside("1_Pooling/config.json")
+    kinds = [k for k, on in pooling.items() if k.startswith("pooling_mode") and on is True]
+    known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if kinds and (len(kinds) > 1 or kinds[0] not in known):
+        raise ValueError(f"{folder}: pooling is one of {', '.join(known)}, got {', '.join(kinds)}.")
+    return EncoderConfig(
+        vocab_size=about["vocab_size"],
+        width=about["hidden_size"],
+        num_layers=about["num_hidden_layers"],
+        num_heads=about["num_attention_heads"],
+        hidden_dim=about["intermediate_size"],
+        num_positions=about["max_position_embeddings"],
+        max_length=min(
+            about["max_position_embeddings"], beside("sentence_bert_config.json").get("max_seq_length") or 2**30
+        ),
+        num_segments=about.get("type_vocab_size", 2),
+        norm_eps=about.get("layer_norm_eps", 1e-12),
+        pooling=known[kinds[0]] if kinds else "mean",
+    )
+
+
+def shapes(config: EncoderConfig) -> dict[str, Any]:
+    """The shape of every parameter, as a tree of tuples."""
+    c, L, D, F = config, config.num_layers, config.width, config.hidden_dim
+    layers = {}
+    for name in ("q", "k", "v", "o"):
+        layers |= {name: (L, D, D), f"{name}_bias": (L, D)}
+    layers |= {"up": (L, D, F), "up_bias": (L, F), "down": (L, F, D), "down_bias": (L, D)}
+    for name in ("attn_norm", "mlp_norm"):
+        layers |= {name: (L, D), f"{name}_bias": (L, D)}
+    top = {"embed": (c.vocab_size, D), "positions": (c.num_positions, D), "segments": (c.num_segments, D)}
+    return top | {"norm": (D,), "norm_bias": (D,), "layers": layers}
+
+
+def apply(
+    params: Params, config: EncoderConfig, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> Float[Array, "B T D"]:
+    """Final hidden states of rows that are padded at the right.
+
+    Reference:
+        Devlin et al. 2019, "BERT" (norms after each block, GELU by the error function, one segment).
+    """
+    T = tokens.shape[1]
+    x = params["embed"][tokens] + params["positions"][None, :T] + params["segments"][:1][None]
+    x = _norm(x, params["norm"], params["norm_bias"], config)
+
+    def layer(x, w):
+        B, T, D = x.shape
+        dense = lambda name, x: jnp.matmul(x, w[name]) + w[f"{name}_bias"].reshape(1, 1, -1)
+        heads = lambda a: a.reshape(B, T, config.num_heads, D // config.num_heads)
+        q, k, v = (heads(dense(name, x)) for name in "qkv")
+        y = flash_attention(q, k, v, key_value_seq_lengths=lengths).reshape(B, T, D)
+        x = _norm(x + dense("o", y), w["attn_norm"], w["attn_norm_bias"], config)
+        y = dense("down", jax.nn.gelu(dense("up", x), approximate=False))
+        return _norm(x + y, w["mlp_norm"], w["mlp_norm_bias"], config), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def pooled(
+    params: Params, config: EncoderConfig, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
+) -> Float[Array, "B D"]:
+    """A vector for each row, float32; of length 1 where the config says so."""
+    x = apply(params, config, tokens, lengths).astype(jnp.float32)
+    if config.pooling == "cls":
+        x = x[:, 0]
+    else:
+        there = (jnp.arange(tokens.shape[1])[None] < lengths[:, None]).astype(jnp.float32)[..., None]
+        x = jnp.sum(x * there, 1) / jnp.maximum(jnp.sum(there, 1), 1)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if config.normalize else x
+
+
+def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Float[Array, "n D"]:
+    """A vector for each text; the product of two says how alike they are.
+
+    Texts longer than the encoder's `max_length` are cut there, as sentence-transformers does.
+
+    Raises:
+        ValueError: no texts, or a single string instead of a list.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"encoder.encode: texts are a list of at least one text, got {texts!r}.")
+    rows = [_ids(encoder, text) for text in texts]
+    out = np.zeros((len(rows), encoder.config.width), np.float32)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for first in range(0, len(rows), batch_size):
+        part = order[first : first + batch_size]
+        size = batch_size if len(rows) > batch_size else len(part)
+        width = -(-max(len(rows[i]) for i in part) // 32) * 32
+        tokens = np.full((size, width), encoder.tokenizer.pad_id, np.int32)
+        lengths = np.ones(size, np.int32)
+        for place, i in enumerate(part):
+            tokens[place, : len(rows[i])], lengths[place] = rows[i], len(rows[i])
+        width = min(width, encoder.config.max_length)
+        vectors = pooled(encoder.params, encoder.config, tokens[:, :width], lengths)
+        out[part] = np.asarray(vectors)[: len(part)]
+    return jnp.asarray(out)
+
+
+def _ids(encoder: Encoder, text: str) -> list[int]:
+    """[CLS] text [SEP], cut to the longest text."""
+    ids = encoder.tokenizer.backend.encode(text, add_special_tokens=True).ids
+    longest = encoder.config.max_length
+    return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
+
+
+def _norm(x, weight, bias, config: EncoderConfig):
+    """LayerNorm, in float32 (or wider) inside."""
+    y = x.astype(wide(x.dtype))
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    across = lambda v: v.astype(y.dtype).reshape(1, 1, -1)
+    return (y * across(weight) + across(bias)).astype(x.dtype)
+
+
+def _names() -> dict[str, str]:
+    """Parameter → tensor of a BERT file."""
+    names = {
+        "embed": "embeddings.word_embeddings.weight",
+        "positions": "embeddings.position_embeddings.weight",
+        "segments": "embeddings.token_type_embeddings.weight",
+        "norm": "embeddings.LayerNorm.weight",
+        "norm_bias": "embeddings.LayerNorm.bias",
+    }
+    layer = {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "o": "attention.output.dense",
+        "attn_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "mlp_norm": "output.LayerNorm",
+    }
+    for path, name in layer.items():
+        names |= {path: f"encoder.layer.{{}}.{name}.weight", f"{path}_bias": f"encoder.layer.{{}}.{name}.bias"}
+    return names
+
+
+def _tensor(folder: Path, file: Any, name: str) -> np.ndarray:
+    if name not in set(file.keys()):
+        raise ValueError(f"{folder}: an encoder has the tensor {name}; it is missing.")
+    return file.get_tensor(name)
+
+
+def _flat(tree: Any) -> list[tuple[str, tuple[int, ...]]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda s: isinstance(s, tuple))
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), shape) for path, shape in leaves]

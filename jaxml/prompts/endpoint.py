@@ -1,0 +1,267 @@
+"""A language model behind an OpenAI-compatible HTTP endpoint: patient with its failures, strict about its answers."""
+
+import concurrent.futures
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxml.extras import need
+from jaxml.lm.generate import Prompt
+from jaxml.prompts.llm import Reply, Scores
+from jaxml.prompts.store import Store
+
+RETRIED = (408, 409, 429, 500, 502, 503, 504)
+
+
+class EndpointError(RuntimeError):
+    """The endpoint did not answer, or not as it should, however often it was asked."""
+
+
+@dataclasses.dataclass
+class Endpoint:
+    """An `LLM` over HTTP.
+
+    Strings go to /completions, messages to /chat/completions.
+
+    Args:
+        url: up to and with /v1.
+        model: its name there.
+        api_key: sent as a bearer token, and to nobody else.
+        timeout: seconds for one answer.
+        retries: how often a request is repeated after a status of `RETRIED`, a cut connection, a timeout or an answer
+            that is no JSON of the right form; with pauses that double from `backoff` seconds, or as long as the server
+            asks for, never longer than `longest_pause`.
+        concurrency: requests under way at once.
+        cache: a file of answers that need not be asked for again (temperature 0 or a seed makes them repeatable).
+
+    Raises:
+        EndpointError: after the last retry, or at once for a status that a retry does not help; says what came.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    timeout: float = 60.0
+    retries: int = 5
+    backoff: float = 0.5
+    longest_pause: float = 30.0
+    concurrency: int = 8
+    cache: str | Path | None = None
+    _client: Any = dataclasses.field(default=None, repr=False)
+    _likelihood: bool | None = dataclasses.field(default=None, repr=False)
+
+    def __post_init__(self):
+        httpx = need("httpx", "prompts")
+        for name in ("timeout", "concurrency"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"Endpoint: {name} is above 0, got {getattr(self, name)}.")
+        if not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"Endpoint: url begins with http:// or https://, got {self.url!r}.")
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        self._client = httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=limits)
+        self._store = Store(self.cache)
+
+    @property
+    def name(self) -> str:
+        return f"{self.url}#{self.model}"
+
+    def count(self, prompt: Prompt) -> int:
+        """A guess, at four characters a token: the endpoint's tokenizer is not here."""
+        texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
+        return sum(1 + len(text) // 4 for text in texts)
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, temperature: float = 0.0,
+        stop: Sequence[str] = (), seed: int = 0,
+    ) -> list[Reply]:  # fmt: skip
+        """One continuation of each prompt."""
+        bodies = [self._body(p, max_new_tokens, temperature, stop, seed + i) for i, p in enumerate(prompts)]
+        return self._all(bodies, _reply)
+
+    def sample(
+        self, prompt: Prompt, n: int, *, max_new_tokens: int = 128, temperature: float = 1.0,
+        stop: Sequence[str] = (), seed: int = 0,
+    ) -> list[Reply]:  # fmt: skip
+        """n continuations of one prompt, each asked for with a seed of its own; likelihoods where they are told."""
+        bodies = [self._body(prompt, max_new_tokens, temperature, stop, seed + i) for i in range(n)]
+        tell = {"logprobs": 0} if isinstance(prompt, str) else {"logprobs": True}
+        return self._all([(path, body | tell) for path, body in bodies], _reply)
+
+    def score(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[Scores]:
+        """The likelihood of each prompt's choices, from the prompt's own log-probabilities ("echo").
+
+        Raises:
+            NotImplementedError: the prompts are messages, or the server tells nothing, or zeros.
+        """
+        if any(not isinstance(p, str) for p in prompts):
+            raise NotImplementedError(
+                "Endpoint.score: a chat endpoint does not tell how likely a given answer is. Give prompts as text, or "
+                "take a model in this process (prompts.Local)."
+            )
+        self._probe()
+        bodies = [self._echo(p + c) for p, of in zip(prompts, choices, strict=True) for c in of]
+        answers = iter(self._all(bodies, _token_log_probs))
+        out = []
+        for prompt, of in zip(prompts, choices):
+            log_probs, tokens, cost = [], [], 0
+            for choice, (offsets, values) in zip(of, (next(answers) for _ in of)):
+                first = _first_token(offsets, len(prompt), prompt + choice)
+                if any(v is None for v in values[first:]):
+                    raise NotImplementedError(
+                        f"Endpoint.score: {self.name} leaves out the log-probability of a token of {choice!r} "
+                        "(the prompt is empty?). Give a prompt of at least one token."
+                    )
+                log_probs.append(sum(values[first:]))
+                tokens.append(len(values) - first)
+                cost += len(values)
+            out.append(Scores(np.array(log_probs, np.float64), np.array(tokens), cost))
+        return out
+
+    def close(self) -> None:
+        """Ends the connections."""
+        self._client.close()
+        self._store.__exit__()
+
+    def __enter__(self) -> "Endpoint":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- what is asked ----------------------------------------------------------------------------------
+
+    def _body(self, prompt, max_new_tokens, temperature, stop, seed) -> tuple[str, dict[str, Any]]:
+        body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        body |= {"stop": list(stop)} if stop else {}
+        if isinstance(prompt, str):
+            return "/completions", body | {"prompt": prompt}
+        return "/chat/completions", body | {"messages": list(prompt)}
+
+    def _echo(self, text: str) -> tuple[str, dict[str, Any]]:
+        # One token more than nothing: some servers refuse 0.
+        return "/completions", {
+            "model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 0,
+        }  # fmt: skip
+
+    def _probe(self) -> None:
+        """Refuses a server that tells no likelihoods, before anything is made of its zeros."""
+        if self._likelihood:
+            return
+        text = "The quick brown fox jumps over the lazy dog"
+        try:
+            offsets, values = self._ask(*self._echo(text), _token_log_probs)
+        except EndpointError as error:
+            raise NotImplementedError(
+                f"Endpoint.score: {self.name} does not tell a prompt's likelihood ({error}). "
+                "Take a model in this process (prompts.Local)."
+            ) from error
+        inside = [v for o, v in zip(offsets, values) if 0 < o < len(text)]
+        if len(inside) < 2 or any(v is None for v in inside) or not any(v < -1e-3 for v in inside):
+            raise NotImplementedError(
+                f"Endpoint.score: {self.name} answers with {inside[:3]} in the place of a prompt's log-probabilities. "
+                "Take a model in this process (prompts.Local)."
+            )
+        self._likelihood = True
+
+    # ---- how it is asked --------------------------------------------------------------------------------
+
+    def _all(self, bodies: Sequence[tuple[str, dict[str, Any]]], read: Callable) -> list[Any]:
+        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
+            futures = [pool.submit(self._ask, path, body, read) for path, body in bodies]
+            try:
+                return [f.result() for f in futures]
+            except BaseException:
+                for f in futures:
+                    f.cancel()
+                raise
+
+    def _ask(self, path: str, body: dict[str, Any], read: Callable) -> Any:
+        question = {"url": self.url, "path": path, "body": body}
+        kept = self._store.get(question)
+        if kept is not None:
+            return read(kept)
+        answer = self._post(path, body, read)
+        self._store.put(question, answer)
+        return read(answer)
+
+    def _post(self, path: str, body: dict[str, Any], read: Callable) -> Any:
+        """An answer that `read` understands."""
+        httpx = need("httpx", "prompts")
+        for attempt in range(self.retries + 1):
+            pause = self.backoff * 2**attempt * random.uniform(0.8, 1.2)
+            try:
+                response = self._client.post(path, json=body)
+                if response.status_code == 200:
+                    answer = response.json()
+                    read(answer)
+                    return answer
+                said = f"status {response.status_code}: {response.text[:200]}"
+                if response.status_code not in RETRIED:
+                    raise EndpointError(f"{self.url}{path}: {said}")
+                pause = max(pause, _asked_pause(response))
+            except httpx.TransportError as error:
+                said = f"{type(error).__name__}: {error}"
+            except ValueError as error:  # no JSON, or not of the form that was asked for
+                said = f"not the answer that was asked for: {error}"
+            if attempt < self.retries:
+                time.sleep(min(pause, self.longest_pause))
+        raise EndpointError(f"{self.url}{path}: no answer after {self.retries + 1} attempts; the last one: {said}")
+
+
+def _asked_pause(response: Any) -> float:
+    try:
+        return max(0.0, float(response.headers.get("retry-after", "0")))
+    except ValueError:  # a date
+        return 0.0
+
+
+def _choice(answer: Any) -> dict[str, Any]:
+    try:
+        choice = answer["choices"][0]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"an answer holds choices, got {str(answer)[:200]}") from error
+    if not isinstance(choice, dict):
+        raise ValueError(f"a choice is an object, got {choice!r}")
+    return choice
+
+
+def _reply(answer: Any) -> Reply:
+    choice = _choice(answer)
+    text = choice.get("text", (choice.get("message") or {}).get("content"))
+    if not isinstance(text, str):
+        raise ValueError(f"a choice holds text or a message with content, got {str(choice)[:200]}")
+    usage = answer.get("usage") or {}
+    told = choice.get("logprobs") or {}
+    values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
+    known = bool(values) and all(isinstance(v, int | float) for v in values) and any(v < 0 for v in values)
+    count = lambda name: int(usage.get(name) or 0)
+    return Reply(text, count("prompt_tokens"), count("completion_tokens"), float(sum(values)) if known else None)
+
+
+def _token_log_probs(answer: Any) -> tuple[list[int], list[float | None]]:
+    """(where each token of the prompt begins in the text, its log-probability)."""
+    told = _choice(answer).get("logprobs")
+    if not isinstance(told, dict) or not told.get("token_logprobs") or not told.get("text_offset"):
+        raise ValueError("the answer holds no log-probabilities of the prompt's tokens")
+    offsets, values = told["text_offset"], told["token_logprobs"]
+    if len(offsets) != len(values) or not all(v is None or isinstance(v, int | float) for v in values):
+        raise ValueError("a log-probability and an offset for each token")
+    usage = answer.get("usage") or {}
+    new = int(usage.get("completion_tokens") or 1)  # the token that had to be asked for
+    return offsets[: len(offsets) - new], values[: len(values) - new]
+
+
+def _first_token(offsets: Sequence[int], length: int, text: str) -> int:
+    """The first token of the continuation."""
+    if length not in offsets:
+        raise ValueError(
+            f"Endpoint.score: a token ends where the prompt ends, but the server's straddles it in "
+            f"{text[max(0, length - 10) : length + 10]!r}. End the prompt without a space, begin the choice with one."
+        )
+    return offsets.index(length)
