@@ -15,6 +15,7 @@ VERBS = (
     "generate",
     "chat",
     "finetune",
+    "prompt",
     "evaluate",
     "quantize",
     "merge",

@@ -249,6 +249,20 @@ def make_evaluate(config: DecoderConfig, options: Options):
     return evaluate
 
 
+def loss_of(model: Model, examples: Sequence[dict[str, Any]], options: Options = Options()) -> float:
+    """The mean loss of a learnt token over examples, in nats, in the rows and the dtype of the options.
+
+    Example:
+        >>> from jaxml import testing
+        >>> loss_of(testing.tiny_model(), [{"prompt": "hi ", "response": "you"}], Options(length=16)) > 0
+        True
+    """
+    o = options
+    rows = data.prepare(examples, model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all)
+    trainable, frozen = adapters.split(decoder.cast(model.params, o.dtype) if o.dtype else model.params)
+    return make_evaluate(model.config, o)(trainable, frozen, rows)
+
+
 def batch_loss(
     trainable: Params,
     frozen: Params,

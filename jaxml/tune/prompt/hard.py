@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml import weights
-from jaxml.axes import Float, Int, Params
+from jaxml.axes import Array, Float, Int, Params
 from jaxml.lm import decoder
 from jaxml.lm.model import Model
 from jaxml.tune import adapters, data
