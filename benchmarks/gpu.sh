@@ -31,5 +31,7 @@ step feed_forward python3 benchmarks/feed_forward.py --subjects gpu
 step adapters python3 benchmarks/adapters.py --subjects training matmul many
 step adapters_qlora python3 benchmarks/adapters_gpu.py --methods qlora
 step adapters_lora python3 benchmarks/adapters_gpu.py --methods lora
+step prompts python3 benchmarks/prompts.py --subjects choices starts
+step prompts_methods python3 benchmarks/prompts.py --subjects methods
 step optim_training python3 benchmarks/optim_training.py --minutes 8
 exit $failed

@@ -4,8 +4,9 @@
     python benchmarks/prompts.py --subjects choices  # some of choices, starts, methods
     python benchmarks/prompts.py --table             # the tables of the newest results
 
-choices: SmolLM2-135M in float32, a prompt of 200 tokens and choices of 4: `score_choices`; the same texts as rows of
-one batch, nothing shared; transformers on those rows; transformers with the prompt's cache read once and used again.
+choices: SmolLM2-135M in float32, a prompt of 200 tokens and choices of 4: `score_choices`' one pass; the same texts as
+rows of one batch, nothing shared; one text after the other; transformers on the rows of a batch; transformers with the
+prompt's cache read once and used again. And eight such prompts, whose first 150 tokens are the same.
 Seconds are the median of rounds in turn, compile time not counted.
 starts: how far a prefix or a soft prompt of 20 places moves the model before training: nats of divergence of the next
 token, against the model after its first token, over two texts.
@@ -97,24 +98,26 @@ def choices(save, done) -> list[dict]:
     rng = np.random.default_rng(0)
     draw = lambda n: rng.integers(100, 40000, n).tolist()
     rows = []
-    for count in (2, 4, 8, 16):
-        prompt, of = draw(PROMPT), [draw(LENGTH_OF_CHOICE) for _ in range(count)]
-        tree = Node(prompt, [Node(c, scored=True) for c in of])
-        apart = [Node(prompt, [Node(c, scored=True)]) for c in of]
+    for count, number in ((2, 1), (4, 1), (8, 1), (16, 1), (4, 8)):
+        common, of = draw(PROMPT - 50), [draw(LENGTH_OF_CHOICE) for _ in range(count)]
+        asked = [common + draw(50) for _ in range(number)]
+        trees = [Node(prompt, [Node(c, scored=True) for c in of]) for prompt in asked]
+        apart = [Node(prompt, [Node(c, scored=True)]) for prompt in asked for c in of]
         calls = {
-            "tree": lambda: [v.sum() for v in score_trees(model, [tree])[0]],
+            "tree": lambda: [v.sum() for nodes in score_trees(model, trees) for v in nodes],
             "separate": lambda: [v[0].sum() for v in score_trees(model, apart, share=False)],
-            "transformers": lambda: _rows_of(theirs, prompt, of),
-            "transformers_cache": lambda: _cache_of(theirs, prompt, of),
+            "one_by_one": lambda: [score_trees(model, [one])[0][0].sum() for one in apart],
+            "transformers": lambda: [v for prompt in asked for v in _rows_of(theirs, prompt, of)],
+            "transformers_cache": lambda: [v for prompt in asked for v in _cache_of(theirs, prompt, of)],
         }
         values = {name: np.array(call(), np.float64) for name, call in calls.items()}
         times = {name: [] for name in calls}
-        for _ in range(7):
+        for _ in range(5 if number == 1 else 3):
             for name, call in calls.items():
                 started = time.perf_counter()
                 call()
                 times[name].append(time.perf_counter() - started)
-        row = {"choices": count} | {f"{name}_s": statistics.median(t) for name, t in times.items()}
+        row = {"prompts": number, "choices": count} | {f"{name}_s": statistics.median(t) for name, t in times.items()}
         row |= {f"{name}_times": row[f"{name}_s"] / row["tree_s"] for name in calls if name != "tree"}
         row["largest_difference"] = float(max(np.abs(v - values["tree"]).max() for v in values.values()))
         rows.append(row | {"times": times})
@@ -179,7 +182,7 @@ def methods(save, done) -> list[dict]:
     from jaxml.tune import facts
 
     model = lm.load("smollm2-135m")
-    asked = facts.make(countries=30, new_countries=30, relations=RELATIONS)
+    asked = facts.make(countries=30, new_countries=20, relations=RELATIONS)
     rows = list(done)
     for name in METHODS:
         if any(row["method"] == name for row in rows):
@@ -226,9 +229,7 @@ def _adapted(name, model, asked):
         "LoRA, rank 8": lambda: model.replace(params=adapters.attach(model.params, jax.random.key(0), rank=8)),
         "full": lambda: model,
     }[name]()
-    options = tune.Options(
-        steps=STEPS, batch_size=ROWS, length=LENGTH, learning_rate=METHODS[name], save_every=0, unroll=name != "full"
-    )
+    options = tune.Options(steps=STEPS, batch_size=ROWS, length=LENGTH, learning_rate=METHODS[name], save_every=0)
     tuned, info = tune.fit(start, examples, options, progress=False)
     trained = sum(a.size for a in jax.tree.leaves(adapters.split(tuned.params)[0]))
     return tuned, plain, trained, info["tokens"]
@@ -248,12 +249,14 @@ def table() -> str:
     out = []
     if of := newest("choices"):
         out += [f"Seconds on {of['device']}, {of['date']}, jax {of['jax']}:", ""]
-        out += ["| choices | one pass | separate rows | transformers | its cache used again | difference |"]
-        out += ["|---|---|---|---|---|---|"]
+        out += ["| prompts × choices | one pass | rows of a batch | one by one | transformers | its cache used again "]
+        out[-1] += "| largest difference |"
+        out += ["|---|---|---|---|---|---|---|"]
         for r in of["choices"]:
             cell = lambda name, r=r: f"{r[f'{name}_s']:.2f} ({r[f'{name}_times']:.2f}×)"
             out.append(
-                f"| {r['choices']} | {r['tree_s']:.2f} | {cell('separate')} | {cell('transformers')} | "
+                f"| {r['prompts']} × {r['choices']} | {r['tree_s']:.2f} | {cell('separate')} | {cell('one_by_one')} | "
+                f"{cell('transformers')} | "
                 f"{cell('transformers_cache')} | {r['largest_difference']:.1e} |"
             )
     if of := newest("starts"):

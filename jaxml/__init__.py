@@ -23,6 +23,7 @@ __all__ = [
     "nn",
     "optim",
     "paths",
+    "prompts",
     "quant",
     "testing",
     "tune",

@@ -287,3 +287,72 @@ def test_activations_are_a_table_a_picture_or_one(tmp_path, capsys):
     assert "Near: " in refused(capsys, "activations", "--name", "mishh")
     assert "ends in .png" in refused(capsys, "activations", "--name", "relu", "--plot", tmp_path / "x.bmp")
     assert "a curve is drawn" in refused(capsys, "activations", "--kind", "noisy", "--plot", picture)
+
+
+def test_a_prompt_is_tuned_and_used_and_put_into_words(folder, capsys):
+    run, model, train = folder / "prompt", folder / "model", folder / "train.jsonl"
+    argv = ["prompt", "tune", model, train, "--out", run, "--eval", train, "--steps", 30, "--batch-size", 1]
+    argv += ["--row", 64, "--length", 4, "--learning-rate", 0.2, "--harden", 2, "--no-progress"]
+    assert main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert "soft prompt of 4 places, 128 numbers" in said and "in words: " in said and "gap" in said
+    found = {p.name for p in run.iterdir()}
+    assert found == {"adapter", "checkpoints", "log.jsonl", "loss.png", "run.json", "words.txt"}
+    before, after = (float(word) for word in said.split("held-out loss ")[1].split(" steps")[0].split()[::3][:2])
+    assert after < before
+    assert "finished" in refused(capsys, *argv)
+    (run / "words.txt").unlink()  # as if it had been stopped there
+    assert main([str(a) for a in argv]) == 0 and (run / "words.txt").exists()
+    capsys.readouterr()
+    assert main(["evaluate", str(model), str(train), "--json", "--adapter", str(run / "adapter")]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] < before
+    assert "cannot be merged" in refused(capsys, "merge", model, run / "adapter", folder / "never")
+    prefix = ["prompt", "tune", model, train, "--out", folder / "no", "--kind", "prefix"]
+    assert "for one soft prompt" in refused(capsys, *prefix, "--harden", 1)
+    assert "option of --kind soft" in refused(capsys, *prefix, "--rank", 1)
+    assert "option of --kind prefix" in refused(
+        capsys, "prompt", "tune", model, train, "--out", folder / "no", "--hidden-dim", 4
+    )
+    assert "start is one of sink" in refused(
+        capsys, "prompt", "tune", model, train, "--out", folder / "no", "--kind", "prefix", "--start", "labels"
+    )
+    assert not (folder / "no" / "adapter").exists()
+
+
+def test_a_prompt_is_searched_for_and_choices_are_scored(folder, tmp_path, capsys):
+    model, train = folder / "model", folder / "train.jsonl"
+    (tmp_path / "said.txt").write_text("say it.\n\nnow!\n")
+    held = [{"prompt": f"{a} and ", "response": "u."} for a in "xyz"]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(x) + "\n" for x in held))
+    argv = ["prompt", "search", model, train, "--out", tmp_path / "search", "--instruction", "go."]
+    assert "question is in both" in refused(capsys, *argv, "--eval", train)
+    argv += ["--eval", tmp_path / "held.jsonl"]
+    argv += ["--instructions", tmp_path / "said.txt", "--shots", "0,1", "--sets", 1, "--no-progress"]
+    assert main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert "# Prompt search" in said and "95 % interval" in said
+    assert {p.name for p in (tmp_path / "search").iterdir()} == {"answers.jsonl", "report.md", "search.png"}
+    assert "budget pays for" in refused(capsys, *argv, "--budget", 5)
+    assert "Add --propose" in refused(capsys, *argv, "--proposer", model)
+    assert "http://host/v1#name" in refused(capsys, "prompt", "score", "http://127.0.0.1:9/v1", "a", "b")
+    assert "MODEL is an endpoint" in refused(capsys, "prompt", "score", "http://x/v1#m", "a", "b", "--dtype", "float32")
+
+    assert main(["prompt", "score", str(model), "a and ", "u.", "v.", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    want = lm.score(lm.load(model), ["a and "] * 2, ["u.", "v."])
+    np.testing.assert_allclose([r["score"] for r in rows], want, atol=1e-4)
+    assert main(["prompt", "score", str(model), "a and ", "u.", "v.", "--calibrate", "a "]) == 0
+    assert "%" in capsys.readouterr().out
+    lines = [{"prompt": "a and ", "response": "u.", "choices": ["u.", "v."]}]
+    (tmp_path / "asked.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    score = ["prompt", "score", model, "--data", tmp_path / "asked.jsonl"]
+    assert main([str(a) for a in [*score, "--json"]]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == float(want[0] > want[1])
+    assert "got both or neither" in refused(capsys, "prompt", "score", model)
+    assert "at least one CHOICE" in refused(capsys, "prompt", "score", model, "a")
+    assert "correction is one of" in refused(capsys, *score, "--correction", "most")
+    assert "lacks choices" in refused(capsys, "prompt", "score", model, "--data", train)
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n' * 4)
+    assert "a prompt and a response" in refused(
+        capsys, "prompt", "search", model, tmp_path / "text.jsonl", "--out", tmp_path / "no"
+    )

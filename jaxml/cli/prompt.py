@@ -8,9 +8,11 @@ examples:
   jaxml prompt score smollm2-135m "The capital of France is" " Paris" " London"
   jaxml prompt score smollm2-135m --data questions.jsonl --correction pmi
 
-DATA is JSONL as for jaxml finetune (of prompt and response; choices, a list, where they are counted), or the word
-facts: questions about countries from the package countryinfo. Without --eval it is split, and the report is on the
-part that nothing was chosen by. A run or a search that was stopped goes on with the same command.
+MODEL of search and score may be an endpoint that speaks OpenAI's protocol, http://host/v1#name; a key for it is read
+from the environment, JAXML_API_KEY. DATA is JSONL as for jaxml finetune (of prompt and response; choices, a list, where
+they are counted), or the word facts: questions about countries from the package countryinfo. Without --eval it is cut
+in two, and the report is on the part that nothing was chosen by. A run or a search that was stopped goes on with the
+same command.
 """
 
 from pathlib import Path
@@ -29,9 +31,11 @@ def add(sub):
     tune.add_argument("--text", help="for --start text")
     tune.add_argument("--labels", help="for --start labels, by comma")
     tune.add_argument("--hidden-dim", type=int, help="of an MLP that makes the prefix while it is trained")
-    tune.add_argument("--steps", type=int, default=300)
-    tune.add_argument("--batch-size", type=int, default=4, help="rows of --row tokens a step")
-    tune.add_argument("--row", type=int, default=256, help="tokens a row")
+    tune.add_argument("--tasks", type=int, default=1, help="one shared prompt for so many, by the examples' key task")
+    tune.add_argument("--rank", type=int, help="of each task's own factors (default: 1)")
+    tune.add_argument("--steps", type=int, default=200)
+    tune.add_argument("--batch-size", type=int, default=2, help="rows of --row tokens a step")
+    tune.add_argument("--row", type=int, default=128, help="tokens a row")
     tune.add_argument("--learning-rate", type=float, help="default: 0.02; of a prefix 0.01")
     tune.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
     tune.add_argument("--harden", type=int, default=0, metavar="STEPS", help="then look for words as good, so long")
@@ -48,7 +52,8 @@ def add(sub):
     search.add_argument("--metric", choices=("likelihood", "accuracy", "match"), default="likelihood")
     search.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     search.add_argument("--budget", type=int, metavar="TOKENS", help="at most")
-    search.add_argument("--propose", type=int, default=0, metavar="ROUNDS", help="the model writes instructions too")
+    search.add_argument("--propose", type=int, default=0, metavar="ROUNDS", help="a model writes instructions too")
+    search.add_argument("--proposer", metavar="MODEL", help="that does (default: MODEL itself); or an endpoint")
     search.add_argument("--batch-size", type=int, default=16)
     search.add_argument("--no-progress", action="store_true")
 
@@ -79,16 +84,29 @@ def run(args):
 
 
 def _tune(args):
-    from jaxml import lm, log, tune
     from jaxml.tune import adapters, prompt
 
     out = Path(args.out)
-    if (out / "adapter").exists():
-        raise FileExistsError(f"{out / 'adapter'}: this run is finished. Choose another --out.")
-    train, held = _examples(args)
+    if args.harden and (args.kind != "soft" or args.tasks > 1):
+        raise ValueError("prompt tune: --harden is for one soft prompt. Leave it out.")
     args.adapter = None
-    model = load(args)
-    made = _prompt(args, model, prompt)
+    if not (out / "adapter").exists():
+        _train(args, out)
+    elif not args.harden or (out / "words.txt").exists():
+        raise FileExistsError(f"{out / 'adapter'}: this run is finished. Choose another --out.")
+    if args.harden:
+        model = load(args)
+        params = adapters.load_peft(out / "adapter", model.params, model.config)
+        _into_words(args, out, model.replace(params=params), prompt)
+    return 0
+
+
+def _train(args, out: Path):
+    from jaxml import log, tune
+    from jaxml.tune import adapters, prompt
+
+    train, held = _examples(args)
+    made = _prompt(args, load(args), prompt)
     options = tune.Options(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -99,32 +117,41 @@ def _tune(args):
         save_every=args.save_every,
         eval_every=max(1, args.steps // 10),
     )
-    about = {k: getattr(args, k) for k in ("kind", "length", "start", "text", "labels", "hidden_dim", "quantize")}
+    names = ("model", "data", "kind", "length", "start", "text", "labels", "hidden_dim", "tasks", "rank", "quantize")
     tuned, info = tune.fit(
-        made, train, options, eval_examples=held, folder=out, progress=not args.no_progress, about=about
-    )
+        made, train, options, eval_examples=held, folder=out, progress=not args.no_progress,
+        about={k: getattr(args, k) for k in names},
+    )  # fmt: skip
     params = prompt.settle(tuned.params)
-    adapters.save_peft(out / "adapter", params, model.config, base_model=args.model)
+    before, after = (tune.loss_of(m, held, options) for m in (made, tuned.replace(params=params)))
     log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Prompt tuning of {Path(args.model).name}")
-    before = tune.loss_of(made, held, options)
+    adapters.save_peft(out / "adapter", params, tuned.config, base_model=args.model)
     numbers = sum(a.size for a in _leaves(adapters.split(params)[0]))
     print(
-        f"{args.kind} prompt of {params['prefix'].shape[-2]} places, {numbers:,} numbers: held-out loss "
-        f"{before:.4f} before, {info['eval_loss']:.4f} after {info['steps']} steps: {out / 'adapter'}"
+        f"{args.kind} prompt of {params['prefix'].places} places, {numbers:,} numbers: held-out loss {before:.4f} "
+        f"before, {after:.4f} after {info['steps']} steps: {out / 'adapter'}"
     )
-    if args.harden:
-        found = prompt.harden(
-            model.replace(params=params), train, steps=args.harden, length=args.row, batch_size=args.batch_size,
-            seed=args.seed, on_step=None if args.no_progress else _show,
-        )  # fmt: skip
-        words = lm.score(model, [found.text + e["prompt"] for e in held], [e["response"] for e in held]).mean()
-        log.write_text(out / "words.txt", found.text)
-        print(
-            f"in words: {found.text!r}\nloss of a training token {found.soft_loss:.4f} as vectors, "
-            f"{found.projected_loss:.4f} as the nearest tokens, {found.loss:.4f} after {args.harden} steps of swaps "
-            f"(gap {found.gap:+.4f}); log-likelihood of a held-out answer {words:.3f}: {out / 'words.txt'}"
-        )
-    return 0
+
+
+def _into_words(args, out: Path, model, prompt):
+    from jaxml import lm, log
+    from jaxml.tune import adapters
+
+    train, held = _examples(args)
+    found = prompt.harden(
+        model, train, steps=args.harden, length=args.row, batch_size=args.batch_size, seed=args.seed,
+        on_step=None if args.no_progress else _show,
+    )  # fmt: skip
+    bare = model.replace(params=adapters.detach(model.params))
+    words = lm.score(bare, [found.text + e["prompt"] for e in held], [e["response"] for e in held]).mean()
+    nothing = lm.score(bare, [e["prompt"] for e in held], [e["response"] for e in held]).mean()
+    log.write_text(out / "words.txt", found.text)
+    print(
+        f"in words: {found.text!r}\nloss of a training token {found.soft_loss:.4f} as vectors, "
+        f"{found.projected_loss:.4f} as the nearest tokens, {found.loss:.4f} after {args.harden} steps of swaps "
+        f"(gap {found.gap:+.4f}); log-likelihood of a held-out answer {nothing:.3f} without, {words:.3f} with them: "
+        f"{out / 'words.txt'}"
+    )
 
 
 def _prompt(args, model, prompt):
@@ -133,9 +160,11 @@ def _prompt(args, model, prompt):
         if args.hidden_dim:
             raise ValueError("prompt tune: --hidden-dim is an option of --kind prefix. Leave it out.")
         labels = args.labels.split(",") if args.labels else ()
-        return prompt.soft(model, args.seed, start=args.start or "common", labels=labels, **given)
-    if args.labels:
-        raise ValueError("prompt tune: --labels is an option of --kind soft. Leave it out.")
+        many = dict(count=args.tasks, rank=args.rank or (1 if args.tasks > 1 else None))
+        return prompt.soft(model, args.seed, start=args.start or "common", labels=labels, **many, **given)
+    for option, value in (("labels", args.labels), ("tasks", args.tasks > 1), ("rank", args.rank)):
+        if value:
+            raise ValueError(f"prompt tune: --{option} is an option of --kind soft. Leave it out.")
     return prompt.prefix(model, args.seed, start=args.start or "sink", hidden_dim=args.hidden_dim, **given)
 
 
@@ -160,7 +189,9 @@ def _search(args):
 
     out = Path(args.out)
     pool, held = _examples(args)
-    half = max(1, len(pool) // 2)
+    # Questions about one country, in several words, stay on one side.
+    group = len(pool) // args.countries if args.data == "facts" else 1
+    half = max(1, len(pool) // group // 2) * group
     pool, dev = pool[:half], pool[half:]
     if not dev:
         raise ValueError("prompt search: DATA holds at least 2 examples, one to show and one to measure, got 1.")
@@ -170,10 +201,12 @@ def _search(args):
         said += [line.strip() for line in lines if line.strip()]
     ask = [{"role": "user", "content": "{prompt}"}] if args.chat else "{prompt}"
     task = prompts.Task(pool, ask=prompts.Template(ask), metric=args.metric)
-    llm = prompts.Local(load(args), batch_size=args.batch_size)
-    proposer = None
+    if args.proposer and not args.propose:
+        raise ValueError("prompt search: --proposer is asked in the rounds of --propose, got none. Add --propose 1.")
+    llm, proposer = _llm(args, args.batch_size), None
     if args.propose:
-        proposer = prompts.propose(llm, [(e["prompt"], e["response"]) for e in pool[:4]], seed=args.seed)
+        writer = _other(args.proposer) if args.proposer else llm
+        proposer = prompts.propose(writer, [(e["prompt"], e["response"]) for e in pool[:4]], seed=args.seed)
     shots = [int(n) for n in args.shots.split(",")]
     report = prompts.search(
         llm, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
@@ -185,8 +218,37 @@ def _search(args):
     return 0
 
 
+def _llm(args, batch_size: int = 16):
+    """The model that `model_arguments` named, here or at an endpoint."""
+    from jaxml import prompts
+
+    if not args.model.startswith(("http://", "https://")):
+        return prompts.Local(load(args), batch_size=batch_size)
+    for option in ("adapter", "dtype", "quantize"):
+        if getattr(args, option):
+            raise ValueError(f"prompt: --{option} is for a model in this process, MODEL is an endpoint. Leave it out.")
+    return _endpoint(args.model)
+
+
+def _other(name: str):
+    from jaxml import lm, prompts
+
+    return _endpoint(name) if name.startswith(("http://", "https://")) else prompts.Local(lm.load(name))
+
+
+def _endpoint(address: str):
+    import os
+
+    from jaxml import prompts
+
+    url, _, name = address.partition("#")
+    if not name:
+        raise ValueError(f"prompt: an endpoint is http://host/v1#name, got {address!r}.")
+    return prompts.Endpoint(url, name, api_key=os.environ.get("JAXML_API_KEY"))
+
+
 def _examples(args) -> tuple[list[dict], list[dict]]:
-    """(examples to work with, examples held out)."""
+    """(examples to work with, those of one country in a row; examples held out)."""
     import numpy as np
 
     from jaxml.tune import data, facts
@@ -195,8 +257,7 @@ def _examples(args) -> tuple[list[dict], list[dict]]:
         if args.eval:
             raise ValueError("prompt: facts have held-out questions of their own. Leave --eval out.")
         asked = facts.make(countries=args.countries, new_countries=max(1, args.countries // 2), seed=args.seed)
-        order = np.random.default_rng(args.seed).permutation(len(asked.train))
-        return [asked.train[i].example for i in order], [q.example for q in asked.new_countries]
+        return [q.example for q in asked.train], [q.example for q in asked.new_countries]
     read = [data.read_jsonl(path) for path in (args.data, args.eval) if path]
     for examples in read:
         if any("response" not in e for e in examples):
@@ -227,7 +288,7 @@ def _score(args):
         return _score_data(args, how)
     if not args.choices:
         raise ValueError("prompt score: at least one CHOICE is given, got none.")
-    model = load(args)
+    model = _llm(args)
     scores = prompts.score_choices(model, [args.prompt], args.choices, **how)[0]
     if args.calibrate:
         if args.prompt.count(args.calibrate) != 1:
@@ -255,7 +316,7 @@ def _score_data(args, how):
         raise ValueError("prompt score: --calibrate is for one PROMPT. Leave it out.")
     examples = data.read_jsonl(args.data)
     prompts.Task(metric="accuracy").check(examples)
-    found = prompts.score_choices(load(args), [e["prompt"] for e in examples], [e["choices"] for e in examples], **how)
+    found = prompts.score_choices(_llm(args), [e["prompt"] for e in examples], [e["choices"] for e in examples], **how)
     right = sum(e["choices"][int(s.argmax())] == e["response"] for e, s in zip(examples, found))
     accuracy = facts.Accuracy(right, len(examples))
     report = {"examples": len(examples), "accuracy": accuracy.value, "interval": list(accuracy.interval)}

@@ -169,6 +169,11 @@ def prefix(params: Params, config: DecoderConfig) -> Cache | None:
     return params["prefix"].cache(params, config) if "prefix" in params else None
 
 
+def num_places(params: Params) -> int:
+    """How many places of the context a trained prompt takes."""
+    return params["prefix"].places if "prefix" in params else 0
+
+
 def read(params: Params, config: DecoderConfig, x: Float[Array, "B T D"], *, remat: bool = False) -> Cache:
     """The keys and values of a text that is given as embeddings; differentiable, and as long as the text."""
     B, T, _ = x.shape

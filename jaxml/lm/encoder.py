@@ -5,6 +5,7 @@ All layers' weights lie stacked along a first axis and are scanned. A matrix is 
 
 import dataclasses
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def read_config(folder: str | Path) -> EncoderConfig:
         if about.get(key, only) != only:
             raise ValueError(f"{folder}: an encoder has {key} {only!r}, got {about[key]!r}.")
     beside = lambda name: hf.read_json(folder / name) if (folder / name).is_file() else {}
+    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+    parts = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
+    if unknown := [kind for kind in parts if kind not in ("Transformer", "Pooling", "Normalize")]:
+        raise ValueError(f"{folder}: an encoder is Transformer, Pooling and Normalize, got a {unknown[0]} as well.")
     pooling = beside("1_Pooling/config.json")
     kinds = [k for k, on in pooling.items() if k.startswith("pooling_mode") and on is True]
     known = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -112,6 +117,7 @@ def read_config(folder: str | Path) -> EncoderConfig:
         num_segments=about.get("type_vocab_size", 2),
         norm_eps=about.get("layer_norm_eps", 1e-12),
         pooling=known[kinds[0]] if kinds else "mean",
+        normalize=not modules or "Normalize" in parts,
     )
 
 

@@ -136,7 +136,7 @@ def score_trees(
     """
     if not trees:
         return []
-    longest = max(len(text) for one in trees for text in tree.texts(one))
+    longest = max(len(text) for one in trees for text in tree.texts(one)) + decoder.num_places(model.params)
     if longest > model.config.max_length:
         raise ValueError(
             f"score: prompt and continuation fit the context of {model.config.max_length} tokens, got {longest}."

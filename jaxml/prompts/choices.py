@@ -80,6 +80,8 @@ def per_prompt(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> 
     Raises:
         ValueError: another number of lists, no choices, an empty one, or one that comes twice.
     """
+    if isinstance(choices, str):
+        raise ValueError(f"score_choices: choices are a list, got the single string {choices!r}.")
     shared = bool(choices) and isinstance(choices[0], str)
     each = [list(choices)] * count if shared else [list(of) for of in choices]
     if len(each) != count:

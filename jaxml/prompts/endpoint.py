@@ -45,7 +45,7 @@ class Endpoint:
 
     url: str
     model: str
-    api_key: str | None = None
+    api_key: str | None = dataclasses.field(default=None, repr=False)
     timeout: float = 60.0
     retries: int = 5
     backoff: float = 0.5
@@ -60,6 +60,10 @@ class Endpoint:
         for name in ("timeout", "concurrency"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"Endpoint: {name} is above 0, got {getattr(self, name)}.")
+        if self.retries < 0:
+            raise ValueError(f"Endpoint: retries is at least 0, got {self.retries}.")
+        if self.api_key and not self.api_key.isprintable():
+            raise ValueError("Endpoint: api_key is one line of printable characters. Strip it.")
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"Endpoint: url begins with http:// or https://, got {self.url!r}.")
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -71,10 +75,11 @@ class Endpoint:
     def name(self) -> str:
         return f"{self.url}#{self.model}"
 
-    def count(self, prompt: Prompt) -> int:
-        """A guess, at four characters a token: the endpoint's tokenizer is not here."""
+    def cost(self, prompt: Prompt, choices: Sequence[str] = ()) -> int:
+        """A guess at four characters a token, the tokenizer being elsewhere. Each choice pays for the prompt."""
         texts = [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt]
-        return sum(1 + len(text) // 4 for text in texts)
+        read = sum(1 + len(text) // 4 for text in texts)
+        return sum(read + 2 + len(c) // 4 for c in choices) if choices else read
 
     def generate(
         self, prompts: Sequence[Prompt], *, max_new_tokens: int = 128, temperature: float = 0.0,
@@ -90,7 +95,7 @@ class Endpoint:
     ) -> list[Reply]:  # fmt: skip
         """n continuations of one prompt, each asked for with a seed of its own; likelihoods where they are told."""
         bodies = [self._body(prompt, max_new_tokens, temperature, stop, seed + i) for i in range(n)]
-        tell = {"logprobs": 0} if isinstance(prompt, str) else {"logprobs": True}
+        tell = {"logprobs": 1} if isinstance(prompt, str) else {"logprobs": True}
         return self._all([(path, body | tell) for path, body in bodies], _reply)
 
     def score(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[Scores]:
@@ -106,12 +111,18 @@ class Endpoint:
             )
         self._probe()
         bodies = [self._echo(p + c) for p, of in zip(prompts, choices, strict=True) for c in of]
-        answers = iter(self._all(bodies, _token_log_probs))
+        answers = iter(self._all(bodies, lambda answer: answer))
         out = []
         for prompt, of in zip(prompts, choices):
             log_probs, tokens, cost = [], [], 0
-            for choice, (offsets, values) in zip(of, (next(answers) for _ in of)):
-                first = _first_token(offsets, len(prompt), prompt + choice)
+            for choice, answer in zip(of, (next(answers) for _ in of)):
+                offsets, values = _token_log_probs(answer, prompt + choice)
+                if len(prompt) not in offsets:
+                    raise ValueError(
+                        "Endpoint.score: a token ends where the prompt ends, but the server's straddles it in "
+                        f"{prompt[-10:] + choice[:10]!r}. End the prompt without a space, begin the choice with one."
+                    )
+                first = offsets.index(len(prompt))
                 if any(v is None for v in values[first:]):
                     raise NotImplementedError(
                         f"Endpoint.score: {self.name} leaves out the log-probability of a token of {choice!r} "
@@ -146,7 +157,7 @@ class Endpoint:
     def _echo(self, text: str) -> tuple[str, dict[str, Any]]:
         # One token more than nothing: some servers refuse 0.
         return "/completions", {
-            "model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 0,
+            "model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1,
         }  # fmt: skip
 
     def _probe(self) -> None:
@@ -155,8 +166,8 @@ class Endpoint:
             return
         text = "The quick brown fox jumps over the lazy dog"
         try:
-            offsets, values = self._ask(*self._echo(text), _token_log_probs)
-        except EndpointError as error:
+            offsets, values = _token_log_probs(self._ask(*self._echo(text), lambda answer: answer), text)
+        except (EndpointError, ValueError) as error:
             raise NotImplementedError(
                 f"Endpoint.score: {self.name} does not tell a prompt's likelihood ({error}). "
                 "Take a model in this process (prompts.Local)."
@@ -186,12 +197,12 @@ class Endpoint:
         kept = self._store.get(question)
         if kept is not None:
             return read(kept)
-        answer = self._post(path, body, read)
+        answer = self._post(path, body)
         self._store.put(question, answer)
         return read(answer)
 
-    def _post(self, path: str, body: dict[str, Any], read: Callable) -> Any:
-        """An answer that `read` understands."""
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        """An answer that holds choices."""
         httpx = need("httpx", "prompts")
         for attempt in range(self.retries + 1):
             pause = self.backoff * 2**attempt * random.uniform(0.8, 1.2)
@@ -199,13 +210,15 @@ class Endpoint:
                 response = self._client.post(path, json=body)
                 if response.status_code == 200:
                     answer = response.json()
-                    read(answer)
+                    _choice(answer)
                     return answer
                 said = f"status {response.status_code}: {response.text[:200]}"
                 if response.status_code not in RETRIED:
                     raise EndpointError(f"{self.url}{path}: {said}")
                 pause = max(pause, _asked_pause(response))
-            except httpx.TransportError as error:
+            except httpx.LocalProtocolError as error:  # the request itself is wrong
+                raise EndpointError(f"{self.url}{path}: the request cannot be sent. Look at the address.") from error
+            except (httpx.TransportError, httpx.DecodingError) as error:
                 said = f"{type(error).__name__}: {error}"
             except ValueError as error:  # no JSON, or not of the form that was asked for
                 said = f"not the answer that was asked for: {error}"
@@ -233,35 +246,39 @@ def _choice(answer: Any) -> dict[str, Any]:
 
 def _reply(answer: Any) -> Reply:
     choice = _choice(answer)
-    text = choice.get("text", (choice.get("message") or {}).get("content"))
+    message = choice.get("message") or {}
+    text = choice.get("text", message.get("content"))
+    if text is None and "content" in message:  # nothing but thoughts, a refusal or a call of a tool
+        text = ""
     if not isinstance(text, str):
-        raise ValueError(f"a choice holds text or a message with content, got {str(choice)[:200]}")
+        raise EndpointError(f"a choice holds text or a message with content, got {str(choice)[:200]}")
     usage = answer.get("usage") or {}
     told = choice.get("logprobs") or {}
     values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
     known = bool(values) and all(isinstance(v, int | float) for v in values) and any(v < 0 for v in values)
     count = lambda name: int(usage.get(name) or 0)
-    return Reply(text, count("prompt_tokens"), count("completion_tokens"), float(sum(values)) if known else None)
+    new = count("completion_tokens") or len(values) or 1 + len(text) // 4
+    return Reply(text, count("prompt_tokens"), new, float(sum(values)) if known else None)
 
 
-def _token_log_probs(answer: Any) -> tuple[list[int], list[float | None]]:
-    """(where each token of the prompt begins in the text, its log-probability)."""
+def _token_log_probs(answer: Any, text: str) -> tuple[list[int], list[float | None]]:
+    """(where each token of the text begins in it, its log-probability), of an answer that repeats the text.
+
+    Some servers count a token in front, which is no part of the text, among the characters; and one token had to be
+    written after it.
+    """
     told = _choice(answer).get("logprobs")
     if not isinstance(told, dict) or not told.get("token_logprobs") or not told.get("text_offset"):
         raise ValueError("the answer holds no log-probabilities of the prompt's tokens")
-    offsets, values = told["text_offset"], told["token_logprobs"]
+    offsets, values, tokens = told["text_offset"], told["token_logprobs"], told.get("tokens")
     if len(offsets) != len(values) or not all(v is None or isinstance(v, int | float) for v in values):
         raise ValueError("a log-probability and an offset for each token")
-    usage = answer.get("usage") or {}
-    new = int(usage.get("completion_tokens") or 1)  # the token that had to be asked for
-    return offsets[: len(offsets) - new], values[: len(values) - new]
-
-
-def _first_token(offsets: Sequence[int], length: int, text: str) -> int:
-    """The first token of the continuation."""
-    if length not in offsets:
-        raise ValueError(
-            f"Endpoint.score: a token ends where the prompt ends, but the server's straddles it in "
-            f"{text[max(0, length - 10) : length + 10]!r}. End the prompt without a space, begin the choice with one."
-        )
-    return offsets.index(length)
+    first = tokens[0] if tokens and isinstance(tokens[0], str) else ""
+    shift = 0 if text.startswith(first) else len(first)
+    if shift and values[0] is not None:
+        raise ValueError(f"the answer begins with {first!r}, which is not the text")
+    pairs = [(o - shift, v) for o, v in zip(offsets, values) if o - shift < len(text)]
+    pairs = pairs[1:] if shift else pairs
+    if len(pairs) + bool(shift) < len(offsets) and len(text) + shift not in offsets:
+        raise ValueError("the offsets of the tokens do not add up to the text")
+    return [o for o, _ in pairs], [v for _, v in pairs]

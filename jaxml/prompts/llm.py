@@ -36,8 +36,8 @@ class LLM(Protocol):
 
     name: str  # of the model and all that changes its answers: what a kept answer belongs to
 
-    def count(self, prompt: Prompt) -> int:
-        """How many tokens a prompt has, to foresee what it costs."""
+    def cost(self, prompt: Prompt, choices: Sequence[str] = ()) -> int:
+        """How many tokens are read to score a prompt's choices, or to go on from it; to foresee what it costs."""
         ...
 
     def generate(
@@ -92,8 +92,8 @@ class Local:
     def __post_init__(self):
         object.__setattr__(self, "name", f"{self.label}-{fingerprint(self.model)}")
 
-    def count(self, prompt) -> int:
-        return len(encode_prompt(self.model, prompt))
+    def cost(self, prompt, choices=()) -> int:
+        return len(encode_prompt(self.model, prompt)) + sum(len(self.model.tokenizer.encode(c)) for c in choices)
 
     def generate(self, prompts, *, max_new_tokens=128, temperature=0.0, stop=(), seed=0) -> list[Reply]:
         texts = generate(
@@ -131,7 +131,9 @@ class Local:
 
 def fingerprint(model: Model) -> str:
     """Of configuration and parameters, from a few numbers of each array: other weights, another name."""
-    digest = hashlib.sha256(repr(model.config).encode())
+    t = model.tokenizer
+    said = (model.config, t.bos_id, t.eos_ids, t.add_bos, t.chat_template, t.vocab_size)
+    digest = hashlib.sha256(repr(said).encode())
     for path, w in paths.named(model.params).items():
         for leaf in jax.tree.leaves(w):
             digest.update(f"{path} {leaf.shape} {leaf.dtype}".encode())
@@ -142,5 +144,4 @@ def fingerprint(model: Model) -> str:
 def _few(a: Any) -> np.ndarray:
     if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
         return np.zeros(0)
-    flat = a.reshape(-1)
-    return np.asarray(flat[:: max(1, flat.size // 64)])
+    return np.asarray(a.reshape(-1)[np.random.default_rng(0).integers(0, max(a.size, 1), min(a.size, 256))])

@@ -11,6 +11,8 @@ from jaxml.extras import need
 from jaxml.log import write_text
 from jaxml.prompts.task import Candidate, Measured
 
+ENOUGH = 10  # held-out examples, below which a bootstrap interval is too narrow to say anything
+
 
 def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The percentile interval of the mean.
@@ -68,9 +70,9 @@ class Report:
 
     @property
     def significant(self) -> bool:
-        """Whether the interval of the difference leaves out 0."""
+        """Whether the interval of the difference leaves out 0, of enough examples to tell (`ENOUGH`)."""
         _, low, high = self.difference
-        return low > 0 or high < 0
+        return (low > 0 or high < 0) and len(self.held_out[self.winner].values) >= ENOUGH
 
     def markdown(self) -> str:
         """A page to read."""
@@ -84,6 +86,8 @@ class Report:
             )
         mean, low, high = self.difference
         verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart by these examples"
+        if len(self.held_out[self.winner].values) < ENOUGH:
+            verdict = f"fewer than {ENOUGH} examples tell nothing"
         if self.winner == self.baseline:
             verdict = "the same prompt: nothing better was found"
         budget = "" if self.budget is None else f" of {self.budget:,}"
@@ -107,6 +111,9 @@ class Report:
         return folder / "report.md"
 
 
+_LABELS = {"likelihood": "log-likelihood of an answer, nats", "accuracy": "accuracy", "match": "exact match"}
+
+
 def plot(trials: Sequence[Trial], path: str | Path, *, metric: str = "score") -> Path:
     """Score against budget: each evaluation, and the best so far among the longest ones."""
     sizes = sorted({t.examples for t in trials})
@@ -123,8 +130,15 @@ def plot(trials: Sequence[Trial], path: str | Path, *, metric: str = "score") ->
         best[t.candidate] = t
         longest = max(b.examples for b in best.values())
         line.append(max(b.mean for b in best.values() if b.examples == longest))
-    axes.plot([t.spent for t in trials], line, drawstyle="steps-post", color="0.4", linewidth=1.2, label="best so far")
-    axes.set(xlabel="tokens spent", ylabel=f"{metric} (mean)", title="Prompt search")
+    axes.plot(
+        [t.spent for t in trials],
+        line,
+        drawstyle="steps-post",
+        color="0.4",
+        linewidth=1.2,
+        label="best so far, on the most examples",
+    )
+    axes.set(xlabel="tokens spent", ylabel=_LABELS.get(metric, metric) + ", mean", title="Prompt search")
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:,.0f}k" if x >= 1000 else f"{x:.0f}")
     axes.legend(fontsize=8, frameon=False)
     axes.grid(alpha=0.25)

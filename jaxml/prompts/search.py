@@ -11,10 +11,10 @@ import numpy as np
 from jaxml import log
 from jaxml.prompts.llm import LLM
 from jaxml.prompts.report import Report, Trial
-from jaxml.prompts.store import Store
+from jaxml.prompts.store import Store, key
 from jaxml.prompts.task import Candidate, Example, Measured, Task, foreseen, measure
 
-Proposer = Callable[[Sequence[tuple[str, float]]], Sequence[str]]
+Proposer = Callable[[Sequence[tuple[str, float]], int], tuple[Sequence[str], int]]
 
 
 def search(
@@ -48,7 +48,8 @@ def search(
         sets: how many sets of each number are drawn from the task's pool.
         candidates: more of them (from `prompts.select`, perhaps).
         budget: tokens at most, held-out examples included; what is foreseen to go beyond it is not begun.
-        proposer: makes new instructions of the best ones and their means (`propose`).
+        proposer: (instructions with their means, the best first, number of the round) → (new ones, tokens that they
+            cost), as `propose` makes one.
         rounds: how often the whole is gone through; from the second on with what the proposer made of the best.
         folder: for answers.jsonl (what was asked is not asked again: a search that was stopped goes on, to the same
             report), report.md and search.png.
@@ -56,8 +57,8 @@ def search(
         progress: show a line on the console.
 
     Raises:
-        ValueError: no instructions or examples, an example that lacks what the task asks or counts, or a budget too
-            small for the held-out examples.
+        ValueError: no instructions or examples, an example that lacks what the task asks or counts, examples that are
+            in two of pool, dev and held_out, or a budget too small for the held-out examples.
 
     Reference:
         Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification" (successive halving); Zhou et al. 2023,
@@ -72,6 +73,7 @@ def search(
         raise ValueError(f"search: rounds beyond the first need a proposer, got rounds={rounds} without.")
     task.check(task.pool, shown=True)
     task.check([*dev, *held_out])
+    _check_apart(task, pool=task.pool, dev=dev, held_out=held_out)
     rng = np.random.default_rng(seed)
     dev = [dev[i] for i in rng.permutation(len(dev))]
     baseline = Candidate(instructions[0])
@@ -84,18 +86,18 @@ def search(
         run.task_id = bar.add_task("search", total=_evaluations(len(arms), first, eta, len(dev)), best="–", tokens="0")
         for number in range(rounds):
             if number:
-                arms = _proposed(proposer, run, demonstrations)
+                arms = _proposed(proposer, run, demonstrations, number)
             arms = run.halve(arms, dev, first, eta)
             if run.stopped:
                 break
-        winner = run.best(arms)
+        winner = run.best(list(run.measured))
         measured = {c: run.on_held_out(c, held_out) for c in dict.fromkeys((winner, baseline))}
     shown = task.prompt(winner, held_out[0])
     shown = shown if isinstance(shown, str) else "\n".join(f"[{m['role']}] {m['content']}" for m in shown)
     report = Report(
         winner=winner,
         baseline=baseline,
-        metric=task.metric if isinstance(task.metric, str) else task.metric.__name__,
+        metric=task.metric if isinstance(task.metric, str) else getattr(task.metric, "__name__", repr(task.metric)),
         shown=shown,
         dev={c: m.mean for c, m in run.measured.items() if len(m.values) == len(dev)},
         held_out=measured,
@@ -153,7 +155,7 @@ def propose(llm: LLM, examples: Sequence[tuple[str, str]], count: int = 4, *, te
         Zhou et al. 2023 (APE); Yang et al. 2024, "Large Language Models as Optimizers" (OPRO).
     """
 
-    def proposer(scored: Sequence[tuple[str, float]]) -> list[str]:
+    def proposer(scored: Sequence[tuple[str, float]], number: int) -> tuple[list[str], int]:
         shown = "\n".join(f"Question: {q.strip()}\nAnswer: {a.strip()}" for q, a in examples)
         # Worst first, as OPRO does: what stands last weighs most.
         best = "\n".join(f"score {score:.3f}: {text or '(none)'}" for text, score in reversed(scored))
@@ -164,11 +166,12 @@ def propose(llm: LLM, examples: Sequence[tuple[str, str]], count: int = 4, *, te
         )
         replies = llm.sample(
             [{"role": "user", "content": asked}], count, max_new_tokens=64, temperature=temperature, stop=["\n"],
-            seed=seed + len(scored),
+            seed=seed + 1000 * number,
         )  # fmt: skip
         known = {text for text, _ in scored}
         found = [r.text.strip().strip('"').removeprefix("Instruction:").strip() for r in replies]
-        return [text for text in dict.fromkeys(found) if text and text not in known]
+        tokens = sum(r.prompt_tokens + r.new_tokens for r in replies)
+        return [text for text in dict.fromkeys(found) if text and text not in known], tokens
 
     return proposer
 
@@ -193,7 +196,8 @@ class _Run:
                     self.stopped = "the budget was spent"
                     return arms
                 self.on_dev(candidate, dev[:n])
-            arms = sorted(arms, key=lambda c: -self.measured[c].mean)
+            # On the same examples for all: some may have been tried on more.
+            arms = sorted(arms, key=lambda c: -self.measured[c].values[:n].mean())
             if n == len(dev):
                 return arms
             arms = arms[: max(1, math.ceil(len(arms) / eta))]
@@ -240,7 +244,7 @@ class _Run:
         return found
 
 
-def _proposed(proposer: Proposer, run: _Run, demonstrations: Sequence[tuple[int, ...]]) -> list[Candidate]:
+def _proposed(proposer: Proposer, run: _Run, demonstrations: Sequence[tuple[int, ...]], number: int) -> list[Candidate]:
     """The best candidates again, and each new instruction with the best ones' demonstrations."""
     longest = max(len(m.values) for m in run.measured.values())
     ranked = sorted(run.measured, key=lambda c: (-(len(run.measured[c].values) == longest), -run.measured[c].mean))
@@ -248,9 +252,26 @@ def _proposed(proposer: Proposer, run: _Run, demonstrations: Sequence[tuple[int,
     for c in ranked:
         means.setdefault(c.instruction, run.measured[c].mean)
     kept = ranked[:2]
-    new = proposer(list(means.items())[:8])
+    best = [[text, mean] for text, mean in list(means.items())[:8]]
+    question = {"propose": best, "round": number}
+    if run.store.get(question) is None:
+        new, tokens = proposer([(text, mean) for text, mean in best], number)
+        run.store.put(question, [[text for text in new if text not in means], tokens])
+    new, tokens = run.store.get(question)
+    run.spent += tokens
     shown = dict.fromkeys(c.demonstrations for c in ranked[:4])
     return [*kept, *(Candidate(text, d) for text in new for d in shown)]
+
+
+def _check_apart(task: Task, **parts: Sequence[Example]) -> None:
+    """Refuses an example that is in two parts: what was shown or chosen by would be measured on itself."""
+    seen: dict[str, str] = {}
+    for name, examples in parts.items():
+        for example in examples:
+            asked = task.prompt(Candidate(), example)
+            other = seen.setdefault(key(asked), name)
+            if other != name:
+                raise ValueError(f"search: no question is in both {other} and {name}, got {asked!r} in both.")
 
 
 def _evaluations(arms: int, first: int, eta: int, dev: int) -> int:

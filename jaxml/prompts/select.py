@@ -88,7 +88,7 @@ def influence(
         raise ValueError("select.influence: prompts are texts, got messages. Ask with a Template of a text.")
     opening = instruction + task.between if instruction else ""
     fields = lambda example: {field: example[field] for field in task.ask.fields}
-    shown = [opening + task.ask(**fields(e)) + task.answer(e) + task.between for e in task.pool]
+    shown = [opening + (task.ask(**fields(e)) + task.answer(e)).rstrip("\n") + task.between for e in task.pool]
     encode = model.tokenizer.encode
     roots = [encode_prompt(model, text) for text in shown]
     nothing = encode(opening, bos=True)

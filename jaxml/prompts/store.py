@@ -37,10 +37,11 @@ class Store:
 
     def put(self, question: Any, answer: Any) -> None:
         """Keeps an answer (JSON); it is on disk when this returns."""
+        answer = json.loads(json.dumps(answer))  # as it will be read
         with self._lock:
             self._kept[key(question)] = answer
             if self._file is not None:
-                self._file.write(json.dumps([key(question), answer], ensure_ascii=False) + "\n")
+                self._file.write(json.dumps([key(question), answer]) + "\n")
                 self._file.flush()
 
     def __len__(self) -> int:
@@ -73,4 +74,4 @@ class Store:
 
 def key(question: Any) -> str:
     """A short name of whatever JSON can say."""
-    return hashlib.sha256(json.dumps(question, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]

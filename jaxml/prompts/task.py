@@ -22,11 +22,13 @@ class Candidate:
 
     instruction: str = ""
     demonstrations: tuple[int, ...] = ()  # numbers in the task's pool, in the order in which they are shown
+    chosen: int = 0  # how many more the task chooses for each question, to stand after them
 
     @property
     def words(self) -> str:
         """In a few words, for tables."""
         shown = f" + {len(self.demonstrations)} examples" if self.demonstrations else ""
+        shown += f" + {self.chosen} chosen for each question" if self.chosen else ""
         return (self.instruction or "(no instruction)") + shown
 
 
@@ -41,6 +43,9 @@ class Task:
         metric: "likelihood": log p(answer | prompt) in nats; "accuracy": whether the answer is the most likely of the
             example's "choices"; "match": whether what the model writes is the answer, but for case, articles and
             punctuation; or a function (what it writes, example) → number. Larger is better.
+        choose: (example, number) → numbers in the pool, for candidates that want examples chosen for each question
+            (`prompts.select`).
+        same: how answers are made equal for "match".
         max_new_tokens, stop: of what the model writes, where it has to.
         between: two demonstrations of a text.
 
@@ -54,6 +59,8 @@ class Task:
     ask: Template = Template("{prompt}")  # noqa: RUF009
     answer: Callable[[Example], str] = lambda example: example["response"]
     metric: str | Callable[[str, Example], float] = "likelihood"
+    choose: Callable[[Example, int], Sequence[int]] | None = None
+    same: Callable[[str], str] = normalise
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
     between: str = "\n\n"
@@ -64,7 +71,12 @@ class Task:
 
     def prompt(self, candidate: Candidate, example: Example) -> Prompt:
         """The candidate's prompt for an example; the answer itself is not looked at."""
-        shown = [self.pool[i] for i in candidate.demonstrations]
+        numbers = list(candidate.demonstrations)
+        if candidate.chosen:
+            if self.choose is None:
+                raise ValueError(f"Task: a candidate wants {candidate.chosen} chosen examples. Give the task `choose`.")
+            numbers += self.choose(example, candidate.chosen)
+        shown = [self.pool[i] for i in numbers]
         build = few_shot(self.ask, self.answer, shown, instruction=candidate.instruction, between=self.between)
         return build(**{field: example[field] for field in self.ask.fields})
 
@@ -75,10 +87,13 @@ class Task:
             wanted = [*self.ask.fields, *(["choices"] if counted else [])]
             if missing := [key for key in wanted if key not in example]:
                 raise ValueError(f"Task: an example has {', '.join(wanted)}; number {number} lacks {missing[0]}.")
-            if counted and self.answer(example) not in example["choices"]:
+            try:
+                answer = "" if callable(self.metric) and not shown else self.answer(example)
+            except KeyError as error:
+                raise ValueError(f"Task: an example has an answer; number {number} lacks {error}.") from error
+            if counted and answer not in example["choices"]:
                 raise ValueError(
-                    f"Task: the answer is among the choices, number {number} has {self.answer(example)!r} and "
-                    f"{example['choices']}."
+                    f"Task: the answer is among the choices, number {number} has {answer!r} and {example['choices']}."
                 )
 
 
@@ -86,8 +101,9 @@ def foreseen(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Exam
     """The tokens that measuring will cost, from the first `look` examples."""
     total = 0
     for example in examples[:look]:
-        answers = example["choices"] if task.metric == "accuracy" else [task.answer(example)]
-        total += llm.count(task.prompt(candidate, example)) + sum(llm.count(a) if a else 0 for a in answers)
+        prompt = task.prompt(candidate, example)
+        scored = _scored(task, prompt, example)
+        total += llm.cost(prompt, scored) if scored else llm.cost(prompt) + task.max_new_tokens
     return total * len(examples) / min(look, len(examples))
 
 
@@ -103,41 +119,51 @@ class Measured:
         return float(self.values.mean())
 
 
+AT_ONCE = 64  # questions that are asked before what came is on disk
+
+
 def measure(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Example], store: Store) -> Measured:
     """How good a candidate is on each example; what the store holds is not asked again."""
     prompts = [task.prompt(candidate, example) for example in examples]
-    questions = [_question(llm, task, prompt, example) for prompt, example in zip(prompts, examples)]
+    scored = [_scored(task, prompt, example) for prompt, example in zip(prompts, examples)]
+    questions = [_question(llm, task, prompt, choices) for prompt, choices in zip(prompts, scored)]
     missing = [i for i, question in enumerate(questions) if store.get(question) is None]
-    if missing:
-        found = _ask(llm, task, [prompts[i] for i in missing], [examples[i] for i in missing])
-        for i, answer in zip(missing, found):
+    for first in range(0, len(missing), AT_ONCE):
+        part = missing[first : first + AT_ONCE]
+        asked = [prompts[i] for i in part]
+        if scored[part[0]]:
+            found = [([float(v) for v in s.log_probs], s.cost) for s in llm.score(asked, [scored[i] for i in part])]
+        else:
+            replies = llm.generate(asked, max_new_tokens=task.max_new_tokens, stop=task.stop)
+            found = [(r.text, r.prompt_tokens + r.new_tokens) for r in replies]
+        for i, answer in zip(part, found):
             store.put(questions[i], answer)
     answers = [store.get(question) for question in questions]
-    return Measured(np.array([value for value, _ in answers], np.float64), sum(tokens for _, tokens in answers))
+    values = [_value(task, example, of, said) for example, of, (said, _) in zip(examples, scored, answers)]
+    return Measured(np.array(values, np.float64), sum(tokens for _, tokens in answers))
 
 
-def _question(llm: LLM, task: Task, prompt: Prompt, example: Example) -> dict[str, Any]:
-    metric = task.metric if isinstance(task.metric, str) else f"{task.metric.__module__}.{task.metric.__qualname__}"
-    question = {"llm": llm.name, "prompt": prompt, "metric": metric, "answer": task.answer(example)}
-    if metric == "accuracy":
-        return question | {"choices": list(example["choices"])}
-    if metric == "likelihood":
-        return question
+def _scored(task: Task, prompt: Prompt, example: Example) -> list[str]:
+    """The texts whose likelihood the metric looks at; of a chat as a turn holds them, without space around."""
+    if task.metric not in ("likelihood", "accuracy"):
+        return []
+    texts = list(example["choices"]) if task.metric == "accuracy" else [task.answer(example)]
+    return texts if isinstance(prompt, str) else [text.strip() for text in texts]
+
+
+def _question(llm: LLM, task: Task, prompt: Prompt, scored: list[str]) -> dict[str, Any]:
+    """What is asked of the model; how its answer is counted is no part of that."""
+    question = {"llm": llm.name, "prompt": prompt}
+    if scored:
+        return question | {"choices": scored}
     return question | {"limit": task.max_new_tokens, "stop": list(task.stop)}
 
 
-def _ask(llm: LLM, task: Task, prompts: Sequence[Prompt], examples: Sequence[Example]) -> list[tuple[float, int]]:
-    """(value, tokens) of each."""
-    answers = [task.answer(example) for example in examples]
+def _value(task: Task, example: Example, scored: list[str], said: Any) -> float:
     if task.metric == "likelihood":
-        found = llm.score(prompts, [[answer] for answer in answers])
-        return [(float(s.log_probs[0]), s.cost) for s in found]
+        return float(said[0])
     if task.metric == "accuracy":
-        choices = [list(example["choices"]) for example in examples]
-        found = llm.score(prompts, choices)
-        best = [of[int(s.log_probs.argmax())] for of, s in zip(choices, found)]
-        return [(float(b == a), s.cost) for b, a, s in zip(best, answers, found)]
-    replies = llm.generate(prompts, max_new_tokens=task.max_new_tokens, stop=task.stop)
-    right = lambda text, example: float(normalise(text) == normalise(task.answer(example)))
-    count = task.metric if callable(task.metric) else right
-    return [(float(count(r.text, e)), r.prompt_tokens + r.new_tokens) for r, e in zip(replies, examples)]
+        return float(example["choices"][int(np.argmax(said))] == task.answer(example))
+    if callable(task.metric):
+        return float(task.metric(said, example))
+    return float(task.same(said) == task.same(task.answer(example)))

@@ -28,6 +28,7 @@ def self_consistency(
     n: int = 16,
     *,
     find: Callable[[str], str | None] = lambda text: text.strip() or None,
+    same: Callable[[str], str] = normalise,
     weight: str = "count",
     temperature: float = 0.7,
     max_new_tokens: int = 256,
@@ -38,6 +39,7 @@ def self_consistency(
 
     Args:
         find: the answer in a sample (`template.after`), or None where there is none.
+        same: how answers are made equal.
         weight: of a sample's vote: "count": 1; "likelihood": its probability under the model; "per_token": the
             geometric mean of its tokens' probabilities.
         temperature: above 0, since samples are to differ.
@@ -65,11 +67,12 @@ def self_consistency(
         prompt, n, max_new_tokens=max_new_tokens, temperature=temperature, stop=stop, seed=seed
     )  # fmt: skip
     answers = [find(sample.text) for sample in samples]
-    weights = _weights(samples, weight, llm.name)
+    names = [None if answer is None else same(answer) or None for answer in answers]
+    weights = _weights(samples, [name is not None for name in names], weight, llm.name)
     total: dict[str, float] = {}
     best: dict[str, tuple[float, str]] = {}
-    for answer, of in zip(answers, weights):
-        if answer is None or not (name := normalise(answer)):
+    for answer, name, of in zip(answers, names, weights):
+        if name is None:
             continue
         total[name] = total.get(name, 0.0) + of
         best[name] = max(best.get(name, (-1.0, "")), (of, answer), key=lambda pair: pair[0])
@@ -77,11 +80,11 @@ def self_consistency(
         return Votes(None, {}, n, samples)
     whole = sum(total.values())
     shares = {name: t / whole for name, t in sorted(total.items(), key=lambda pair: -pair[1])}
-    unread = sum(answer is None or not normalise(answer) for answer in answers)
+    unread = sum(name is None for name in names)
     return Votes(best[next(iter(shares))][1], shares, unread, samples)
 
 
-def _weights(samples: list[Reply], weight: str, name: str) -> np.ndarray:
+def _weights(samples: list[Reply], read: list[bool], weight: str, name: str) -> np.ndarray:
     if weight == "count":
         return np.ones(len(samples))
     if any(s.log_prob is None and s.text for s in samples):
@@ -91,5 +94,5 @@ def _weights(samples: list[Reply], weight: str, name: str) -> np.ndarray:
     logs = np.array([-np.inf if s.log_prob is None else s.log_prob for s in samples])
     if weight == "per_token":
         logs = logs / np.maximum([s.new_tokens for s in samples], 1)
-    most = logs.max()
-    return np.ones(len(samples)) if np.isneginf(most) else np.exp(logs - most)
+    most = max((log for log, r in zip(logs, read) if r), default=-np.inf)
+    return np.ones(len(samples)) if np.isneginf(most) else np.exp(np.minimum(logs - most, 0.0))

@@ -218,22 +218,24 @@ def prepare(
     batch_size: int,
     seed: int = 0,
     learn_all: bool = False,
+    tasks: int | None = None,
 ) -> Batches:
     """Examples to batches: encoded, shuffled by the seed, packed.
 
-    Where examples have the key task, a number from 0, each row holds examples of one task.
+    Args:
+        tasks: how many there are; each example then has the key task, a number below that, and each row holds examples
+            of one task.
     """
     if not examples:
         raise ValueError("data.prepare: at least one example is given, got none.")
     order = np.random.default_rng(seed).permutation(len(examples))
     encoded = [encode(examples[i], tokenizer, learn_all=learn_all) for i in order]
-    if not any("task" in example for example in examples):
+    if tasks is None:
         return Batches(pack(encoded, length), batch_size, seed)
-    tasks = [examples[i].get("task") for i in order]
-    if any(not isinstance(t, int) or isinstance(t, bool) or t < 0 for t in tasks):
-        wrong = next(t for t in tasks if not isinstance(t, int) or isinstance(t, bool) or t < 0)
-        raise ValueError(f"data.prepare: each example's task is a number from 0, got {wrong!r}.")
-    parts = [(t, pack([e for e, of in zip(encoded, tasks) if of == t], length)) for t in sorted(set(tasks))]
+    given = [examples[i].get("task") for i in order]
+    if wrong := [t for t in given if not isinstance(t, int) or isinstance(t, bool) or not 0 <= t < tasks]:
+        raise ValueError(f"data.prepare: each example's task is a number in 0 … {tasks - 1}, got {wrong[0]!r}.")
+    parts = [(t, pack([e for e, of in zip(encoded, given) if of == t], length)) for t in sorted(set(given))]
     join = lambda name: np.concatenate([getattr(part, name) for _, part in parts])
     names = [f.name for f in dataclasses.fields(Packed) if f.name != "tasks"]
     rows = np.concatenate([np.full((len(part.tokens), 1), t, np.int32) for t, part in parts])

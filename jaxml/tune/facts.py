@@ -190,8 +190,13 @@ def contains(answers: Sequence[str], questions: Sequence[Question]) -> Accuracy:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no accents, no punctuation, no article in front, single spaces."""
+    """Lower case, no accents, no punctuation but in numbers (-5, 3.4, 3/4), no article in front, single spaces.
+
+    Example:
+        >>> normalise("The  Île-de-France."), normalise("-5, or 3.4!")
+        ('ile de france', '-5 or 3.4')
+    """
     text = unicodedata.normalize("NFKD", text)
     text = "".join(c for c in text if not unicodedata.combining(c)).casefold()
-    text = " ".join(re.sub(r"[^\w+]", " ", text).split())
+    text = " ".join(re.sub(r"(?!(?<=\d)[./](?=\d)|(?<![\w])-(?=\d))[^\w+]", " ", text).split())
     return re.sub(r"^(the|a|an) ", "", text)

@@ -135,11 +135,18 @@ def fit(
         3
     """
     o = options
-    if o.length > model.config.max_length:
-        raise ValueError(f"fit: length is at most the context of {model.config.max_length} tokens, got {o.length}.")
+    places = decoder.num_places(model.params)
+    if o.length + places > model.config.max_length:
+        also = f" and {places} of a prompt" if places else ""
+        raise ValueError(
+            f"fit: length is at most the context of {model.config.max_length} tokens, got {o.length}{also}."
+        )
     prepare = functools.partial(
-        data.prepare, tokenizer=model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all
-    )
+        data.prepare, tokenizer=model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
+        tasks=adapters.tasks(model.params),
+    )  # fmt: skip
+    if anchors and adapters.tasks(model.params):
+        raise ValueError("fit: anchors are for one prompt, and the model has one for each task. Leave them out.")
     batches = prepare(examples, seed=o.seed)
     held = prepare(eval_examples, seed=0) if eval_examples else None
     kept = prepare(anchors, seed=o.seed, batch_size=o.anchor_rows, learn_all=True) if anchors else None
@@ -258,7 +265,10 @@ def loss_of(model: Model, examples: Sequence[dict[str, Any]], options: Options =
         True
     """
     o = options
-    rows = data.prepare(examples, model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all)
+    rows = data.prepare(
+        examples, model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
+        tasks=adapters.tasks(model.params),
+    )  # fmt: skip
     trainable, frozen = adapters.split(decoder.cast(model.params, o.dtype) if o.dtype else model.params)
     return make_evaluate(model.config, o)(trainable, frozen, rows)
 

@@ -54,6 +54,7 @@ def test_calibration_takes_the_prompt_s_bias_away():
     [
         (lambda: prompts.score_choices(MODEL, "is it?", CHOICES), "prompts are a list"),
         (lambda: prompts.score_choices(MODEL, PROMPTS, ["yes", ""]), "none empty"),
+        (lambda: prompts.score_choices(MODEL, PROMPTS, "yes"), "the single string 'yes'"),
         (lambda: prompts.score_choices(MODEL, PROMPTS, ["yes", "yes"]), "different texts"),
         (lambda: prompts.score_choices(MODEL, PROMPTS, [["yes"]]), "one for each of 2 prompts, got 1"),
         (lambda: prompts.score_choices(MODEL, PROMPTS, CHOICES, correction="best"), "correction is one of"),

@@ -145,6 +145,51 @@ def test_a_server_that_tells_no_likelihood_is_refused_and_never_gives_zeros(chan
             llm.score([CHAT], [["x"]])
 
 
+def test_a_token_in_front_is_no_part_of_the_text_and_usage_may_be_missing():
+    def with_bos(path, body):
+        made = answer(path, body)
+        told = made["choices"][0]["logprobs"]
+        bos = "<|begin|>"
+        told["tokens"] = [bos, *told["tokens"]]
+        told["text_offset"] = [0, *(o + len(bos) for o in told["text_offset"])]
+        told["token_logprobs"] = [None, -0.7, *told["token_logprobs"][1:]]
+        return made | {"usage": None}
+
+    with serve(Script(answer=with_bos)) as url, endpoint(url) as llm:
+        found = llm.score(["ab"], [["x", "yz"]])[0]
+        np.testing.assert_allclose(found.log_probs, [-0.02, -0.05])
+        assert found.tokens.tolist() == [1, 2]
+        np.testing.assert_allclose(llm.score([""], [["ab"]])[0].log_probs, [-0.71])
+
+
+def test_a_server_that_writes_no_token_loses_none():
+    def bare(path, body):
+        made = answer(path, body)
+        told = made["choices"][0]["logprobs"]
+        for name in told:
+            told[name] = told[name][:-1]
+        return made | {"usage": {"completion_tokens": 0}}
+
+    with serve(Script(answer=bare)) as url, endpoint(url) as llm:
+        np.testing.assert_allclose(llm.score(["ab"], [["yz"]])[0].log_probs, [-0.05])
+
+
+def test_an_answer_of_thoughts_alone_is_empty_and_asked_for_once():
+    silent = lambda path, body: {"choices": [{"message": {"role": "assistant", "content": None}}]}
+    script = Script(answer=silent)
+    with serve(script) as url, endpoint(url) as llm:
+        assert llm.generate([CHAT])[0].text == "" and len(script.requests) == 1
+
+
+def test_a_key_is_shown_to_nobody():
+    assert "secret" not in repr(endpoint("http://x/v1", api_key="secret"))
+    with pytest.raises(ValueError, match="one line of printable") as error:
+        endpoint("http://x/v1", api_key="secret\r")
+    assert "secret" not in str(error.value)
+    with pytest.raises(ValueError, match="retries is at least 0"):
+        endpoint("http://x", retries=-1)
+
+
 def test_a_token_across_the_border_is_refused():
     def straddling(path, body):
         made = answer(path, body)

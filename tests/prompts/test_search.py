@@ -11,7 +11,7 @@ from jaxml.prompts.llm import Reply, Scores
 from jaxml.prompts.search import draw
 from jaxml.testing import tiny_model
 
-POOL = [{"prompt": f"{i}+{i}=", "response": str(2 * i)} for i in range(6)]
+POOL = [{"prompt": f"{i}*2=", "response": str(2 * i)} for i in range(6)]
 DEV = [{"prompt": f"{i}+1=", "response": str(i + 1), "choices": [str(i + 1), "0"]} for i in range(20)]
 HELD = [{"prompt": f"{i}+2=", "response": str(i + 2), "choices": [str(i + 2), "0"]} for i in range(15)]
 
@@ -24,7 +24,7 @@ class Pretend:
     def __init__(self):
         self.asked = 0
 
-    def count(self, prompt):
+    def cost(self, prompt, choices=()):
         return len(prompt)
 
     def score(self, asked, choices):
@@ -109,8 +109,54 @@ def test_other_metrics_count_choices_matches_and_whatever_one_likes():
     assert find(task=Task(POOL, metric="accuracy")).held_out[Candidate("")].values.tolist() == [0.0] * 15
     report = find(task=Task(POOL, metric="match"), first=20)  # "The 2." is right of one question in twenty
     assert report.winner.instruction == "Be good." and report.held_out[report.winner].values.sum() == 1
+    assert find(task=Task(POOL, metric="match", same=lambda _: "")).held_out[Candidate("")].mean == 1.0
     long = lambda text, example: float(len(text))
     assert find(task=Task(POOL, metric=long)).held_out[Candidate("")].mean == 1.0
+
+
+def test_functions_count_what_is_kept_anew_and_questions_may_choose_their_examples(tmp_path):
+    llm = Pretend()
+    first = find(llm, task=Task(POOL, metric=lambda text, e: 1.0), folder=tmp_path)
+    asked = llm.asked
+    again = find(llm, task=Task(POOL, metric=lambda text, e: 2.0), folder=tmp_path)
+    assert (first.held_out[Candidate("")].mean, again.held_out[Candidate("")].mean) == (1.0, 2.0)
+    assert llm.asked == asked  # what the model wrote is kept, not how it was counted
+    near = Task(POOL, choose=lambda example, n: [int(example["prompt"][0]) % 6] * n)
+    assert near.prompt(Candidate("", (), 2), DEV[3]) == "3*2=6\n\n3*2=6\n\n3+1="
+    with pytest.raises(ValueError, match="Give the task `choose`"):
+        Task(POOL).prompt(Candidate("", (), 1), DEV[0])
+
+
+def test_what_was_tried_on_more_examples_is_compared_on_the_same_ones():
+    class Tide(Pretend):  # the first questions are easy for everybody
+        def score(self, asked, choices):
+            found = super().score(asked, choices)
+            easy = lambda p: 50.0 * (int(p.rsplit("+", 1)[0].split()[-1].split("\n")[-1]) in EASY)
+            return [s._replace(log_probs=s.log_probs + easy(p)) for p, s in zip(asked, found)]
+
+    order = np.random.default_rng(0).permutation(len(DEV))
+    EASY = [int(i) for i in order[:4]]
+    proposer = lambda scored, number: (["Be worse."], 7)
+    report = prompts.search(
+        Tide(), Task(), ["", "Be good."], DEV, HELD, shots=(0,), first=4, proposer=proposer, rounds=2
+    )
+    assert report.winner.instruction == "Be good."
+    assert report.spent == report.trials[-1].spent + sum(m.tokens for m in report.held_out.values())
+
+
+def test_a_question_that_is_shown_or_chosen_by_is_not_measured():
+    for name, dev, held in (
+        ("dev and held_out", DEV, DEV),
+        ("pool and held_out", DEV, POOL),
+        ("pool and dev", POOL, HELD),
+    ):
+        with pytest.raises(ValueError, match=f"in both {name}"):
+            prompts.search(Pretend(), Task(POOL), SAID, dev, held)
+
+
+def test_few_examples_tell_nothing():
+    report = prompts.search(Pretend(), Task(), ["", "Be good."], DEV, HELD[:9], shots=(0,))
+    assert not report.significant and "fewer than 10 examples" in report.markdown()
 
 
 def test_a_proposer_s_instructions_are_tried_in_the_next_round():

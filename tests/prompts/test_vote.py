@@ -32,6 +32,12 @@ def test_the_heaviest_answer_wins():
     assert per_token.shares["5"] == pytest.approx(0.3 / (0.3 + 2 * 0.02**0.5))
 
 
+def test_a_likely_sample_without_an_answer_drowns_nobody():
+    replies = [Reply("?", 1, 1, -0.1), Reply("4", 3, 900, -900.0), Reply("-4", 3, 900, -901.0)]
+    votes = prompts.self_consistency(Fixed(replies), "?", 3, weight="likelihood")
+    assert votes.answer == "4" and votes.shares["4"] == pytest.approx(1 / (1 + np.exp(-1))) and votes.unread == 1
+
+
 def test_no_answer_is_none_and_unknown_likelihoods_are_refused():
     silent = [Reply("hm", 1, 1, None)] * 3
     assert prompts.self_consistency(Fixed(silent), "?", 3, find=lambda _: None).answer is None

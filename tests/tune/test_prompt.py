@@ -162,8 +162,14 @@ def test_tasks_share_a_prompt_and_learn_their_own_factors():
     after, _ = tune.fit(tuned, examples, options, progress=False)
     assert lm.generate(after.replace(params=prompt.take(after.params, 0)), "who? ", max_new_tokens=2) == ["me"]
     assert lm.generate(after.replace(params=prompt.take(after.params, 1)), "who? ", max_new_tokens=2) == ["it"]
-    with pytest.raises(ValueError, match="task is a number from 0, got None"):
-        data.prepare([examples[0], {"text": "x"}], model.tokenizer, length=16, batch_size=1)
+    for wrong in ({"text": "x"}, {"text": "x", "task": 2}, {"text": "x", "task": "a"}):
+        with pytest.raises(ValueError, match=r"task is a number in 0 … 1, got"):
+            tune.fit(tuned, [examples[0], wrong], options, progress=False)
+    with pytest.raises(ValueError, match="anchors are for one prompt"):
+        tune.fit(tuned, examples, options, anchors=[{"text": "x"}], progress=False)
+    assert (
+        data.prepare([{"text": "x", "task": "of somebody's"}], model.tokenizer, length=4, batch_size=1).per_epoch == 1
+    )
 
 
 def test_a_run_with_a_prompt_is_resumed_to_the_same_bits(tmp_path):
@@ -234,6 +240,9 @@ def test_what_cannot_be_is_said(tmp_path):
             tmp_path / "z", adapters.attach(tuned.params, jax.random.key(0), targets=["q"]), model.config),
          "Save them apart"),
         (lambda: lm.generate(tuned, ["a" * 126], max_new_tokens=4), "context of 128 tokens"),
+        (lambda: lm.score(tuned, ["a" * 125], ["b"]), "context of 128 tokens, got 129"),
+        (lambda: tune.fit(tuned, [{"text": "a"}], tune.Options(length=126)), "got 126 and 3 of a prompt"),
+        (lambda: prompt.harden(tuned, [{"text": "a"}], start=[0, 1]), "is tokenised to start"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()

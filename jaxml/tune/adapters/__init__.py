@@ -6,7 +6,7 @@
 from jaxml.tune.adapters import adalora
 from jaxml.tune.adapters.attach import METHODS, attach, plan
 from jaxml.tune.adapters.eva import eva
-from jaxml.tune.adapters.many import select, stack, take
+from jaxml.tune.adapters.many import select, stack, take, tasks
 from jaxml.tune.adapters.mix import mix
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
 from jaxml.tune.adapters.optimizers import lora_fa, lora_plus
@@ -49,6 +49,7 @@ __all__ = [
     "split",
     "stack",
     "take",
+    "tasks",
     "unmerge",
     "with_key",
 ]

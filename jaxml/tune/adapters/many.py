@@ -73,6 +73,12 @@ def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
     return paths.replaced(stacked, {path: dataclasses.replace(w, ids=rows) for path, w in found.items()})
 
 
+def tasks(params: Params) -> int | None:
+    """How many prompts are trained side by side, one for each task; None where there is one at most."""
+    counts = [w.count for w in of(params).values() if w.train and hasattr(w, "ids") and w.count > 1]
+    return min(counts, default=None)
+
+
 def take(stacked: Params, number: int) -> Params:
     """One adapter of a stack, as a LoRA again."""
     found, new = _stacks(stacked, "adapters.take"), {}

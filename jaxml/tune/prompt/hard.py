@@ -70,7 +70,8 @@ def harden(
 
     Args:
         model: with a soft prompt in front (one).
-        examples: what the prompt is to be good for, in the forms of `tune.data`; the first `batch_size` packed rows.
+        examples: what the prompt is to be good for, in the forms of `tune.data`; `batch_size` rows of them, packed in
+            the order that `seed` gives, with the prompt's tokens in front of everything.
         start: tokens to begin with; the nearest ones to the soft prompt where None.
         candidates: swaps that are scored in a step.
         length: tokens a row of examples.
@@ -78,7 +79,7 @@ def harden(
         on_step: told (step, loss).
 
     Raises:
-        ValueError: no soft prompt, or several.
+        ValueError: no soft prompt, or several; a start that its own text is not tokenised to.
 
     Reference:
         Lester et al. 2021, section 7 (nearest tokens); Zou et al. 2023, "Universal and Transferable Adversarial
@@ -98,8 +99,10 @@ def harden(
     soft = node.table()[0].astype(jnp.float32)
     allowed = np.asarray(common_tokens(model, count=model.config.vocab_size))
     scale = model.config.embed_scale or 1.0
-    projected = _readable(model, nearest(model, soft / scale, allowed))
-    ids = list(projected if start is None else start)
+    projected = nearest(model, soft / scale, allowed)
+    ids = list(_readable(model, projected) if start is None else start)
+    if not _survives(model, ids):
+        raise ValueError(f"prompt.harden: the text of start is tokenised to start, {ids} are not. Give other tokens.")
     projected_loss = loss_of(embed([projected])[0])
     best = loss_of(embed([ids])[0])
     rng, history = np.random.default_rng(seed), [best]
@@ -153,10 +156,9 @@ def _survives(model: Model, ids: Sequence[int]) -> bool:
 
 
 def _readable(model: Model, ids: list[int]) -> list[int]:
-    """As many tokens that survive being written down: those of their own text, cut or filled up, where that settles."""
-    for _ in range(8):
-        if _survives(model, ids):
-            return ids
-        again = model.tokenizer.encode(model.tokenizer.decode(ids))
-        ids = (again + ids[len(again) :])[: len(ids)]
-    return ids  # as they are; the first swap that is accepted is readable
+    """As many tokens that survive being written down: as many of these, from the left, as do; words for the rest."""
+    kept: list[int] = []
+    fill = next(i for i in common_tokens(model) if _survives(model, [i]) and _survives(model, [i] * len(ids)))
+    for token in ids:
+        kept = [*kept, token] if _survives(model, [*kept, token]) else [*kept, fill]
+    return kept if _survives(model, kept) else [fill] * len(ids)

@@ -32,7 +32,7 @@ def stack(tuned: Sequence[Params]) -> Params:
     if not tuned:
         raise ValueError("prompt.stack: at least one tree with a prompt, got none.")
     nodes = [_plain(only(settle(params), "prompt.stack")) for params in tuned]
-    shape = lambda n: (type(n).__name__, n.shape[-2] if isinstance(n, Prefix) else n.shape[1])
+    shape = lambda n: (type(n).__name__, n.places)
     if len(kinds := {shape(n) for n in nodes}) > 1:
         raise ValueError(f"prompt.stack: prompts are of one kind and length, got {sorted(kinds)}.")
     if isinstance(nodes[0], Prefix):

@@ -36,6 +36,11 @@ class Prompt(Adapter):
         """N, how many prompts there are."""
         raise NotImplementedError
 
+    @property
+    def places(self) -> int:
+        """P, how long each prompt is."""
+        raise NotImplementedError
+
     def cache(self, params: Params, config: DecoderConfig) -> Cache:
         """The prompts' keys and values: N rows, or one for each row of the batch where ids say which."""
         made = self.make(params, config)
@@ -96,6 +101,10 @@ class SoftPrompt(Prompt):
         return (self.rows if self.columns is None else self.columns).shape[0]
 
     @property
+    def places(self) -> int:
+        return self.rows.shape[1]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (self.count, *self.rows.shape[1:])
 
@@ -125,6 +134,10 @@ class Prefix(Prompt):
     @property
     def count(self) -> int:
         return self.key.shape[1]
+
+    @property
+    def places(self) -> int:
+        return self.key.shape[3]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,6 +170,10 @@ class Projected(Prompt):
     @property
     def count(self) -> int:
         return self.table.shape[0]
+
+    @property
+    def places(self) -> int:
+        return self.table.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -31,8 +31,9 @@ def prefix(
         length: P, places of the prefix (20; of a text its own tokens).
         start: "sink": the cache of a text's first token, which heads look at that have nothing to look at, and then
             zeros, which little attention goes to beside it: the nearest to no prefix at all; "text": the cache of
-            `text`, which gives exactly the model's answers to that prompt (a longer prefix goes on with it from the
-            beginning); "random": the cache of common tokens drawn at random; "zero": zeros.
+            `text`, which gives exactly the model's answers to texts that go on from that prompt (with the bos token
+            between, where the model's texts begin with one; a longer prefix goes on with it from the beginning);
+            "random": the cache of common tokens drawn at random; "zero": zeros.
         count: N, prefixes, with starts of their own where they are random.
         hidden_dim: M, of an MLP that makes the prefix while it is trained (Li and Liang 2021, section 4.3); `settle`
             drops it. It begins by adding nothing to the start.
