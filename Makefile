@@ -17,7 +17,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
-	$(BIN)/jaxml download smollm2-135m
+	$(BIN)/jaxml download smollm2-135m minilm
 	touch $(STAMP)
 
 run: setup

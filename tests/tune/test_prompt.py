@@ -218,6 +218,26 @@ def test_the_real_peft_loads_what_we_write_and_we_what_it_writes(kind, family, t
     np.testing.assert_allclose(decoder.apply(again, model.config, tokens), got, atol=1e-5)
 
 
+@needs_oracle
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_peft_gives_each_task_the_prompt_that_we_give_it(tmp_path):
+    import peft
+    import torch
+
+    params, config = hf.read(write_folder(tmp_path / "model", "smollm2"))
+    model = tiny_model().replace(params=params, config=config)
+    tuned = moved(prompt.soft(model, length=4, start="random", count=3, rank=2).params)
+    adapters.save_peft(tmp_path / "ours", tuned, config)
+    theirs = peft.PeftModel.from_pretrained(reference_model("smollm2"), tmp_path / "ours")
+    ids = torch.tensor([2, 0])
+    with torch.no_grad():
+        want = theirs(
+            input_ids=torch.tensor(ROWS), attention_mask=torch.ones(ROWS.shape), task_ids=ids
+        ).logits.float().numpy()[:, -ROWS.shape[1] :]  # fmt: skip
+    got = decoder.apply(adapters.select(tuned, jnp.array([2, 0])), config, ROWS)
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(np.abs(want).max()))
+
+
 def test_what_cannot_be_is_said(tmp_path):
     model = tiny_model()
     tuned = prompt.soft(model, length=3)
