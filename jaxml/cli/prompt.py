@@ -39,6 +39,7 @@ def add(sub):
     tune.add_argument("--learning-rate", type=float, help="default: 0.02; of a prefix 0.01")
     tune.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
     tune.add_argument("--harden", type=int, default=0, metavar="STEPS", help="then look for words as good, so long")
+    tune.add_argument("--candidates", type=int, default=16, help="of --harden: swaps that are scored in a step")
     tune.add_argument("--save-every", type=int, default=100)
     tune.add_argument("--no-progress", action="store_true")
 
@@ -139,7 +140,7 @@ def _into_words(args, out: Path, model, prompt):
 
     train, held = _examples(args)
     found = prompt.harden(
-        model, train, steps=args.harden, length=args.row, batch_size=args.batch_size, seed=args.seed,
+        model, train, steps=args.harden, candidates=args.candidates, length=args.row, batch_size=1, seed=args.seed,
         on_step=None if args.no_progress else _show,
     )  # fmt: skip
     bare = model.replace(params=adapters.detach(model.params))
