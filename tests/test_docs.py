@@ -11,11 +11,12 @@ import pytest
 import jaxml
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(jaxml.__path__, "jaxml."))
+LONG = {"jaxml.kan.discover", "jaxml.kan.fit", "jaxml.kan.attribution"}
 NEEDS = {"jaxml.quant.kernel_jax_triton": "triton"}
 README = Path(__file__).parents[1] / "README.md"
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.slow) if m in LONG else m for m in MODULES])
 def test_examples_in_docstrings_run(name):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

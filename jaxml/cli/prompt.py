@@ -190,12 +190,9 @@ def _search(args):
 
     out = Path(args.out)
     pool, held = _examples(args)
-    # Questions about one country, in several words, stay on one side.
-    group = len(pool) // args.countries if args.data == "facts" else 1
-    half = max(1, len(pool) // group // 2) * group
-    pool, dev = pool[:half], pool[half:]
+    pool, dev = _cut(pool, 0.5, group=len(pool) // args.countries if args.data == "facts" else 1)
     if not dev:
-        raise ValueError("prompt search: DATA holds at least 2 examples, one to show and one to measure, got 1.")
+        raise ValueError("prompt search: DATA holds at least 2 questions, one to show and one to measure, got 1.")
     said = [*args.instruction]
     if args.instructions:
         lines = Path(args.instructions).read_text(encoding="utf-8").splitlines()
@@ -268,8 +265,16 @@ def _examples(args) -> tuple[list[dict], list[dict]]:
     if len(read[0]) < 4:
         raise ValueError(f"prompt: {args.data} is split into parts, of at least 4 examples, got {len(read[0])}.")
     order = np.random.default_rng(args.seed).permutation(len(read[0]))
-    cut = max(1, len(order) * 3 // 10)
-    return [read[0][i] for i in order[cut:]], [read[0][i] for i in order[:cut]]
+    held, rest = _cut([read[0][i] for i in order], 0.3)
+    return rest, held
+
+
+def _cut(examples: list[dict], share: float, group: int = 1) -> tuple[list[dict], list[dict]]:
+    """Two parts, the first with that share of the questions; a question asked twice, or one of a group, in one part."""
+    asked = list(dict.fromkeys(e["prompt"] for e in examples))
+    number = max(1, round(share * len(asked) / group)) * group
+    first = set(asked[:number])
+    return [e for e in examples if e["prompt"] in first], [e for e in examples if e["prompt"] not in first]
 
 
 # ---- score ------------------------------------------------------------------------------------------

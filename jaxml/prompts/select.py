@@ -44,7 +44,7 @@ def diverse(
 
     Example:
         >>> letters = lambda texts: np.array([[t.count(c) / len(t) for c in "ab"] for t in texts])
-        >>> diverse(letters, ["bb", "bbb", "ab"], ["b"], 2)
+        >>> diverse(letters, ["bb", "bbb", "ab"], ["b"], 2, trade=0.4)
         [[2, 0]]
     """
     if not 0 <= trade <= 1:

@@ -111,7 +111,7 @@ def chain_of_thought(
 
     Example:
         >>> chain_of_thought(Template("Q: {q}\\nA:"))(q="2+2?")
-        'Q: 2+2?\\nA: Let\\'s think step by step.'
+        "Q: 2+2?\\nA: Let's think step by step."
         >>> chain_of_thought(Template([{"role": "user", "content": "{q}"}]))(q="2+2?")[0]["content"]
         '2+2? Let\\'s think step by step. End with "The answer is", and the answer.'
     """

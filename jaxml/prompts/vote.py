@@ -79,7 +79,7 @@ def self_consistency(
     if not total:
         return Votes(None, {}, n, samples)
     whole = sum(total.values())
-    shares = {name: t / whole for name, t in sorted(total.items(), key=lambda pair: -pair[1])}
+    shares = {name: float(t / whole) for name, t in sorted(total.items(), key=lambda pair: -pair[1])}
     unread = sum(name is None for name in names)
     return Votes(best[next(iter(shares))][1], shares, unread, samples)
 

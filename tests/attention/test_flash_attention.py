@@ -16,6 +16,7 @@ def arrays(B=2, T=6, S=6, N=4, K=2, H=8, dtype=jnp.float32):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 3), st.booleans(), st.one_of(st.none(), st.integers(0, 4)))
 def test_equals_jax_nn_where_that_is_defined(T, K, groups, causal, window):

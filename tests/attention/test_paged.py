@@ -138,6 +138,7 @@ def test_gradients_pass_through_the_kernel(backend):
             np.testing.assert_allclose(a, b, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("axes", [(0, None, 0, 0), (None, 0, None, None), (0, 0, None, 0)])
 def test_mapped_over_queries_and_pages(axes, backend):

@@ -85,6 +85,7 @@ def test_memory_of_a_device_does_not_grow_with_the_number_of_devices(what):
     assert extra(8) < 1.2 * extra(2)
 
 
+@pytest.mark.slow
 def test_second_order_and_forward_mode_round_a_ring():
     with jax.enable_x64(True):
         q, k, v = CASE.scaled(T=16).arrays(jnp.float64)

@@ -15,6 +15,7 @@ def samples(f, count=500, inputs=2, seed=0):
     return x, f(x)
 
 
+@pytest.mark.slow
 def test_levenberg_marquardt_reaches_what_the_grid_allows():
     f = lambda x: np.exp(np.sin(np.pi * x[:, 0]) + x[:, 1] ** 2)
     with jax.enable_x64(True):

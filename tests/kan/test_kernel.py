@@ -75,6 +75,7 @@ def test_a_layer_and_its_gradients_are_those_of_the_contraction(dtype, device):
         close(a.astype(jnp.float32), b.astype(jnp.float32), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_second_derivatives_in_every_mode(device):
     layer, x, *_ = draw(SPECS["cubic"])

@@ -153,6 +153,7 @@ def test_only_projections_cross_between_devices():
     assert reduced and not any(f"{D},{F}]" in line or f"{F},{D}]" in line for line in reduced)
 
 
+@pytest.mark.slow
 def test_int8_weights_are_trained_as_dense_ones_are():
     params, batch = problem(jnp.float32)
     method = subspace(optax.adam(3e-2), rank=RANK, scale=1.0)
@@ -191,6 +192,7 @@ def test_a_step_makes_no_array_of_a_stacked_weights_size():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * 4 * np.prod(shape)
 
 
+@pytest.mark.slow
 def test_the_decoder_learns():
     config = tiny_config()
     params = decoder.init(jax.random.key(0), config)

@@ -73,6 +73,7 @@ def test_many_rows(by):
     close(*both(by, q, rows={"mosaic_tpu": 520, "triton": 70}.get(by, 20)), q)
 
 
+@pytest.mark.slow
 def test_long_rows_whose_scales_have_many_scales_of_their_own():
     q = matrix("nf4", (8704, 40), block=8)
     own = q.nested.scales * jnp.linspace(1, 3, q.nested.scales.size)
@@ -115,6 +116,7 @@ def test_an_implementation_that_cannot_run_says_so():
         quant.with_implementation(q, "cuda")
 
 
+@pytest.mark.slow
 def test_within_shard_map_on_several_devices():
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))
     n = len(jax.devices())

@@ -33,6 +33,7 @@ def test_codes_spread_over_devices_give_the_same_products_and_gradients():
     assert placed["w"].whole.codes.addressable_shards[0].data.shape == (6, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [False, True])
 def test_a_decoder_trains_adapters_on_weights_that_are_spread_out(head):
     mesh = jax.sharding.Mesh(jax.devices(), ("data",))

@@ -256,6 +256,7 @@ def test_a_run_trains_any_of_them(options):
     jax.tree.map(np.testing.assert_array_equal, adapters.split(tuned.params)[1], before)
 
 
+@pytest.mark.slow
 def test_many_adapters_serve_one_batch_row_by_row_without_compiling_again():
     model = tiny_model(tied_embeddings=False)
     trees = [

@@ -32,6 +32,10 @@ EVERY = {
 }
 
 
+SLOW = {"projected", "multitask"}
+EACH = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in EVERY]
+
+
 def moved(params, seed=1, by=0.1):
     trainable, frozen = adapters.split(params)
     keys = iter(jax.random.split(jax.random.key(seed), 100))
@@ -60,7 +64,7 @@ def test_a_prompt_from_a_text_gives_exactly_the_logits_after_that_text(kind, fam
         np.testing.assert_allclose(got, whole[:, text.shape[1] :], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize("kind", EACH)
 def test_packed_rows_generation_and_scores_see_the_prompt(kind):
     model = tiny_model()
     tuned = EVERY[kind](model)
@@ -85,7 +89,16 @@ def test_packed_rows_generation_and_scores_see_the_prompt(kind):
     np.testing.assert_allclose(scored, [logs[0, 1, ROWS[0, 2]], logs[0, 2, ROWS[0, 3]]], atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, quantised", [*((kind, False) for kind in EVERY), ("soft", True), ("prefix", True)])
+@pytest.mark.parametrize(
+    "kind, quantised",
+    [
+        ("soft", False),
+        ("prefix", True),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("projected", False), ("multitask", False), ("prefix", False), ("soft", True),
+        )),
+    ],
+)  # fmt: skip
 def test_gradients_reach_only_the_prompt_and_training_lowers_the_loss(kind, quantised):
     model = tiny_model()
     if quantised:
@@ -103,6 +116,7 @@ def test_gradients_reach_only_the_prompt_and_training_lowers_the_loss(kind, quan
     jax.tree.map(same, adapters.detach(after.params), model.params)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_soft_prompt_is_the_definition_s():
     model = tiny_model()
     tuned = prompt.soft(model, length=5, start="random")
@@ -125,7 +139,7 @@ def test_the_gradient_of_a_soft_prompt_is_the_definition_s():
     np.testing.assert_allclose(remat(rows), jax.grad(ours)(rows), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("make", [prompt.soft, prompt.prefix])
+@pytest.mark.parametrize("make", [prompt.soft, pytest.param(prompt.prefix, marks=pytest.mark.slow)])
 def test_each_row_of_a_batch_takes_its_own_prompt(make):
     model = tiny_model()
     tuned = [make(model, k, length=4, start="random") for k in range(3)]
@@ -304,6 +318,7 @@ def test_an_ensemble_votes_by_probability_or_by_majority():
         prompt.vote(logs, "most")
 
 
+@pytest.mark.slow
 def test_words_come_nearer_to_the_trained_prompt_step_by_step():
     model = tiny_model()
     examples = [{"prompt": "who? ", "response": "me"}, {"prompt": "what? ", "response": "it"}]
