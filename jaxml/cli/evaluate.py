@@ -21,14 +21,12 @@ def add(sub):
 
 
 def run(args):
-    from jaxml import lm
-    from jaxml.tune import adapters, data, facts
-    from jaxml.tune.fit import Options, make_evaluate
+    from jaxml import lm, tune
+    from jaxml.tune import data, facts
 
     examples, model = data.read_jsonl(args.data), load(args)
     length = min(args.length, model.config.max_length)
-    batches = data.prepare(examples, model.tokenizer, length=length, batch_size=min(args.batch_size, 8))
-    loss = make_evaluate(model.config, Options())(*adapters.split(model.params), batches)
+    loss = tune.loss_of(model, examples, tune.Options(length=length, batch_size=min(args.batch_size, 8)))
     report = {"examples": len(examples), "loss": loss, "perplexity": math.exp(loss)}
     pairs = [e for e in examples if "response" in e]
     if pairs:

@@ -103,7 +103,7 @@ def _tune(args):
 
 
 def _train(args, out: Path):
-    from jaxml import log, tune
+    from jaxml import lm, log, tune
     from jaxml.tune import adapters, prompt
 
     train, held = _examples(args)
@@ -127,7 +127,7 @@ def _train(args, out: Path):
     before, after = (tune.loss_of(m, held, options) for m in (made, tuned.replace(params=params)))
     log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Prompt tuning of {Path(args.model).name}")
     adapters.save_peft(out / "adapter", params, tuned.config, base_model=args.model)
-    numbers = sum(a.size for a in _leaves(adapters.split(params)[0]))
+    numbers = lm.decoder.num_params(adapters.split(params)[0])
     print(
         f"{args.kind} prompt of {params['prefix'].places} places, {numbers:,} numbers: held-out loss {before:.4f} "
         f"before, {after:.4f} after {info['steps']} steps: {out / 'adapter'}"
@@ -174,12 +174,6 @@ def _show(step: int, loss: float) -> None:
 
     end = "\n" if not sys.stderr.isatty() else ""
     print(f"\rswaps: step {step}, loss {loss:.4f}", end=end, file=sys.stderr, flush=True)
-
-
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
 
 
 # ---- search -----------------------------------------------------------------------------------------
@@ -301,8 +295,7 @@ def _score(args):
             raise ValueError(f"prompt score: --calibrate is a text that the PROMPT holds once, got {args.calibrate!r}.")
         free = [args.prompt.replace(args.calibrate, text) for text in prompts.CONTENT_FREE]
         scores = prompts.calibrate(scores, np.array(prompts.score_choices(model, free, args.choices, **how)))
-    share = np.exp(scores - scores.max())
-    share = share / share.sum()
+    share = np.exp(prompts.choices.normalised(scores))
     rows = [dict(choice=c, score=float(s), share=float(p)) for c, s, p in zip(args.choices, scores, share)]
     if args.json:
         print(json.dumps(rows))

@@ -46,6 +46,12 @@ def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Ca
     )
 
 
+def full(key: Float[Array, "L B K S H"], value: Float[Array, "L B K S H"]) -> Cache:
+    """A cache of these keys and values, every slot in use, at the positions 0, 1, 2, …"""
+    _, B, _, S, _ = key.shape
+    return Cache(key, value, jnp.broadcast_to(jnp.arange(S)[None], (B, S)), jnp.asarray(S, jnp.int32))
+
+
 def begin(
     past: Cache | None, config: DecoderConfig, positions: Int[Array, "B T"], slots: int, dtype=jnp.float32
 ) -> tuple[Cache, Int[Array, "B T"]]:

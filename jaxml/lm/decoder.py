@@ -16,6 +16,7 @@ from jaxml import weights
 from jaxml.attention import Causal, Mask, Segments, flash_attention
 from jaxml.attention import Prefix as PrefixMask
 from jaxml.axes import Array, Float, Int, Params, wide
+from jaxml.lm import cache as caches
 from jaxml.lm import feed_forward
 from jaxml.lm.cache import EMPTY, Cache
 from jaxml.lm.config import DecoderConfig, RopeScaling
@@ -174,18 +175,10 @@ def num_places(params: Params) -> int:
     return params["prefix"].places if "prefix" in params else 0
 
 
-def read(params: Params, config: DecoderConfig, x: Float[Array, "B T D"], *, remat: bool = False) -> Cache:
+def read(params: Params, config: DecoderConfig, x: Float[Array, "B T D"]) -> Cache:
     """The keys and values of a text that is given as embeddings; differentiable, and as long as the text."""
-    B, T, _ = x.shape
-    positions = jnp.arange(T)[None]
-    _, (key, value) = _layers(params, config, x, positions, {}, None, None, remat=remat, keep=True)
-    heads_first = lambda a: a.swapaxes(2, 3)
-    return Cache(
-        key=heads_first(key),
-        value=heads_first(value),
-        positions=jnp.broadcast_to(positions, (B, T)),
-        length=jnp.asarray(T, jnp.int32),
-    )
+    _, (key, value) = _layers(params, config, x, jnp.arange(x.shape[1])[None], {}, None, None, keep=True)
+    return caches.full(key.swapaxes(2, 3), value.swapaxes(2, 3))
 
 
 def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:

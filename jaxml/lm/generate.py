@@ -1,7 +1,7 @@
 """Generation: prefill, a jitted decode loop over a cache, and strings around them."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -194,17 +194,10 @@ def generate(
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         prompts = [prompts]
     rows = [encode_prompt(model, p) for p in prompts]
-    if keys is None:
-        key = jax.random.key(key) if isinstance(key, int) else key
-        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
+    keys = row_keys(key, len(rows)) if keys is None else keys
     texts: list[str] = []
-    size = batch_size or max(len(rows), 1)
-    for first in range(0, len(rows), size):
-        part = slice(first, first + size)
-        here = model.replace(params=weights.of_rows(model.params, range(len(rows))[part]))
-        texts += _continue(
-            here, rows[part], max_new_tokens, sampling, stop, keys[part], padding, unroll, on_text, first
-        )
+    for first, here, part, of in batches(model, rows, keys, batch_size):
+        texts += _continue(here, part, max_new_tokens, sampling, stop, of, padding, unroll, on_text, first)
     return texts
 
 
@@ -228,9 +221,7 @@ def samples(
     """
     if n < 1:
         raise ValueError(f"generate.samples: n is at least 1, got {n}.")
-    key = jax.random.key(key) if isinstance(key, int) else key
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n))
-    row = encode_prompt(model, prompt)
+    row, keys = encode_prompt(model, prompt), row_keys(key, n)
     return _continue(model, [row], max_new_tokens, sampling, stop, keys, "right", unroll, None, 0)
 
 
@@ -245,23 +236,69 @@ def encode_prompt(model: Model, prompt: Prompt) -> list[int]:
     return ids
 
 
-def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> list[str]:
-    """The texts of one batch, told to `on_text` as they grow; of a single row with many keys, as many texts."""
-    config, tokenizer = model.config, model.tokenizer
-    past = decoder.prefix(model.params, config)
-    longest = max(map(len, rows)) + (0 if past is None else past.slots)
+def row_keys(key: Array | int, count: int) -> Array:
+    """Each row's own random key, made by its number from a key or a seed."""
+    key = jax.random.key(key) if isinstance(key, int) else key
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
+
+
+def batches(
+    model: Model, rows: Sequence[list[int]], keys: Array, size: int | None
+) -> Iterator[tuple[int, Model, list[list[int]], Array]]:
+    """(number of the first row, the model as these rows take it, rows, keys) of each batch."""
+    size = size or max(len(rows), 1)
+    for first in range(0, len(rows), size):
+        part = slice(first, first + size)
+        here = model.replace(params=weights.of_rows(model.params, range(len(rows))[part]))
+        yield first, here, rows[part], keys[part]
+
+
+class Prefilled(NamedTuple):
+    """Prompts that were read."""
+
+    logits: Float[Array, "B V"]
+    cache: Cache
+    tokens: Int[Array, "B T"]
+    positions: Int[Array, "B T"]
+    limit: int  # how many tokens may follow
+
+
+def read(model: Model, rows: Sequence[Sequence[int]], limit: int, *, who: str, padding: str = "right") -> Prefilled:
+    """Reads prompts into a cache of their own, after what the model was tuned to have in front of them.
+
+    Args:
+        limit: tokens that are to follow, at most; fewer where the context ends.
+        who: the caller's name, for errors.
+
+    Raises:
+        ValueError: a prompt as long as the context.
+    """
+    config = model.config
+    longest = max(map(len, rows)) + decoder.num_places(model.params)
     if longest >= config.max_length:
         raise ValueError(
-            f"generate: a prompt is shorter than the context of {config.max_length} tokens, got {longest}. "
+            f"{who}: a prompt is shorter than the context of {config.max_length} tokens, got {longest}. "
             "Shorten the prompt."
         )
     limit = min(limit, config.max_length - longest)
-    width = _bucket(max(map(len, rows)))
-    tokens, positions = pad(rows, side=padding, to=width, pad_id=tokenizer.pad_id)
-    cache, positions = caches.begin(past, config, positions, _bucket(width + limit), model.params["embed"].dtype)
-    params = decoder.unstack(model.params) if unroll else model.params
+    width = bucket(max(map(len, rows)))
+    tokens, positions = pad(rows, side=padding, to=width, pad_id=model.tokenizer.pad_id)
+    dtype, past = model.params["embed"].dtype, _prefix(model.params, config)
+    cache, positions = caches.begin(past, config, positions, bucket(width + limit), dtype)
     logits, cache = prefill(model.params, config, tokens, positions, cache)
-    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    return Prefilled(logits, cache, jnp.asarray(tokens), jnp.asarray(positions), limit)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _prefix(params: Params, config: DecoderConfig) -> Cache | None:
+    return decoder.prefix(params, config)
+
+
+def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text, first) -> list[str]:
+    """The texts of one batch, told to `on_text` as they grow; of a single row with many keys, as many texts."""
+    config, tokenizer = model.config, model.tokenizer
+    logits, cache, tokens, positions, limit = read(model, rows, limit, who="generate", padding=padding)
+    params = decoder.unstack(model.params) if unroll else model.params
     if (n := len(keys)) > len(rows):
         rows = rows * n
         logits, tokens, positions = (jnp.repeat(a, n, 0) for a in (logits, tokens, positions))
@@ -293,7 +330,7 @@ def _continue(model, rows, limit, sampling, stop, keys, padding, unroll, on_text
     return texts
 
 
-def _bucket(n: int, multiple: int = 32) -> int:
+def bucket(n: int, multiple: int = 32) -> int:
     """Lengths are rounded up, so that few shapes are compiled."""
     return -(-n // multiple) * multiple
 

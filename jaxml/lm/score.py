@@ -10,27 +10,14 @@ import numpy as np
 
 from jaxml import weights
 from jaxml.axes import Array, Float, Int, Params
-from jaxml.lm import cache as caches
 from jaxml.lm import decoder, tree
 from jaxml.lm.cache import Cache
 from jaxml.lm.config import DecoderConfig
-from jaxml.lm.generate import Prompt, encode_prompt, pad, prefill
+from jaxml.lm.generate import Prompt, encode_prompt, read
 from jaxml.lm.model import Model
 from jaxml.lm.tree import Node
 
 SHARED = 32  # tokens that all texts begin with are read once, if there are so many
-
-
-@functools.partial(jax.jit, static_argnames=("config", "chunk"))
-def token_log_probs(
-    params: Params, config: DecoderConfig, tokens: Int[Array, "B T"], *, chunk: int = 128
-) -> Float[Array, "B T"]:
-    """log p(token t | tokens before it), float32; 0 for the first token of a row.
-
-    The logits of `chunk` positions are held at a time, never all of [B, T, V].
-    """
-    x = decoder.hidden(params, config, tokens)[:, :-1]
-    return jnp.pad(_log_probs(params, config, x, tokens[:, 1:], chunk), ((0, 0), (1, 0)))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
@@ -52,10 +39,6 @@ def tree_log_probs(
     """
     x = decoder.hidden(params, config, tokens, positions=positions, ends=ends, past=past)
     x = jnp.take_along_axis(x, sources[..., None], axis=1)
-    return _log_probs(params, config, x, targets, chunk)
-
-
-def _log_probs(params, config, x: Float[Array, "B M D"], targets: Int[Array, "B M"], chunk: int):
     B, M = targets.shape
     chunk = min(chunk, M)
     more = -M % chunk
@@ -93,7 +76,7 @@ def score(model: Model, prompts: Sequence[Prompt], continuations: Sequence[str],
     trees = []
     for prompt, continuation in zip(prompts, continuations):
         trees.append(Node(encode_prompt(model, prompt), [Node(encode_continuation(model, continuation), scored=True)]))
-    return np.array([sums[0] for sums in map(_sums, score_trees(model, trees, batch_size=batch_size))])
+    return np.array([sums(nodes)[0] for nodes in score_trees(model, trees, batch_size=batch_size)])
 
 
 def encode_continuation(model: Model, continuation: str) -> list[int]:
@@ -108,8 +91,9 @@ def encode_continuation(model: Model, continuation: str) -> list[int]:
     return ids
 
 
-def _sums(nodes: list[np.ndarray]) -> list[float]:
-    return [float(values.sum(dtype=np.float64)) for values in nodes]
+def sums(nodes: Sequence[np.ndarray]) -> np.ndarray:
+    """Of each scored node, the log-likelihood of all its tokens: [nodes] float64."""
+    return np.array([values.sum(dtype=np.float64) for values in nodes])
 
 
 def score_trees(
@@ -136,14 +120,14 @@ def score_trees(
     """
     if not trees:
         return []
-    longest = max(len(text) for one in trees for text in tree.texts(one)) + decoder.num_places(model.params)
+    common = _common(trees) if share and not weights.has_rows(model.params) else 0
+    rows = [tree.lay(Node(one.tokens[common:], one.children, one.scored)) for one in trees]
+    longest = decoder.num_places(model.params) + common + 1 + max(max(row.positions, default=-1) for row in rows)
     if longest > model.config.max_length:
         raise ValueError(
             f"score: prompt and continuation fit the context of {model.config.max_length} tokens, got {longest}."
         )
-    common = _common(trees) if share and not weights.has_rows(model.params) else 0
-    past = read(model, trees[0].tokens[:common]) if common else None
-    rows = [tree.lay(Node(one.tokens[common:], one.children, one.scored)) for one in trees]
+    past = read(model, [trees[0].tokens[:common]], 0, who="score").cache if common else None
     out: list[list[np.ndarray]] = [[] for _ in trees]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for first in range(0, len(rows), batch_size):
@@ -157,15 +141,6 @@ def score_trees(
             bounds = [0, *(j for j in range(1, len(owners)) if owners[j] != owners[j - 1]), len(owners)]
             out[i] = [of_row[a:b] for a, b in itertools.pairwise(bounds) if b > a]
     return out
-
-
-def read(model: Model, tokens: Sequence[int]) -> Cache:
-    """The keys and values of a text, one row: a past for whatever follows it."""
-    width = -(-len(tokens) // SHARED) * SHARED
-    array, positions = pad([list(tokens)], to=width, pad_id=model.tokenizer.pad_id)
-    dtype, past = model.params["embed"].dtype, decoder.prefix(model.params, model.config)
-    cache, positions = caches.begin(past, model.config, positions, width, dtype)
-    return prefill(model.params, model.config, array, positions, cache)[1]
 
 
 def _common(trees: Sequence[Node]) -> int:
@@ -193,5 +168,4 @@ def perplexity(model: Model, text: str, *, window: int = 512) -> float:
     rows = [ids[i : i + window] for i in range(0, len(ids) - 1, window)]
     trees = [Node(row[:1], [Node(row[1:], scored=True)]) for row in rows if len(row) > 1]
     scored = [value for nodes in score_trees(model, trees, batch_size=8) for value in nodes]
-    total = -sum(_sums(scored))
-    return float(np.exp(total / sum(map(len, scored))))
+    return float(np.exp(-sums(scored).sum() / sum(map(len, scored))))

@@ -10,7 +10,7 @@ one forward pass over the row equals one over each text (`decoder.hidden`'s `pos
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,11 +41,8 @@ class Row(NamedTuple):
         return all(end == len(self.tokens) for end in self.ends)
 
 
-def lay(root: Node, start: int = 0) -> Row:
+def lay(root: Node) -> Row:
     """One row for a tree.
-
-    Args:
-        start: the first token's position.
 
     Raises:
         ValueError: a scored token that nothing leads to, or a scored node without tokens.
@@ -81,22 +78,8 @@ def lay(root: Node, start: int = 0) -> Row:
             place(child, position + len(node.tokens), stop - 1 if node.tokens else last)
         row.ends[begin:stop] = [len(row.tokens)] * (stop - begin)
 
-    place(root, start, -1)
+    place(root, 0, -1)
     return row
-
-
-def texts(root: Node) -> Iterator[list[int]]:
-    """The whole texts that the tree holds, from the root to each leaf.
-
-    Example:
-        >>> list(texts(Node([1], [Node([2]), Node([3, 4])])))
-        [[1, 2], [1, 3, 4]]
-    """
-    if not root.children:
-        yield list(root.tokens)
-    for child in root.children:
-        for rest in texts(child):
-            yield [*root.tokens, *rest]
 
 
 class Batch(NamedTuple):

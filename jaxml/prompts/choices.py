@@ -118,11 +118,12 @@ def calibrate(log_probs: np.ndarray, content_free: np.ndarray) -> np.ndarray:
             f"calibrate: log_probs are [prompts, choices] and content_free [inputs, choices] of the same choices, got "
             f"{log_probs.shape} and {content_free.shape}."
         )
-    bias = np.exp(_normalised(content_free)).mean(0)
-    return _normalised(log_probs - np.log(bias))
+    bias = np.exp(normalised(content_free)).mean(0)
+    return normalised(log_probs - np.log(bias))
 
 
-def _normalised(log_probs: np.ndarray) -> np.ndarray:
+def normalised(log_probs: np.ndarray) -> np.ndarray:
+    """Log-probabilities over the last axis, of scores in nats."""
     most = log_probs.max(-1, keepdims=True)
     return log_probs - most - np.log(np.exp(log_probs - most).sum(-1, keepdims=True))
 

@@ -8,16 +8,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml import weights
 from jaxml.axes import Array
 from jaxml.extras import need
-from jaxml.lm import Model, Sampling, decoder
-from jaxml.lm import cache as caches
-from jaxml.lm.generate import Prompt, decode, encode_prompt, pad, prefill, start
+from jaxml.lm import Model, Sampling
+from jaxml.lm.generate import Prompt, batches, decode, encode_prompt, read, row_keys, start
 from jaxml.lm.tokenizer import Tokenizer
 
 
@@ -84,35 +81,20 @@ def generate(
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         prompts = [prompts]
     rows = [encode_prompt(model, p) for p in prompts]
-    key = jax.random.key(key) if isinstance(key, int) else key
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(rows)))
-    size, texts = batch_size or max(len(rows), 1), []
-    for first in range(0, len(rows), size):
-        part = slice(first, first + size)
-        here = model.replace(params=weights.of_rows(model.params, range(len(rows))[part]))
-        texts += _batch(here, rows[part], grammar, max_new_tokens, sampling, keys[part])
+    texts: list[str] = []
+    for _, here, part, keys in batches(model, rows, row_keys(key, len(rows)), batch_size):
+        texts += _batch(here, part, grammar, max_new_tokens, sampling, keys)
     return texts
 
 
 def _batch(model: Model, rows, grammar: str, limit: int, sampling: Sampling, keys: Array) -> list[str]:
     llguidance = need("llguidance", "prompts")
     masks = need("llguidance.numpy", "prompts")
-    config = model.config
-    past = decoder.prefix(model.params, config)
-    longest = max(map(len, rows)) + (0 if past is None else past.slots)
-    if longest >= config.max_length:
-        raise ValueError(
-            f"constrain: a prompt is shorter than the context of {config.max_length} tokens, got {longest}. "
-            "Shorten the prompt."
-        )
-    limit = min(limit, config.max_length - longest)
-    known = _tokenizer(model.tokenizer, config.vocab_size, config.eos_ids or model.tokenizer.eos_ids)
+    config, eos_ids = model.config, model.config.eos_ids or model.tokenizer.eos_ids
+    logits, cache, tokens, positions, limit = read(model, rows, limit, who="constrain")
+    known = _tokenizer(model.tokenizer, config.vocab_size, eos_ids)
     matchers = [llguidance.LLMatcher(known, grammar) for _ in rows]
-    up = lambda n: -(-n // 32) * 32
-    tokens, positions = pad(rows, to=up(max(map(len, rows))), pad_id=model.tokenizer.pad_id)
-    cache, positions = caches.begin(past, config, positions, up(tokens.shape[1] + limit), model.params["embed"].dtype)
-    logits, cache = prefill(model.params, config, tokens, positions, cache)
-    state = start(logits, cache, jnp.asarray(tokens), jnp.asarray(positions), keys, sampling)
+    state = start(logits, cache, tokens, positions, keys, sampling)
     ids: list[list[int]] = [[] for _ in rows]
     allowed = masks.allocate_token_bitmask(len(rows), config.vocab_size)
     for _ in range(limit):
@@ -125,7 +107,7 @@ def _batch(model: Model, rows, grammar: str, limit: int, sampling: Sampling, key
         for i, token in enumerate(np.asarray(new)[:, 0].tolist()):
             if matchers[i].is_stopped():
                 continue
-            if token not in (config.eos_ids or model.tokenizer.eos_ids):
+            if token not in eos_ids:
                 ids[i].append(token)
             if not matchers[i].consume_token(token):
                 raise RuntimeError(f"constrain: the grammar refused a token of its own ({matchers[i].get_error()}).")

@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ class Endpoint:
     ) -> list[Reply]:  # fmt: skip
         """One continuation of each prompt."""
         bodies = [self._body(p, max_new_tokens, temperature, stop, seed + i) for i, p in enumerate(prompts)]
-        return self._all(bodies, _reply)
+        return [_reply(answer) for answer in self._all(bodies)]
 
     def sample(
         self, prompt: Prompt, n: int, *, max_new_tokens: int = 128, temperature: float = 1.0,
@@ -96,7 +96,7 @@ class Endpoint:
         """n continuations of one prompt, each asked for with a seed of its own; likelihoods where they are told."""
         bodies = [self._body(prompt, max_new_tokens, temperature, stop, seed + i) for i in range(n)]
         tell = {"logprobs": 1} if isinstance(prompt, str) else {"logprobs": True}
-        return self._all([(path, body | tell) for path, body in bodies], _reply)
+        return [_reply(answer) for answer in self._all([(path, body | tell) for path, body in bodies])]
 
     def score(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[Scores]:
         """The likelihood of each prompt's choices, from the prompt's own log-probabilities ("echo").
@@ -111,7 +111,7 @@ class Endpoint:
             )
         self._probe()
         bodies = [self._echo(p + c) for p, of in zip(prompts, choices, strict=True) for c in of]
-        answers = iter(self._all(bodies, lambda answer: answer))
+        answers = iter(self._all(bodies))
         out = []
         for prompt, of in zip(prompts, choices):
             log_probs, tokens, cost = [], [], 0
@@ -166,7 +166,7 @@ class Endpoint:
             return
         text = "The quick brown fox jumps over the lazy dog"
         try:
-            offsets, values = _token_log_probs(self._ask(*self._echo(text), lambda answer: answer), text)
+            offsets, values = _token_log_probs(self._ask(*self._echo(text)), text)
         except (EndpointError, ValueError) as error:
             raise NotImplementedError(
                 f"Endpoint.score: {self.name} does not tell a prompt's likelihood ({error}). "
@@ -182,9 +182,9 @@ class Endpoint:
 
     # ---- how it is asked --------------------------------------------------------------------------------
 
-    def _all(self, bodies: Sequence[tuple[str, dict[str, Any]]], read: Callable) -> list[Any]:
+    def _all(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
         with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, path, body, read) for path, body in bodies]
+            futures = [pool.submit(self._ask, path, body) for path, body in bodies]
             try:
                 return [f.result() for f in futures]
             except BaseException:
@@ -192,14 +192,14 @@ class Endpoint:
                     f.cancel()
                 raise
 
-    def _ask(self, path: str, body: dict[str, Any], read: Callable) -> Any:
+    def _ask(self, path: str, body: dict[str, Any]) -> Any:
         question = {"url": self.url, "path": path, "body": body}
         kept = self._store.get(question)
         if kept is not None:
-            return read(kept)
+            return kept
         answer = self._post(path, body)
         self._store.put(question, answer)
-        return read(answer)
+        return answer
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         """An answer that holds choices."""

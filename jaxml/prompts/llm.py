@@ -1,6 +1,7 @@
 """One interface to language models: the decoder here, or whatever answers over HTTP (`prompts.endpoint`)."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 from jaxml import paths
 from jaxml.lm import Model, Sampling, tree
 from jaxml.lm.generate import Prompt, encode_prompt, generate, samples
-from jaxml.lm.score import encode_continuation, score_trees
+from jaxml.lm.score import encode_continuation, score_trees, sums
 
 
 class Reply(NamedTuple):
@@ -87,10 +88,10 @@ class Local:
     batch_size: int = 16
     unroll: bool = False
     label: str = "local"
-    name: str = dataclasses.field(init=False)
 
-    def __post_init__(self):
-        object.__setattr__(self, "name", f"{self.label}-{fingerprint(self.model)}")
+    @functools.cached_property
+    def name(self) -> str:
+        return f"{self.label}-{fingerprint(self.model)}"
 
     def cost(self, prompt, choices=()) -> int:
         return len(encode_prompt(self.model, prompt)) + sum(len(self.model.tokenizer.encode(c)) for c in choices)
@@ -117,8 +118,7 @@ class Local:
         scored = score_trees(self.model, trees, batch_size=self.batch_size)
         out = []
         for one, nodes in zip(trees, scored):
-            log_probs = np.array([values.sum(dtype=np.float64) for values in nodes])
-            out.append(Scores(log_probs, np.array([len(v) for v in nodes]), len(tree.lay(one).tokens)))
+            out.append(Scores(sums(nodes), np.array([len(v) for v in nodes]), len(tree.lay(one).tokens)))
         return out
 
     def _tree(self, prompt: Prompt, choices: Sequence[str]) -> tree.Node:

@@ -90,8 +90,8 @@ def search(
             arms = run.halve(arms, dev, first, eta)
             if run.stopped:
                 break
-        winner = run.best(list(run.measured))
-        measured = {c: run.on_held_out(c, held_out) for c in dict.fromkeys((winner, baseline))}
+        winner = run.best()
+        measured = {c: run.on_held_out(c) for c in dict.fromkeys((winner, baseline))}
     shown = task.prompt(winner, held_out[0])
     shown = shown if isinstance(shown, str) else "\n".join(f"[{m['role']}] {m['content']}" for m in shown)
     report = Report(
@@ -229,25 +229,27 @@ class _Run:
         self.spent += found.tokens - (before.tokens if before else 0)
         self.measured[candidate] = found
         self.trials.append(Trial(candidate, len(examples), found.mean, self.spent))
-        top = self.best(list(self.measured))
+        top = self.best()
         self.bar.update(self.task_id, advance=1, best=f"{self.measured[top].mean:.3f}", tokens=f"{self.spent:,}")
 
-    def best(self, arms: list[Candidate]) -> Candidate:
-        """The best of those that were tried on the most examples; the first of equals."""
-        tried = [c for c in arms if c in self.measured] or list(self.measured)
-        longest = max(len(self.measured[c].values) for c in tried)
-        return max((c for c in tried if len(self.measured[c].values) == longest), key=lambda c: self.measured[c].mean)
+    def ranked(self) -> list[Candidate]:
+        """The best first of those that were tried on the most examples, then the others; the first of equals first."""
+        longest = max(len(m.values) for m in self.measured.values())
+        order = lambda c: (-(len(self.measured[c].values) == longest), -self.measured[c].mean)
+        return sorted(self.measured, key=order)
 
-    def on_held_out(self, candidate: Candidate, held_out: Sequence[Example]) -> Measured:
-        found = measure(self.llm, self.task, candidate, held_out, self.store)
+    def best(self) -> Candidate:
+        return self.ranked()[0]
+
+    def on_held_out(self, candidate: Candidate) -> Measured:
+        found = measure(self.llm, self.task, candidate, self.held_out, self.store)
         self.spent += found.tokens
         return found
 
 
 def _proposed(proposer: Proposer, run: _Run, demonstrations: Sequence[tuple[int, ...]], number: int) -> list[Candidate]:
     """The best candidates again, and each new instruction with the best ones' demonstrations."""
-    longest = max(len(m.values) for m in run.measured.values())
-    ranked = sorted(run.measured, key=lambda c: (-(len(run.measured[c].values) == longest), -run.measured[c].mean))
+    ranked = run.ranked()
     means: dict[str, float] = {}
     for c in ranked:
         means.setdefault(c.instruction, run.measured[c].mean)

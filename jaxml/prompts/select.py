@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxml.lm import Model, tree
 from jaxml.lm.generate import encode_prompt
-from jaxml.lm.score import encode_continuation, score_trees
+from jaxml.lm.score import encode_continuation, score_trees, sums
 from jaxml.prompts.task import Candidate, Example, Task
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -24,8 +24,8 @@ def nearest(embed: Embed, pool: Sequence[str], queries: Sequence[str], count: in
         >>> nearest(letters, ["aa", "ab", "bb"], ["b"], 2)
         [[1, 2]]
     """
-    alike = _alike(embed, pool, queries, count)
-    return [np.argsort(-row, kind="stable")[:count][::-1].tolist() for row in alike]
+    asked, vectors = _vectors(embed, pool, queries, count)
+    return [np.argsort(-row, kind="stable")[:count][::-1].tolist() for row in asked @ vectors.T]
 
 
 def diverse(
@@ -49,11 +49,10 @@ def diverse(
     """
     if not 0 <= trade <= 1:
         raise ValueError(f"select.diverse: trade is in [0, 1], got {trade}.")
-    alike = _alike(embed, pool, queries, count)
-    vectors = np.asarray(embed(list(pool)))
+    asked, vectors = _vectors(embed, pool, queries, count)
     among = vectors @ vectors.T
     out = []
-    for row in alike:
+    for row in asked @ vectors.T:
         taken: list[int] = []
         while len(taken) < count:
             near = among[:, taken].max(1) if taken else np.zeros(len(pool))
@@ -102,7 +101,7 @@ def influence(
         trees = [tree.Node(root, part) for root in [*roots, nothing]]
         # The row without an example begins otherwise: it is scored apart, so that the others share their beginning.
         rows = [*score_trees(model, trees[:-1]), *score_trees(model, trees[-1:])]
-        out[:, first : first + len(part)] = [[v.sum(dtype=np.float64) for v in row] for row in rows]
+        out[:, first : first + len(part)] = [sums(row) for row in rows]
     return out[:-1] - out[-1:]
 
 
@@ -130,7 +129,8 @@ def by_influence(matrix: np.ndarray, count: int) -> tuple[int, ...]:
     return tuple(taken[::-1])
 
 
-def _alike(embed: Embed, pool: Sequence[str], queries: Sequence[str], count: int) -> np.ndarray:
+def _vectors(embed: Embed, pool: Sequence[str], queries: Sequence[str], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(of the queries, of the pool), [·, D] each."""
     if not 0 < count <= len(pool):
         raise ValueError(f"select: count is in 1 … {len(pool)}, the size of the pool, got {count}.")
-    return np.asarray(embed(list(queries))) @ np.asarray(embed(list(pool))).T
+    return np.asarray(embed(list(queries))), np.asarray(embed(list(pool)))

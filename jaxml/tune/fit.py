@@ -141,10 +141,7 @@ def fit(
         raise ValueError(
             f"fit: length is at most the context of {model.config.max_length} tokens, got {o.length}{also}."
         )
-    prepare = functools.partial(
-        data.prepare, tokenizer=model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
-        tasks=adapters.tasks(model.params),
-    )  # fmt: skip
+    prepare = _prepare(model, o)
     if anchors and adapters.tasks(model.params):
         raise ValueError("fit: anchors are for one prompt, and the model has one for each task. Leave them out.")
     batches = prepare(examples, seed=o.seed)
@@ -265,10 +262,7 @@ def loss_of(model: Model, examples: Sequence[dict[str, Any]], options: Options =
         True
     """
     o = options
-    rows = data.prepare(
-        examples, model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
-        tasks=adapters.tasks(model.params),
-    )  # fmt: skip
+    rows = _prepare(model, o)(examples)
     trainable, frozen = adapters.split(decoder.cast(model.params, o.dtype) if o.dtype else model.params)
     return make_evaluate(model.config, o)(trainable, frozen, rows)
 
@@ -309,6 +303,14 @@ def batch_loss(
         base, x[-options.anchor_rows :], head, batch["anchors"], base_head=decoder.head(kept), soft_cap=soft_cap
     )
     return total + options.anchor_weight * count * distance / jnp.maximum(places, 1.0), count
+
+
+def _prepare(model: Model, o: Options) -> Callable[..., data.Batches]:
+    """Examples to batches, as the options and the model want them."""
+    return functools.partial(
+        data.prepare, tokenizer=model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
+        tasks=adapters.tasks(model.params),
+    )  # fmt: skip
 
 
 def _kept_dtype(a: Array, o: Options):

@@ -59,6 +59,12 @@ def test_what_all_trees_begin_with_is_read_once_and_changes_nothing():
             np.testing.assert_allclose(x, y, atol=1e-4)
 
 
+def whole_texts(root):
+    """The texts that a tree holds, from the root to each leaf."""
+    rest = [text for child in root.children for text in whole_texts(child)] or [[]]
+    return [[*root.tokens, *text] for text in rest]
+
+
 @st.composite
 def nodes(draw, depth=3):
     tokens = draw(st.lists(st.integers(3, 60), min_size=1, max_size=4))
@@ -76,7 +82,7 @@ def test_laying_out_keeps_texts_positions_and_ancestors(root):
     # What a token sees is exactly the text that leads to it, at the positions of that text.
     found = [[row.tokens[j] for j in np.flatnonzero(line)] for line in seen]
     assert all([row.positions[j] for j in np.flatnonzero(line)] == list(range(line.sum())) for line in seen)
-    begun = {tuple(text[:n]) for text in tree.texts(root) for n in range(1, len(text) + 1)}
+    begun = {tuple(text[:n]) for text in whole_texts(root) for n in range(1, len(text) + 1)}
     assert {tuple(f) for f in found} == begun
     for source, target in zip(row.sources, row.targets):
         assert (*found[source], target) in begun

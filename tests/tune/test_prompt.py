@@ -1,7 +1,5 @@
 """Prompts that are trained: exact against the text that they stand for, and nothing else moves."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,10 @@ from jaxml.testing import tiny_model
 from jaxml.tune import adapters, data, prompt
 from tests.golden.make import reference_model
 from tests.lm.test_families import write_folder
+from tests.tune.test_peft import moved, needs_oracle
 
 TEXT = "you are a bot. "
 ROWS = np.random.default_rng(0).integers(3, 64, (2, 9)).astype(np.int32)
-needs_oracle = pytest.mark.skipif(
-    importlib.util.find_spec("peft") is None, reason="the extra 'oracle' is not installed"
-)
 KINDS = {
     "soft": lambda m, **o: prompt.soft(m, start="text", text=TEXT, **o),
     "prefix": lambda m, **o: prompt.prefix(m, start="text", text=TEXT, **o),
@@ -34,14 +30,6 @@ EVERY = {
 
 SLOW = {"projected", "multitask"}
 EACH = [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in EVERY]
-
-
-def moved(params, seed=1, by=0.1):
-    trainable, frozen = adapters.split(params)
-    keys = iter(jax.random.split(jax.random.key(seed), 100))
-    return adapters.combine(
-        jax.tree.map(lambda a: a + by * jax.random.normal(next(keys), a.shape, a.dtype), trainable), frozen
-    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -32,7 +32,7 @@ class Adapter:
 
     @property
     def ndim(self) -> int:
-        return len(self.base.shape)
+        return len(self.shape)
 
     @property
     def dtype(self) -> Any:
@@ -44,7 +44,7 @@ class Adapter:
         return self.base
 
 
-_static = lambda default=dataclasses.MISSING: dataclasses.field(default=default, metadata=dict(static=True))
+static = lambda default=dataclasses.MISSING: dataclasses.field(default=default, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
@@ -65,12 +65,12 @@ class LoRA(Adapter):
     magnitude: Float[Array, "... F"] | None = None  # DoRA
     squares: Float[Array, "... F"] | None = None  # DoRA: squared norms of W's outputs, which stay as they are
     key: Array | None = None  # of dropout, while training
-    method: str = _static("lora")  # "lora", "vera", "adalora"
-    train: tuple[str, ...] = _static(("a", "b"))
-    transposed: bool = _static(False)  # W is a table [V, D] that leads from D to V: a head
-    dropout: float = _static(0.0)
-    start: str = _static("default")  # how A and B began: with some starts a part of W is in them
-    ranks: tuple[int, ...] | None = _static(None)  # of stacked layers, where they differ: the rest of A and B is 0
+    method: str = static("lora")  # "lora", "vera", "adalora"
+    train: tuple[str, ...] = static(("a", "b"))
+    transposed: bool = static(False)  # W is a table [V, D] that leads from D to V: a head
+    dropout: float = static(0.0)
+    start: str = static("default")  # how A and B began: with some starts a part of W is in them
+    ranks: tuple[int, ...] | None = static(None)  # of stacked layers, where they differ: the rest of A and B is 0
 
     @property
     def rank(self) -> int:
@@ -169,8 +169,8 @@ class Scaled(Adapter):
     base: Any  # [..., D, F]
     inner: Float[Array, "... D"] | None = None
     outer: Float[Array, "... F"] | None = None
-    method: str = _static("ia3")
-    train: tuple[str, ...] = _static(("outer",))
+    method: str = static("ia3")
+    train: tuple[str, ...] = static(("outer",))
 
     def astype(self, dtype: Any) -> "Scaled":
         cast = lambda a: None if a is None else a.astype(dtype)
@@ -200,8 +200,8 @@ class Whole(Adapter):
 
     base: Any
     value: Array | None
-    method: str = _static("whole")
-    train: tuple[str, ...] = _static(("value",))
+    method: str = static("whole")
+    train: tuple[str, ...] = static(("value",))
 
     def astype(self, dtype: Any) -> "Whole":
         cast = lambda a: None if a is None else a.astype(dtype)
@@ -226,9 +226,9 @@ class Stack(Adapter):
     a: Float[Array, "... M D R"]
     b: Float[Array, "... M R F"]  # times the scales
     ids: Any = None  # weights.Rows
-    method: str = _static("stack")
-    train: tuple[str, ...] = _static(())
-    transposed: bool = _static(False)
+    method: str = static("stack")
+    train: tuple[str, ...] = static(())
+    transposed: bool = static(False)
 
     @property
     def count(self) -> int:

@@ -43,7 +43,7 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     modules, found = modules_of(config), paths.named(params)
     with hf.open_safetensors(folder / "adapter_model.safetensors") as file:
         names = list(file.keys())
-        read = lambda name: jnp.asarray(_tensor(folder, file, name), dtype)
+        read = lambda name: jnp.asarray(tensor(folder, file, name), dtype)
         projections = _projections(folder, method, about, names, read)
         parts = _by_path(folder, [n for n in names if n not in VERA], modules, found)
         reader = _Reader(folder, about, method, modules, found, read, projections)
@@ -58,7 +58,7 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     return paths.replaced(params, new)
 
 
-def _tensor(folder: Path, file: Any, name: str) -> np.ndarray:
+def tensor(folder: Path, file: Any, name: str) -> np.ndarray:
     tensor = file.get_tensor(name)
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise ValueError(f"{folder}: {name} holds floating numbers, got {tensor.dtype.name}.")

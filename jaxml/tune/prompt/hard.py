@@ -11,12 +11,11 @@ import numpy as np
 
 from jaxml import weights
 from jaxml.axes import Array, Float, Int, Params
-from jaxml.lm import decoder
 from jaxml.lm.model import Model
 from jaxml.tune import adapters, data
 from jaxml.tune.fit import Options, batch_loss
 from jaxml.tune.prompt.nodes import SoftPrompt, only
-from jaxml.tune.prompt.soft import common_tokens
+from jaxml.tune.prompt.soft import common_tokens, embeddings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,6 @@ def harden(
     options = Options(length=length, batch_size=batch_size)
     losses = functools.partial(_losses, config=model.config, options=options, at_once=at_once)
     loss_of = lambda rows: float(losses(rows[None], bare, batch)[0])
-    embed = lambda ids: decoder.embed(model.params, model.config, jnp.asarray(ids)).astype(jnp.float32)
 
     soft = node.table()[0].astype(jnp.float32)
     allowed = np.asarray(common_tokens(model, count=model.config.vocab_size))
@@ -103,14 +101,18 @@ def harden(
     ids = list(_readable(model, projected) if start is None else start)
     if not _survives(model, ids):
         raise ValueError(f"prompt.harden: the text of start is tokenised to start, {ids} are not. Give other tokens.")
-    projected_loss = loss_of(embed([projected])[0])
-    best = loss_of(embed([ids])[0])
+    projected_loss = loss_of(embeddings(model, projected))
+    best = loss_of(embeddings(model, ids))
     rng, history = np.random.default_rng(seed), [best]
     for step in range(1, steps + 1):
-        top = np.asarray(_promising(embed([ids])[0], bare, batch, jnp.asarray(allowed), model.config, options, top_k))
+        top = np.asarray(
+            _promising(embeddings(model, ids), bare, batch, jnp.asarray(allowed), model.config, options, top_k)
+        )
         swaps = _swaps(model, ids, allowed[top], candidates, rng)
         if swaps:
-            found = np.asarray(losses(embed(swaps + [ids] * (candidates - len(swaps))), bare, batch))[: len(swaps)]
+            found = np.asarray(losses(embeddings(model, swaps + [ids] * (candidates - len(swaps))), bare, batch))[
+                : len(swaps)
+            ]
             if (least := float(found.min())) < best:
                 best, ids = least, swaps[int(found.argmin())]
         history.append(best)

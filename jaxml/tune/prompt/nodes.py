@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Params
+from jaxml.lm import cache as caches
 from jaxml.lm import decoder
 from jaxml.lm.cache import Cache
 from jaxml.lm.config import DecoderConfig
-from jaxml.tune.adapters.nodes import Adapter
+from jaxml.tune.adapters.nodes import Adapter, static
 from jaxml.weights import Rows
-
-_static = lambda default=dataclasses.MISSING: dataclasses.field(default=default, metadata=dict(static=True))
 
 
 class Prompt(Adapter):
@@ -75,10 +74,6 @@ class Prompt(Adapter):
         cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
         return jax.tree.map(cast, self)
 
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +88,8 @@ class SoftPrompt(Prompt):
     columns: Float[Array, "N P R"] | None = None
     tasks: Float[Array, "N R D"] | None = None
     ids: Rows | None = None
-    method: str = _static("prompt")
-    train: tuple[str, ...] = _static(("rows",))
+    method: str = static("prompt")
+    train: tuple[str, ...] = static(("rows",))
 
     @property
     def count(self) -> int:
@@ -128,8 +123,8 @@ class Prefix(Prompt):
     key: Float[Array, "L N K P H"]  # as attention reads them: rotated
     value: Float[Array, "L N K P H"]
     ids: Rows | None = None
-    method: str = _static("prefix")
-    train: tuple[str, ...] = _static(("key", "value"))
+    method: str = static("prefix")
+    train: tuple[str, ...] = static(("key", "value"))
 
     @property
     def count(self) -> int:
@@ -148,7 +143,7 @@ class Prefix(Prompt):
         return self.key.dtype
 
     def make(self, params: Params, config: DecoderConfig) -> Cache:
-        return _cache(self.key, self.value)
+        return caches.full(self.key, self.value)
 
 
 @jax.tree_util.register_dataclass
@@ -162,10 +157,10 @@ class Projected(Prompt):
     w2: Float[Array, "M X"]  # X = L·2·K·H
     b2: Float[Array, "X"]
     start: Prefix | None  # stays as it is
-    layout: tuple[int, int, int] = _static()  # L, K, H
+    layout: tuple[int, int, int] = static()  # L, K, H
     ids: Rows | None = None
-    method: str = _static("prefix")
-    train: tuple[str, ...] = _static(("table", "w1", "b1", "w2", "b2"))
+    method: str = static("prefix")
+    train: tuple[str, ...] = static(("table", "w1", "b1", "w2", "b2"))
 
     @property
     def count(self) -> int:
@@ -197,16 +192,6 @@ class Projected(Prompt):
 
     def make(self, params: Params, config: DecoderConfig) -> Cache:
         return self.settled().make(params, config)
-
-
-def _cache(key: Array, value: Array) -> Cache:
-    _, N, _, P, _ = key.shape
-    return Cache(
-        key=key,
-        value=value,
-        positions=jnp.broadcast_to(jnp.arange(P)[None], (N, P)),
-        length=jnp.asarray(P, jnp.int32),
-    )
 
 
 def only(params: Params, who: str) -> Prompt:

@@ -11,6 +11,7 @@ from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
 from jaxml.tune.adapters.peft_config import PROMPTS as TYPES
+from jaxml.tune.adapters.peft_load import tensor
 from jaxml.tune.adapters.tree import of
 from jaxml.tune.prompt.nodes import Prefix, Prompt, SoftPrompt, only
 from jaxml.tune.prompt.prefix import settle
@@ -100,11 +101,7 @@ def load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCon
             raise ValueError(
                 f"{folder}: {kind} holds {', '.join(wanted)}, got {', '.join(sorted(names)) or 'nothing'}."
             )
-        arrays = {name: file.get_tensor(name) for name in wanted}
-    for name, a in arrays.items():
-        if not jnp.issubdtype(a.dtype, jnp.floating) or not np.isfinite(a.astype(np.float32)).all():
-            raise ValueError(f"{folder}: {name} holds finite floating numbers, got {a.dtype.name} with others.")
-    rows, *factors = (jnp.asarray(arrays[name], dtype) for name in wanted)
+        rows, *factors = (jnp.asarray(tensor(folder, file, name), dtype) for name in wanted)
     L, K, H, D = config.num_layers, config.num_kv_heads, config.head_dim, config.width
     width = L * 2 * K * H if kind == TYPES[2] else D
     if rows.ndim != 2 or rows.shape[1] != width:

@@ -105,7 +105,7 @@ def _projected(model: Model, start: Prefix, ids: Array, hidden_dim: int, key: Ar
     c = model.config
     width, out = c.width, 2 * c.num_layers * c.num_kv_heads * c.head_dim
     return Projected(
-        table=jnp.stack([embeddings(model, row) for row in ids]).astype(start.dtype),
+        table=embeddings(model, ids).astype(start.dtype),
         w1=(jax.random.normal(key, (width, hidden_dim)) / width**0.5).astype(start.dtype),
         b1=jnp.zeros(hidden_dim, start.dtype),
         w2=jnp.zeros((hidden_dim, out), start.dtype),

@@ -101,9 +101,9 @@ def check_new(model: Model, length: int, who: str) -> None:
         )
 
 
-def embeddings(model: Model, ids: Sequence[int]) -> Float[Array, "P D"]:
-    """What the first layer reads for these tokens."""
-    return decoder.embed(model.params, model.config, jnp.asarray(ids)[None])[0].astype(jnp.float32)
+def embeddings(model: Model, ids: Any) -> Float[Array, "... P D"]:
+    """What the first layer reads for these tokens, [..., P]."""
+    return decoder.embed(model.params, model.config, jnp.asarray(ids)).astype(jnp.float32)
 
 
 def common_tokens(model: Model, corpus: Sequence[str] = (), count: int = 5000) -> list[int]:
