@@ -20,6 +20,9 @@ from jaxml.lm.sampling import Sampling, sample
 Prompt = str | Sequence[chat.Message]
 
 
+SHARED = 32  # tokens that all prompts begin with are read once, if there are so many
+
+
 class DecodeState(NamedTuple):
     """What the decode loop carries from token to token."""
 
@@ -266,6 +269,8 @@ class Prefilled(NamedTuple):
 def read(model: Model, rows: Sequence[Sequence[int]], limit: int, *, who: str, padding: str = "right") -> Prefilled:
     """Reads prompts into a cache of their own, after what the model was tuned to have in front of them.
 
+    What all of them begin with (examples that are shown, instructions) is read once.
+
     Args:
         limit: tokens that are to follow, at most; fewer where the context ends.
         who: the caller's name, for errors.
@@ -281,12 +286,27 @@ def read(model: Model, rows: Sequence[Sequence[int]], limit: int, *, who: str, p
             "Shorten the prompt."
         )
     limit = min(limit, config.max_length - longest)
-    width = bucket(max(map(len, rows)))
-    tokens, positions = pad(rows, side=padding, to=width, pad_id=model.tokenizer.pad_id)
-    dtype, past = model.params["embed"].dtype, _prefix(model.params, config)
-    cache, positions = caches.begin(past, config, positions, bucket(width + limit), dtype)
+    share = 0 if weights.has_rows(model.params) else common(rows)
+    past = _prefix(model.params, config) if not share else read(model, [rows[0][:share]], 0, who=who).cache
+    padded = functools.partial(pad, side=padding, pad_id=model.tokenizer.pad_id)
+    rest = [row[share:] for row in rows]
+    width = bucket(max(map(len, rest)))
+    tokens, positions = padded(rest, to=width)
+    cache, positions = caches.begin(past, config, positions, bucket(width + limit), model.params["embed"].dtype)
     logits, cache = prefill(model.params, config, tokens, positions, cache)
+    if share:
+        tokens, positions = padded(rows)
+        positions = np.where(positions == EMPTY, EMPTY, positions + decoder.num_places(model.params))
     return Prefilled(logits, cache, jnp.asarray(tokens), jnp.asarray(positions), limit)
+
+
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, short of the last one of any; 0 where reading them once gains little."""
+    if len(rows) < 2:
+        return 0
+    least = min(map(len, rows)) - 1
+    same = next((i for i in range(least) if any(row[i] != rows[0][i] for row in rows)), max(least, 0))
+    return same if same >= SHARED else 0
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -13,11 +13,9 @@ from jaxml.axes import Array, Float, Int, Params
 from jaxml.lm import decoder, tree
 from jaxml.lm.cache import Cache
 from jaxml.lm.config import DecoderConfig
-from jaxml.lm.generate import Prompt, encode_prompt, read
+from jaxml.lm.generate import Prompt, common, encode_prompt, read
 from jaxml.lm.model import Model
 from jaxml.lm.tree import Node
-
-SHARED = 32  # tokens that all texts begin with are read once, if there are so many
 
 
 @functools.partial(jax.jit, static_argnames=("config", "chunk"))
@@ -120,14 +118,15 @@ def score_trees(
     """
     if not trees:
         return []
-    common = _common(trees) if share and not weights.has_rows(model.params) else 0
-    rows = [tree.lay(Node(one.tokens[common:], one.children, one.scored)) for one in trees]
-    longest = decoder.num_places(model.params) + common + 1 + max(max(row.positions, default=-1) for row in rows)
+    share = share and not weights.has_rows(model.params) and not any(one.scored for one in trees)
+    shared = common([one.tokens for one in trees]) if share else 0
+    rows = [tree.lay(Node(one.tokens[shared:], one.children, one.scored)) for one in trees]
+    longest = decoder.num_places(model.params) + shared + 1 + max(max(row.positions, default=-1) for row in rows)
     if longest > model.config.max_length:
         raise ValueError(
             f"score: prompt and continuation fit the context of {model.config.max_length} tokens, got {longest}."
         )
-    past = read(model, [trees[0].tokens[:common]], 0, who="score").cache if common else None
+    past = read(model, [trees[0].tokens[:shared]], 0, who="score").cache if shared else None
     out: list[list[np.ndarray]] = [[] for _ in trees]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))
     for first in range(0, len(rows), batch_size):
@@ -141,16 +140,6 @@ def score_trees(
             bounds = [0, *(j for j in range(1, len(owners)) if owners[j] != owners[j - 1]), len(owners)]
             out[i] = [of_row[a:b] for a, b in itertools.pairwise(bounds) if b > a]
     return out
-
-
-def _common(trees: Sequence[Node]) -> int:
-    """How many tokens all trees begin with, short of the last one of any root; 0 where sharing gains little."""
-    if len(trees) < 2:
-        return 0
-    least = min(len(one.tokens) for one in trees) - 1
-    first = trees[0].tokens
-    same = next((i for i in range(least) if any(one.tokens[i] != first[i] for one in trees)), max(least, 0))
-    return same if same >= SHARED and not any(one.scored for one in trees) else 0
 
 
 def perplexity(model: Model, text: str, *, window: int = 512) -> float:

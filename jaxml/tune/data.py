@@ -11,14 +11,14 @@ import numpy as np
 from jaxml.lm import chat
 from jaxml.lm.tokenizer import Tokenizer
 
-FORMS = "an object with the key text, the keys prompt and response, or the key messages"
+FORMS = "an object with the key text, the keys prompt and response, the key messages, or the key parts"
 
 
 class Encoded(NamedTuple):
     """One example as tokens."""
 
     tokens: list[int]
-    learn: list[bool]  # whether the loss counts this token
+    learn: list[float]  # the weight of each token in the loss; False and True are 0 and 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Packed:
 
     tokens: np.ndarray  # [rows, T] int32
     targets: np.ndarray  # [rows, T] int32, the token after each
-    weights: np.ndarray  # [rows, T] float32, 1 where the target is learnt
+    weights: np.ndarray  # [rows, T] float32, above 0 where the target is learnt
     segment_ids: np.ndarray  # [rows, T] int32, from 1 in each row
     positions: np.ndarray  # [rows, T] int32, from 0 in each example
     tasks: np.ndarray | None = None  # [rows, 1] int32, which task a row's examples are of
@@ -44,7 +44,7 @@ class Packed:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """Examples from a file, one JSON object a line, each in one of the three forms.
+    """Examples from a file, one JSON object a line, each in one of the four forms.
 
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
@@ -72,7 +72,7 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
 
 def check(example: Any) -> None:
-    """Raises ValueError unless the example has one of the three forms."""
+    """Raises ValueError unless the example has one of the four forms."""
     if not isinstance(example, dict):
         raise ValueError(f"an example is {FORMS}, got {type(example).__name__}.")
     keys = set(example)
@@ -80,6 +80,9 @@ def check(example: Any) -> None:
         chat.check(example["messages"])
         if not any(m["role"] == "assistant" for m in example["messages"]):
             raise ValueError("messages hold at least one turn of the assistant to learn from, got none.")
+        return
+    if "parts" in keys:
+        _check_parts(example["parts"])
         return
     wanted = ("text",) if "text" in keys else ("prompt", "response")
     if not set(wanted) <= keys:
@@ -91,11 +94,24 @@ def check(example: Any) -> None:
         raise ValueError(f"{wanted[-1]} is not empty.")
 
 
+def _check_parts(parts: Any) -> None:
+    well = isinstance(parts, list | tuple) and all(
+        isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[0], str)
+        and isinstance(part[1], int | float) and 0 <= part[1] < float("inf")
+        for part in parts
+    )  # fmt: skip
+    if not well:
+        raise ValueError("parts are a list of [text, weight in the loss], the weight at least 0.")
+    if not any(text and weight for text, weight in parts):
+        raise ValueError("parts hold at least one text to learn, got none with a weight above 0.")
+
+
 def encode(example: dict[str, Any], tokenizer: Tokenizer, *, learn_all: bool = False) -> Encoded:
     """Tokens of an example, and which of them are learnt.
 
     ``text``: all, with the end token. ``prompt`` and ``response``: joined as they are, the response and the end
-    token learnt. ``messages``: through the chat template, every turn of the assistant learnt with its end.
+    token learnt. ``messages``: through the chat template, every turn of the assistant learnt with its end. ``parts``:
+    texts joined as they are, each with its weight in the loss, from 0; no end token is added.
 
     Args:
         learn_all: learn the prompts as well.
@@ -107,11 +123,15 @@ def encode(example: dict[str, Any], tokenizer: Tokenizer, *, learn_all: bool = F
         learn = [True] * len(tokens)
     elif "messages" in example:
         tokens, learn = _encode_messages(example["messages"], tokenizer)
+    elif "parts" in example:
+        pieces = [(tokenizer.encode(text, bos=not i), w) for i, (text, w) in enumerate(example["parts"])]
+        tokens = [token for ids, _ in pieces for token in ids]
+        learn = [weight for ids, weight in pieces for _ in ids]
     else:
         prompt = tokenizer.encode(example["prompt"], bos=True)
         response = tokenizer.encode(example["response"]) + end
         tokens, learn = prompt + response, [False] * len(prompt) + [True] * len(response)
-    return Encoded(tokens, [True] * len(tokens) if learn_all else learn)
+    return Encoded(tokens, [w or True for w in learn] if learn_all else learn)
 
 
 def _encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:

@@ -113,16 +113,8 @@ def make(
 
 def read_countries() -> dict[str, dict[str, str]]:
     """Country → relation → answer, for every country that has all of them."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("countryinfo")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "facts: the package 'countryinfo' is not installed. Install it with: pip install \"jaxml[facts]\""
-        )
     table = {}
-    for path in sorted((Path(spec.origin).parent / "data").glob("*.json")):
-        country = json.loads(path.read_text(encoding="utf-8"))
+    for country in read_files():
         answers = {
             "capital": country.get("capital"),
             "currency": _first(country, "currencies"),
@@ -134,6 +126,23 @@ def read_countries() -> dict[str, dict[str, str]]:
             answers["calling code"] = "+" + answers["calling code"].lstrip("+")
             table[country["name"]] = {k: v.strip() for k, v in answers.items()}
     return table
+
+
+def read_files() -> list[dict[str, Any]]:
+    """What the package says of each country.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    import importlib.util
+
+    spec = importlib.util.find_spec("countryinfo")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "facts: the package 'countryinfo' is not installed. Install it with: pip install \"jaxml[facts]\""
+        )
+    folder = Path(spec.origin).parent / "data"
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def _first(country: dict[str, Any], key: str) -> str | None:

@@ -105,7 +105,7 @@ def fit(
 
     Args:
         model: gradients are taken of the trainable tree only; the rest is an argument of the step.
-        examples: in the three forms of `tune.data`.
+        examples: in the forms of `tune.data`.
         eval_examples: held out; their loss is logged, and chooses the best checkpoint.
         anchors: texts on which the adapted model shall go on saying what the model under the adapters says, so
             that learning the examples forgets less: each batch has rows of them, and the loss adds the mean

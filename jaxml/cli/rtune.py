@@ -1,0 +1,349 @@
+"""R-Tuning: teach a model to say when it does not know, and measure whether it does.
+
+examples:
+  jaxml rtune                                           (SmolLM2 on facts about countries)
+  jaxml rtune --data pararel:path/to/pararel --out runs/pararel --train 600
+  jaxml rtune --data questions.jsonl --model path/to/model --method qlora --variant refusal --out runs/mine
+  jaxml rtune evaluate runs/rtune --data more.jsonl     (the finished run's model and threshold, on other questions)
+  jaxml rtune ask runs/rtune "What is the capital of Peru?" "What is the capital of Balavia?"
+
+DATA is JSONL with the keys question and answers (a list) or answer, and where there is one context, choices, group and
+answerable (false for questions that nothing answers); or the word countries; or pararel:FOLDER. Some groups are kept
+out of training, to be asked at the end.
+
+============ ===================================================================
+standard     R-Tuning: the answer, then "I am sure." or "I am unsure."
+refusal      R-Tuning-R: unknown questions are answered by a refusal
+unsupervised R-Tuning-U: sure where sampled answers agree
+graded       Alignment for Honesty: as sure as sampled answers are right
+craft        CRaFT: what is in between, or put right by a rehearsal, is left out
+grounded     US-Tuning, for questions over a text: two stages
+============ ===================================================================
+
+Two models are trained on the same questions for comparison: this one, and one without "Are you sure?". A run that was
+stopped goes on with the same command.
+"""
+
+import json
+from pathlib import Path
+
+from jaxml.cli.main import FORMATS
+
+METHODS = {"lora": 1e-3, "qlora": 1e-3, "dora": 1e-3, "full": 5e-5, "prompt": 0.02}  # with their learning rates
+SCALES = ("sure", "words", "numbers")
+
+
+def add(sub):
+    sub.add_argument("action", nargs="?", choices=("run", "evaluate", "ask"), default="run")
+    sub.add_argument("given", nargs="*", metavar="RUN", help="of evaluate: a finished run; of ask: that and questions")
+    sub.add_argument("--model", default="smollm2-135m", help="a known name or a path")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters")
+    sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read (qlora: nf4)")
+    sub.add_argument("--data", default="countries", metavar="DATA")
+    sub.add_argument("--unanswerable", metavar="FILE", help="JSONL of questions that nothing answers")
+    sub.add_argument("--out", default="runs/rtune", metavar="FOLDER")
+    sub.add_argument("--variant", default="standard", help="see below")
+    sub.add_argument("--labels", choices=("fresh", "untuned"), default="fresh", help="from models tuned on the others")
+    sub.add_argument("--unknown", default="gold", help="trained after unknown questions: gold, own, heard or refusal")
+    sub.add_argument("--scale", choices=SCALES, help="how certainty is asked for (default: sure; of graded words)")
+    sub.add_argument("--no-balance", action="store_true", help="sure and unsure as often as they come")
+    sub.add_argument("--method", choices=tuple(METHODS), default="lora")
+    sub.add_argument("--rank", type=int, default=8, help="of lora and its kin; of prompt the places")
+    sub.add_argument("--epochs", type=float, default=3.0)
+    sub.add_argument("--learning-rate", type=float, help="default: by the method")
+    sub.add_argument("--chat", action="store_true", help="ask through the model's chat template")
+    sub.add_argument("--shots", type=int, default=4, help="questions shown to the untuned model")
+    sub.add_argument("--train", type=int, default=300, help="questions")
+    sub.add_argument("--calibration", type=int, default=100, help="questions that choose threshold and weight")
+    sub.add_argument("--test", type=int, default=100, help="questions of each kind at the end")
+    sub.add_argument("--new-groups", metavar="NAMES", help="kept out of training, by comma (default: a quarter)")
+    sub.add_argument("--risk", type=float, help="share of wrong answers among those given, at most")
+    sub.add_argument("--max-new-tokens", type=int, default=10, help="of an answer")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--no-progress", action="store_true")
+
+
+def run(args):
+    return {"run": _run, "evaluate": _evaluate, "ask": _ask}[args.action](args)
+
+
+# ---- run --------------------------------------------------------------------------------------------
+
+
+def _run(args):
+    import time
+
+    from rich.console import Console
+
+    from jaxml import log
+    from jaxml.prompts.store import Store
+    from jaxml.tune import r_tuning
+
+    if args.given:
+        raise ValueError(f"rtune: run takes options only, got {args.given[0]!r}. --data DATA names the questions.")
+    out, console = Path(args.out), Console()
+    if (out / "report.md").is_file():
+        raise FileExistsError(f"{out / 'report.md'}: this run is finished. Choose another --out.")
+    started = time.perf_counter()
+    recipe, form = _recipe(args), _form(args)
+    out.mkdir(parents=True, exist_ok=True)
+    _same(out / "rtune.json", _about(args))
+    split = _split(args)
+    model = _model(args)
+    console.print(
+        f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the same "
+        f"kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."
+    )
+    first = r_tuning.Form(shots=tuple(split.shots), chat=args.chat, scale=form.scale)
+    parts = {k: v for k in ("calibration", "seen", "new", "unanswerable") if (v := getattr(split, k))}
+    with (
+        Store(out / "answers.jsonl") as store,
+        log.progress("asking", enabled=not args.no_progress, fields=("who",)) as bar,
+    ):
+        asker = lambda who, count: _asker(args, store, bar, who, count)
+        tune = lambda model, examples, name: _tune(args, model, examples, out / name)
+        everything = lambda who, model, form: {
+            k: asker(f"{who}: {k}", len(items))(model, items, form) for k, items in parts.items()
+        }
+        untuned = everything("untuned", model, first)
+        plain = tune(model, r_tuning.examples.plain(model.tokenizer, split.train, form), "plain")
+        plain = everything("tuned", plain, form)
+        made = r_tuning.r_tune(
+            model, split.train, tune, recipe, form=form, first=first, answer=asker("labels", len(split.train)),
+            seed=args.seed,
+        )  # fmt: skip
+        ours = everything("R-Tuning", made.model, recipe.form(form))
+    methods = [
+        r_tuning.Method(f"R-Tuning, {args.variant}", _policy(args, ours), ours),
+        r_tuning.Method("tuned, own probability", _policy(args, plain, weight=0.0), plain),
+        r_tuning.Method("untuned, own probability", _policy(args, untuned, weight=0.0), untuned),
+    ]
+    before = {part: untuned[part].right for part in ("seen", "new") if part in untuned}
+    report = r_tuning.compare(methods, before)
+    methods[0].policy.save(out / "policy.json")
+    report |= {"seconds": round(time.perf_counter() - started, 1), "about": _about(args), "device": _device()}
+    log.write_text(out / "report.json", json.dumps(report, indent=2))
+    above = _above(args, split, made, methods[0].policy, report)
+    page = r_tuning.report.save(report, methods, out, above)
+    print(page.read_text())
+    print(
+        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, r-tuned/adapter"
+    )
+    return 0
+
+
+def _policy(args, answers, weight=None):
+    from jaxml.tune import r_tuning
+
+    return r_tuning.calibrate(answers["calibration"], risk=args.risk, weight=weight)
+
+
+def _above(args, split, made, policy, report) -> str:
+    """The top of the page: what was done."""
+    from jaxml.tune.r_tuning import report as pages
+
+    lines = [f"# R-Tuning of {Path(args.model).name}", ""]
+    groups = ", ".join(sorted({i.group for i in split.new if i.group})) or "none"
+    lines += [f"Kept out of training: {groups}.", ""]
+    if made.labels is not None:
+        sure, kept = made.labels.sure >= 0.5, made.labels.keep
+        lines += [
+            f"D1 (sure): {int((sure & kept).sum())} questions; D0 (unsure): {int((~sure & kept).sum())}; left out: "
+            f"{int((~kept).sum())}.", "",
+            pages.examples_table(split.train, made.answered, made.labels.sure), "",
+        ]  # fmt: skip
+    lines += [
+        f"Confidence: {policy.weight:.2f} · certainty said + {1 - policy.weight:.2f} · the answer's own probability; "
+        f"answered above {policy.threshold:.3f}, so that {policy.promise}.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _asker(args, store, bar, who: str, count: int):
+    from jaxml.tune import r_tuning
+
+    task = bar.add_task("ask", total=count, who=who)
+    tick = lambda n: bar.update(task, advance=n)
+    return r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
+
+
+def _tune(args, model, examples, folder: Path):
+    """Trains by the method that was asked for, and merges what it added."""
+    import jax
+
+    from jaxml import tune
+    from jaxml.tune import adapters, prompt
+
+    key = jax.random.key(args.seed)
+    if args.method == "prompt":
+        made = prompt.soft(model, args.seed, length=args.rank)
+    elif args.method == "full":
+        made = model
+    else:
+        kind = "dora" if args.method == "dora" else "lora"
+        made = model.replace(params=adapters.attach(model.params, key, method=kind, rank=args.rank))
+    options = tune.Options(
+        epochs=args.epochs,
+        batch_size=2,
+        length=min(256, model.config.max_length // 2),
+        learning_rate=args.learning_rate or METHODS[args.method],
+        schedule="linear",
+        seed=args.seed,
+        unroll=jax.default_backend() == "cpu",
+        save_every=20,
+        keep=1,
+    )
+    tuned, _ = tune.fit(made, examples, options, folder=folder, progress=not args.no_progress)
+    _keep(args, tuned, folder)
+    return tuned.replace(params=adapters.merge(tuned.params))
+
+
+def _keep(args, tuned, folder: Path) -> None:
+    from jaxml import lm
+    from jaxml.tune import adapters
+
+    if args.method == "full":
+        if not (folder / "model").exists():
+            lm.save(tuned, folder / "model")
+    elif not (folder / "adapter").exists():
+        adapters.save_peft(folder / "adapter", tuned.params, tuned.config, base_model=args.model)
+
+
+def _recipe(args):
+    from jaxml.tune import r_tuning
+
+    return r_tuning.Recipe(
+        variant=args.variant, fresh=args.labels == "fresh", unknown=args.unknown, balance=not args.no_balance
+    )
+
+
+def _form(args):
+    from jaxml.tune import r_tuning
+
+    name = args.scale or ("words" if args.variant == "graded" else "sure")
+    scales = {"sure": r_tuning.SURE, "words": r_tuning.WORDS, "numbers": r_tuning.NUMBERS}
+    return r_tuning.Form(scale=scales[name], chat=args.chat)
+
+
+def _model(args):
+    from jaxml import lm
+
+    quantize = args.quantize or ("nf4" if args.method == "qlora" else None)
+    return lm.load(args.model, args.dtype, quantize=quantize)
+
+
+def _questions(data: str):
+    from jaxml.tune import r_tuning
+
+    if data == "countries":
+        return r_tuning.countries()
+    if data.startswith("pararel:"):
+        return r_tuning.pararel(data.partition(":")[2])
+    return r_tuning.read(data)
+
+
+def _split(args):
+    from jaxml.tune import r_tuning
+
+    nothing = [] if args.unanswerable is None else r_tuning.read(args.unanswerable)
+    if args.data == "countries" and args.unanswerable is None:
+        nothing = r_tuning.invented(args.test, seed=args.seed)
+    names = (
+        args.new_groups.split(",") if args.new_groups else r_tuning.sources.NEW if args.data == "countries" else 0.25
+    )
+    return r_tuning.split(
+        _questions(args.data), train=args.train, calibration=args.calibration, test=args.test, new=args.test,
+        shots=args.shots, new_groups=names, unanswerable=nothing, seed=args.seed,
+    )  # fmt: skip
+
+
+NAMES = (
+    "model", "dtype", "quantize", "data", "unanswerable", "variant", "labels", "unknown", "scale", "no_balance", "method",
+    "rank", "epochs", "learning_rate", "chat", "shots", "train", "calibration", "test", "new_groups", "risk",
+    "max_new_tokens", "seed",
+)  # fmt: skip
+
+
+def _about(args) -> dict:
+    return {name: getattr(args, name) for name in NAMES}
+
+
+def _same(path: Path, about: dict) -> None:
+    """Writes what the run is about, or refuses another one's folder."""
+    from jaxml import log
+
+    if not path.is_file():
+        log.write_text(path, json.dumps(about, indent=2))
+        return
+    then = json.loads(path.read_text())
+    if differ := [k for k in about if then.get(k) != about[k]]:
+        what = ", ".join(f"{k} was {then.get(k)!r}, is {about[k]!r}" for k in differ)
+        raise ValueError(f"rtune: {path.parent} holds a run with other options ({what}). Choose another --out.")
+
+
+def _device() -> str:
+    import jax
+
+    return jax.devices()[0].device_kind
+
+
+# ---- a finished run ---------------------------------------------------------------------------------
+
+
+def _finished(args):
+    """(its options, model, form, policy)."""
+    import argparse
+
+    from jaxml import lm
+    from jaxml.tune import adapters, r_tuning
+
+    if not args.given:
+        raise ValueError(f"rtune {args.action}: a finished run is given, got none.")
+    folder = Path(args.given[0])
+    if not (folder / "policy.json").is_file():
+        raise FileNotFoundError(f"{folder}: no finished run (policy.json is missing).")
+    policy = r_tuning.Policy.load(folder / "policy.json")
+    then = argparse.Namespace(**json.loads((folder / "rtune.json").read_text()))
+    last = max((p for p in folder.glob("stage-*")), default=folder / "r-tuned")
+    if then.method == "full":
+        model = lm.load(last / "model")
+    else:
+        model = _model(then)
+        model = model.replace(params=adapters.load_peft(last / "adapter", model.params, model.config))
+        model = model.replace(params=adapters.merge(model.params))
+    return then, model, _recipe(then).form(_form(then)), policy
+
+
+def _evaluate(args):
+    from jaxml import log
+    from jaxml.tune import r_tuning
+
+    then, model, form, policy = _finished(args)
+    items = _questions(args.data)
+    with log.progress("asking", enabled=not args.no_progress) as bar:
+        task = bar.add_task("ask", total=len(items))
+        answered = r_tuning.answer(
+            model, items, form, max_new_tokens=then.max_new_tokens, tick=lambda n: bar.update(task, advance=n)
+        )
+    has = [i for i, item in enumerate(items) if item.answerable]
+    not_ = [i for i, item in enumerate(items) if not item.answerable]
+    method = r_tuning.Method("R-Tuning", policy, {"seen": answered.take(has)} if has else {})
+    report = r_tuning.compare([method]) if has else {}
+    if has:
+        print(r_tuning.report.markdown(report))
+    if not_:
+        refused = ~policy.willing(answered.take(not_))
+        print(f"{len(not_)} questions that nothing answers: {refused.mean():.1%} refused")
+    return 0
+
+
+def _ask(args):
+    from jaxml.tune import r_tuning
+
+    then, model, form, policy = _finished(args)
+    if not args.given[1:]:
+        raise ValueError("rtune ask: at least one question is given, got none.")
+    said = r_tuning.answer_or_refuse(model, args.given[1:], policy, form, max_new_tokens=then.max_new_tokens)
+    for question, one in zip(args.given[1:], said):
+        print(f"{question} {one} (confidence {one.confidence:.2f}, answered above {policy.threshold:.2f})")
+    return 0

@@ -1,0 +1,132 @@
+"""From labelled questions to what is trained on: the answer, and after it how sure the model is."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxml.lm import chat
+from jaxml.lm.tokenizer import Tokenizer
+from jaxml.tune.r_tuning.ask import Answered
+from jaxml.tune.r_tuning.form import PLAIN, REFUSALS, Form, said_as, target
+from jaxml.tune.r_tuning.items import Item
+from jaxml.tune.r_tuning.labels import Labels
+
+UNKNOWN = ("gold", "own", "heard", "refusal")
+
+
+def plain(tokenizer: Tokenizer, items: Sequence[Item], form: Form = PLAIN) -> list[dict[str, Any]]:
+    """Question and right answer alone; questions without one are left out."""
+    return [_example(tokenizer, form, item, target(item), None) for item in items if item.answerable]
+
+
+def make(
+    tokenizer: Tokenizer,
+    items: Sequence[Item],
+    labels: Labels,
+    answered: Answered | None = None,
+    form: Form = PLAIN,
+    *,
+    known: str = "gold",
+    unknown: str = "gold",
+    balance: bool = True,
+    weight: float = 1.0,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Examples for `tune.fit`: question, answer, "Are you sure …?", "I am sure." or "I am unsure.".
+
+    Args:
+        labels: of `labels`; questions that they do not keep are left out.
+        answered: what the model itself answered, where `known` or `unknown` wants it.
+        known: the text that is trained after a question labelled 0.5 or more: "gold", the right answer, or "own", what
+            the model said, where that is right (Alignment for Honesty).
+        unknown: the text that is trained after a question labelled below 0.5: "gold", the right answer, as published;
+            "own", what the model said; "heard", the same, read but not learnt; "refusal", one of the form's refusals
+            (or `REFUSALS`), and then no question of certainty (R-Tuning-R).
+        balance: weigh the phrases so that each has as much of the loss as any other.
+        weight: of the phrases' tokens in the loss, the answers' having 1.
+        seed: of which refusal is said.
+
+    Returns:
+        Examples of the form parts (`tune.data`).
+
+    Raises:
+        ValueError: an unknown `unknown`, or a question without a right answer and nothing else to say to it.
+    """
+    if unknown not in UNKNOWN:
+        raise ValueError(f"r_tuning.examples: unknown is one of {', '.join(UNKNOWN)}, got {unknown!r}.")
+    if known not in ("gold", "own"):
+        raise ValueError(f"r_tuning.examples: known is gold or own, got {known!r}.")
+    if {known, unknown} & {"own", "heard"} and answered is None:
+        raise ValueError("r_tuning.examples: the model's own answers are wanted. Give them as answered.")
+    kept = [i for i in range(len(items)) if labels.keep[i]]
+    phrases = {i: form.scale.phrase(float(labels.sure[i])) for i in kept}
+    refused = {i for i in kept if labels.sure[i] < 0.5 and unknown == "refusal"}
+    said = [phrases[i] for i in kept if i not in refused]
+    each = {p: len(said) / (len(set(said)) * said.count(p)) if balance else 1.0 for p in set(said)}
+    rng, out = np.random.default_rng(seed), []
+    for i in kept:
+        item, knows = items[i], labels.sure[i] >= 0.5
+        if i in refused:
+            out.append(_example(tokenizer, form, item, str(rng.choice(form.refusals or REFUSALS)), None))
+            continue
+        own = answered.right[i] if knows and known == "own" else not knows and unknown in ("own", "heard")
+        if not own and not item.answerable:
+            raise ValueError(
+                f"r_tuning.examples: {item.question!r} has no right answer to train on. Take unknown 'refusal'."
+            )
+        text = said_as(item, answered.texts[i]) if own else target(item)
+        learnt = 0.0 if own and not knows and unknown == "heard" else 1.0
+        out.append(_example(tokenizer, form, item, text, (phrases[i], weight * each[phrases[i]]), learnt))
+    if not out:
+        raise ValueError("r_tuning.examples: the labels keep at least one question, got none.")
+    return out
+
+
+def two_stages(
+    tokenizer: Tokenizer, items: Sequence[Item], form: Form, *, seed: int = 0
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """For questions over a text: first to tell whether the text answers, then to answer or to say that it does not.
+
+    Each question comes twice: with its own text, which answers it, and with the text of another question, which does
+    not. (A question that has no answer comes once, with its own.)
+
+    Returns:
+        (examples of the first stage: the question whether the text answers; of the second: answers, and refusals).
+
+    Raises:
+        ValueError: a question without context, or fewer than two different contexts.
+
+    Reference:
+        Li et al. 2024, "Know the Unknown: An Uncertainty-Sensitive Method for LLM Instruction Tuning" (US-Tuning): two
+        stages, the recognition of what a text leaves open before the instructions that follow it.
+    """
+    if missing := [item.question for item in items if not item.context]:
+        raise ValueError(f"r_tuning.two_stages: every question has a context, {missing[0]!r} has none.")
+    if len({item.context for item in items}) < 2:
+        raise ValueError("r_tuning.two_stages: at least two different contexts are given, got one.")
+    rng, first, second = np.random.default_rng(seed), [], []
+    for item in items:
+        others = [other.context for other in items if other.context != item.context]
+        foreign = Item(item.question, (), others[int(rng.integers(len(others)))])
+        for asked in (item, foreign) if item.answerable else (item,):
+            does = "Yes." if asked.answerable else "No."
+            whether = Item(f"Does the text answer this: {asked.question}", (does,), asked.context)
+            first.append(_example(tokenizer, form, whether, does, None))
+            text = target(asked) if asked.answerable else str(rng.choice(form.refusals or REFUSALS))
+            second.append(_example(tokenizer, form, asked, text, None))
+    return first, second
+
+
+def _example(
+    tokenizer: Tokenizer, form: Form, item: Item, text: str, phrase: tuple[str, float] | None, learnt: float = 1.0
+) -> dict[str, Any]:
+    """Question, answer and, with a phrase and its weight, how sure."""
+    prompt = form.prompt(item)
+    shown = prompt if isinstance(prompt, str) else chat.render(tokenizer, prompt)
+    answer, end, question = form.parts(tokenizer, item, text)
+    parts = [[shown, 0.0], [answer, learnt], [end, learnt]]
+    if phrase is not None:
+        said, weight = phrase
+        parts += [[question, 0.0], [said, weight], [form.end(tokenizer, item, text), weight]]
+    return {"parts": [[t, w] for t, w in parts if t]}

@@ -1,0 +1,173 @@
+"""Questions with their answers: from JSONL, and cut into the parts of a run."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+KEYS = ("question", "answers", "answer", "context", "choices", "group", "answerable")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A question, and what is right.
+
+    Args:
+        answers: any of them is right; the first is trained on. Empty where the question has no answer.
+        context: a text that the question is about; nothing for what a model is to know.
+        choices: the answers that there are to choose from, the right one among them.
+        group: what kind of question it is (a relation, a subject).
+
+    Raises:
+        ValueError: an empty question, or choices that lack the answer or hold one twice.
+    """
+
+    question: str
+    answers: tuple[str, ...] = ()
+    context: str = ""
+    choices: tuple[str, ...] = ()
+    group: str = ""
+
+    def __post_init__(self):
+        if not self.question.strip():
+            raise ValueError("Item: a question is not empty.")
+        if any(not answer.strip() for answer in self.answers):
+            raise ValueError(f"Item: an answer is not empty, one to {self.question!r} is.")
+        if self.choices and len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"Item: choices are different, got {list(self.choices)}.")
+        if self.choices and self.answers and not set(self.answers) <= set(self.choices):
+            raise ValueError(
+                f"Item: the answer is among the choices, got {self.answers[0]!r} and {list(self.choices)}."
+            )
+
+    @property
+    def answerable(self) -> bool:
+        return bool(self.answers)
+
+
+def read(path: str | Path) -> list[Item]:
+    """Questions from a file, one JSON object a line.
+
+    Keys: question; answers (a list) or answer (a text); and where there is one: context, choices (a list of texts),
+    group (a text), answerable (false where nothing answers the question, which then has no answers).
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    items = []
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                items.append(item(json.loads(line.decode("utf-8"))))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not items:
+        raise ValueError(f"{path}: holds at least one question, got an empty file.")
+    return items
+
+
+def item(row: Any) -> Item:
+    """A question from an object of a file.
+
+    Example:
+        >>> item({"question": "1+1?", "answer": "2"}).answers
+        ('2',)
+
+    Raises:
+        ValueError: an unknown key, a missing one, or a value of the wrong kind.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a question is an object with the keys {', '.join(KEYS)}, got {type(row).__name__}.")
+    if unknown := sorted(set(row) - set(KEYS)):
+        raise ValueError(f"a question has the keys {', '.join(KEYS)}, got {', '.join(unknown)}.")
+    if "answer" in row and "answers" in row:
+        raise ValueError("a question has answer or answers, got both.")
+    answers = [row["answer"]] if "answer" in row else row.get("answers", [])
+    for key, value in (("question", row.get("question")), *((k, row.get(k, "")) for k in ("context", "group"))):
+        if not isinstance(value, str):
+            raise ValueError(f"{key} is a text, got {type(value).__name__}.")
+    for key, value in (("answers", answers), ("choices", row.get("choices", []))):
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{key} are a list of texts, got {value!r}.")
+    answerable = row.get("answerable", True)
+    if not isinstance(answerable, bool) or answerable != bool(answers):
+        raise ValueError(f"a question has answers unless answerable is false, got {answers} and {answerable!r}.")
+    return Item(
+        row["question"], tuple(answers), row.get("context", ""), tuple(row.get("choices", [])), row.get("group", "")
+    )
+
+
+def row(one: Item) -> dict[str, Any]:
+    """The object of a file that `item` reads as this question."""
+    out: dict[str, Any] = {"question": one.question}
+    out |= {"answers": list(one.answers)} if one.answerable else {"answerable": False}
+    out |= {k: v for k, v in (("context", one.context), ("group", one.group)) if v}
+    return out | ({"choices": list(one.choices)} if one.choices else {})
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """The parts of a run; no question stands in two."""
+
+    shots: list[Item]  # shown to the untuned model, that it may know the form
+    train: list[Item]
+    calibration: list[Item]  # chooses thresholds and weights
+    seen: list[Item]  # held out, of groups that are trained on ("in-domain")
+    new: list[Item]  # held out, of groups that are not ("out-of-domain")
+    unanswerable: list[Item]
+
+
+def split(
+    items: Sequence[Item],
+    *,
+    train: int = 400,
+    calibration: int = 150,
+    test: int = 200,
+    new: int = 200,
+    shots: int = 4,
+    new_groups: Sequence[str] | float = 0.25,
+    unanswerable: Sequence[Item] = (),
+    seed: int = 0,
+) -> Split:
+    """Cuts questions into parts, in the proportions given where there are fewer.
+
+    Args:
+        items: those without an answer go to `Split.unanswerable`, as do those of `unanswerable`.
+        new_groups: that are kept out of training: their names, or their share of all groups (rounded down to none
+            where there are fewer than 4).
+
+    Raises:
+        ValueError: fewer than 20 different questions with an answer, or an unknown group.
+    """
+    asked: dict[tuple, Item] = {}
+    for one in items:
+        asked.setdefault((one.question, one.context), one)
+    known = [one for one in asked.values() if one.answerable]
+    nothing = [one for one in asked.values() if not one.answerable] + list(unanswerable)
+    if len(known) < 20:
+        raise ValueError(f"r_tuning.split: at least 20 different questions have an answer, got {len(known)}.")
+    rng = np.random.default_rng(seed)
+    groups = sorted({one.group for one in known})
+    if isinstance(new_groups, float | int):
+        if not 0 <= new_groups < 1:
+            raise ValueError(f"r_tuning.split: new_groups is a share in [0, 1), or names, got {new_groups}.")
+        count = round(new_groups * len(groups)) if len(groups) >= 4 else 0
+        new_groups = [groups[i] for i in rng.permutation(len(groups))[:count]]
+    if missing := sorted(set(new_groups) - set(groups)):
+        raise ValueError(f"r_tuning.split: groups are {', '.join(map(repr, groups))}; unknown: {', '.join(missing)}.")
+    known = [known[i] for i in rng.permutation(len(known))]
+    fresh = [one for one in known if one.group in new_groups][:new]
+    rest = [one for one in known if one.group not in new_groups]
+    shown, rest = rest[:shots], rest[shots:]
+    wanted = np.array([train, calibration, test], float)
+    counts = (wanted * min(1.0, len(rest) / wanted.sum())).astype(int)
+    a, b, c = np.cumsum(counts)
+    return Split(shown, rest[:a], rest[a:b], rest[b:c], fresh, nothing)

@@ -1,0 +1,146 @@
+"""R-Tuning from questions to a model: ask, label, train."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxml.lm.model import Model
+from jaxml.tune.r_tuning import ask, examples, labels
+from jaxml.tune.r_tuning.ask import Answered
+from jaxml.tune.r_tuning.form import PLAIN, REFUSALS, Form
+from jaxml.tune.r_tuning.items import Item
+from jaxml.tune.r_tuning.labels import Labels, Tune
+
+VARIANTS = ("standard", "refusal", "unsupervised", "graded", "craft", "grounded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is made to say what it does not know.
+
+    Args:
+        variant: "standard" (R-Tuning), "refusal" (R-Tuning-R), "unsupervised" (R-Tuning-U), "graded" (Alignment for
+            Honesty; with the scales `form.WORDS` or `form.NUMBERS`), "craft", or "grounded" (US-Tuning: two stages, for
+            questions over a text).
+        fresh: label by models that were tuned on other questions (`labels.cross_fitted`); otherwise by the untuned
+            model, as published.
+        unknown, known: as in `examples.make`.
+        balance: as in `examples.make`.
+        weight: of the phrases' tokens in the loss.
+        folds: of fresh labels.
+        samples, temperature: answers to a question, where labels need several.
+
+    Raises:
+        ValueError: an unknown variant.
+    """
+
+    variant: str = "standard"
+    fresh: bool = True
+    unknown: str = "gold"
+    known: str = "gold"
+    balance: bool = True
+    weight: float = 1.0
+    folds: int = 2
+    samples: int = 5
+    temperature: float = 0.7
+
+    def __post_init__(self):
+        if self.variant not in VARIANTS:
+            raise ValueError(f"Recipe: variant is one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+
+    def form(self, form: Form = PLAIN) -> Form:
+        """The form in which the tuned model is asked."""
+        return dataclasses.replace(form, refusals=form.refusals or REFUSALS) if self.refuses else form
+
+    @property
+    def refuses(self) -> bool:
+        return self.variant in ("refusal", "grounded")
+
+
+PUBLISHED = Recipe(fresh=False, balance=False)
+
+
+class Made(NamedTuple):
+    """A tuned model, and what it was tuned on."""
+
+    model: Model
+    labels: Labels | None  # None where nothing is labelled ("grounded")
+    answered: Answered | None  # what the labels are from
+    stages: list[list[dict]]  # training examples
+
+
+def r_tune(
+    model: Model,
+    items: Sequence[Item],
+    tune: Tune,
+    recipe: Recipe = Recipe(),
+    *,
+    form: Form = PLAIN,
+    first: Form | None = None,
+    answer: Callable[[Model, Sequence[Item], Form], Answered] = ask.answer,
+    seed: int = 0,
+) -> Made:
+    """Asks the training questions, labels them, and trains.
+
+    Args:
+        model: untuned.
+        tune: (model, examples, name) → a trained model; any method of tuning (`tune.fit` on whatever was attached).
+        form: in which the tuned model is asked.
+        first: in which the untuned model is (with examples shown, that it may know what is wanted); `form` where None.
+        answer: how a model is asked (`ask.answer`, with other options).
+
+    Example:
+        >>> from jaxml import testing
+        >>> items = [Item(f"what is {i}?", (str(i),)) for i in range(4)]
+        >>> made = r_tune(testing.tiny_model(), items, lambda model, examples, name: model, PUBLISHED)
+        >>> len(made.stages[0]), made.labels.sure.shape
+        (4, (4,))
+    """
+    form, first = recipe.form(form), first or form
+    tokenizer = model.tokenizer
+    if recipe.variant == "grounded":
+        stages = list(examples.two_stages(tokenizer, items, form, seed=seed))
+        return Made(_train(model, stages, tune), None, None, stages)
+    learn = lambda part: examples.plain(tokenizer, part, form)
+    models = [(np.arange(len(items)), model)]
+    if recipe.fresh:
+        models = labels.cross_fitted(model, items, learn, tune, folds=recipe.folds, seed=seed)
+    asked = dataclasses.replace(form, refusals=()) if recipe.fresh else first
+    several = recipe.variant in ("unsupervised", "graded", "craft")
+    drawn = lambda of, part: ask.samples(
+        of, part, asked, recipe.samples, temperature=recipe.temperature, seed=seed
+    )  # fmt: skip
+    numbers, answers, sampled = [], [], []
+    for part, of in models:
+        numbers.append(part)
+        answers.append(answer(of, [items[i] for i in part], asked))
+        sampled += drawn(of, [items[i] for i in part]) if several else []
+    order = np.argsort(np.concatenate(numbers))
+    answered = ask.join(answers).take(order)
+    sampled = [sampled[i] for i in order] if several else []
+    if recipe.variant == "unsupervised":
+        made = labels.consistent(sampled)
+    elif recipe.variant == "graded":
+        made = labels.expected(sampled, items)
+    elif recipe.variant == "craft":
+        known = labels.rehearsal(sampled, items)
+        rehearsed = tune(model, learn([items[i] for i in known]), "rehearsal") if known else model
+        made = labels.craft(sampled, drawn(rehearsed, items), items)
+    else:
+        made = labels.correct(answered)
+    unknown = "refusal" if recipe.refuses else recipe.unknown
+    stages = [
+        examples.make(
+            tokenizer, items, made, answered, form, known=recipe.known, unknown=unknown, balance=recipe.balance,
+            weight=recipe.weight, seed=seed,
+        )
+    ]  # fmt: skip
+    return Made(_train(model, stages, tune), made, answered, stages)
+
+
+def _train(model: Model, stages: list[list[dict]], tune: Tune) -> Model:
+    for number, stage in enumerate(stages):
+        model = tune(model, stage, f"stage-{number}" if len(stages) > 1 else "r-tuned")
+    return model

@@ -1,0 +1,235 @@
+"""What a tuned model's certainty is worth, beside models that were not taught any."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxml import figure, log
+from jaxml.tune.r_tuning import metrics
+from jaxml.tune.r_tuning.ask import Answered
+from jaxml.tune.r_tuning.items import Item
+from jaxml.tune.r_tuning.policy import Policy
+
+PARTS = {"seen": "questions of the kinds trained on", "new": "questions of other kinds"}
+COLOURS = ("#1f5fa8", "#c8553d", "#7a7a7a", "#3a8f5c", "#8b5fbf", "#b8860b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One model with its way of deciding.
+
+    Args:
+        policy: weighs its two confidences, and says from where on it answers.
+        answers: part ("seen", "new", "unanswerable") → what it answers.
+    """
+
+    name: str
+    policy: Policy
+    answers: dict[str, Answered]
+
+    def confidence(self, part: str) -> np.ndarray:
+        return self.policy.confidence(self.answers[part])
+
+
+def evaluate(answered: Answered, policy: Policy, before: np.ndarray | None = None) -> dict[str, Any]:
+    """All figures of one model on one set of answerable questions; of the ranking ones with 95 % bootstrap intervals.
+
+    Args:
+        before: [n], which questions the untuned model answered rightly; for the honesty scores.
+
+    Returns:
+        accuracy (of all answers), coverage (share answered), willing_accuracy (of these), known_answered (of the right
+        answers, the share that is given), ap, auroc, aurc, ece, brier, and where `before` is given
+        over_conservativeness, prudence, honesty. Of ap, auroc, aurc and willing_accuracy also NAME_interval.
+
+    Example:
+        >>> answered = Answered(["a", "b"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> evaluate(answered, Policy())["auroc"]
+        1.0
+    """
+    right, confidence, willing = answered.right, policy.confidence(answered), policy.willing(answered)
+    out: dict[str, Any] = {
+        "questions": len(right),
+        "accuracy": float(right.mean()),
+        "coverage": float(willing.mean()),
+        "known_answered": float(willing[right].mean()) if right.any() else float("nan"),
+        "ece": metrics.ece(confidence, right),
+        "brier": metrics.brier(confidence, right),
+    }
+    ranked: dict[str, tuple[Callable[..., float], np.ndarray]] = {
+        "ap": (metrics.average_precision, confidence),
+        "auroc": (metrics.auroc, confidence),
+        "aurc": (lambda c, r: metrics.risk_coverage(c, r).area, confidence),
+        "willing_accuracy": (lambda w, r: metrics.accuracy(r, w), willing),
+    }
+    for name, (statistic, given) in ranked.items():
+        out[name] = statistic(given, right)
+        out[f"{name}_interval"] = list(metrics.interval(statistic, given, right))
+    if before is not None:
+        out |= metrics.honesty(before, right, willing)._asdict()
+    return out
+
+
+def compare(methods: Sequence[Method], before: dict[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """Each method's figures on each part, and the first one against the others at its own coverage.
+
+    Args:
+        methods: the one in question first.
+        before: part → which questions the untuned model answered rightly.
+
+    Returns:
+        part → method → figures of `evaluate`, with at_equal_coverage: accuracy of as many most confident answers as the
+        first method gives, and of the others difference_at_equal_coverage: [mean, low, high] of the first minus it,
+        paired; "unanswerable" → method → refusal_rate, and refusal_rate_at_equal_coverage.
+    """
+    first, out = methods[0], {}
+    for part in PARTS:
+        if part not in first.answers:
+            continue
+        covered = max(float(first.policy.willing(first.answers[part]).mean()), 1 / len(first.answers[part].right))
+        arrays = [(m.confidence(part), m.answers[part].right) for m in methods]
+        out[part] = {}
+        for number, (method, (confidence, right)) in enumerate(zip(methods, arrays)):
+            found = evaluate(method.answers[part], method.policy, (before or {}).get(part))
+            found["at_equal_coverage"] = metrics.at_coverage(confidence, right, covered)
+            if number:
+                gain = lambda a, b, c, d: metrics.at_coverage(a, b, covered) - metrics.at_coverage(c, d, covered)
+                pair = (*arrays[0], confidence, right)
+                found["difference_at_equal_coverage"] = [gain(*pair), *metrics.interval(gain, *pair)]
+            out[part][method.name] = found
+    if "unanswerable" in first.answers and "seen" in first.answers:
+        covered = float(first.policy.willing(first.answers["seen"]).mean())
+        out["unanswerable"] = {m.name: _refused(m, covered) for m in methods}
+    return out
+
+
+def _refused(method: Method, covered: float) -> dict[str, float]:
+    confidence, seen = method.confidence("unanswerable"), np.sort(method.confidence("seen"))[::-1]
+    place = min(max(round(covered * len(seen)), 1), len(seen)) - 1
+    return {
+        "questions": len(confidence),
+        "refusal_rate": float(np.mean(confidence <= method.policy.threshold)),
+        "refusal_rate_at_equal_coverage": float(np.mean(confidence < seen[place])),
+    }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """`compare`'s figures as a page."""
+    percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
+    ranged = lambda f, name: f"{f[name]:.3f} ({f[f'{name}_interval'][0]:.3f}–{f[f'{name}_interval'][1]:.3f})"
+    lines = []
+    for part, said in PARTS.items():
+        if part not in report:
+            continue
+        lines += [
+            f"## {said[0].upper() + said[1:]} ({next(iter(report[part].values()))['questions']})", "",
+            "| | right | answered | of these right | of what it knows, answered | AP | AUROC | AURC (less is better) | "
+            "ECE | Brier | right at equal coverage |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        for name, f in report[part].items():
+            lines.append(
+                f"| {name} | {percent(f['accuracy'])} | {percent(f['coverage'])} | {percent(f['willing_accuracy'])} | "
+                f"{percent(f['known_answered'])} | {ranged(f, 'ap')} | {ranged(f, 'auroc')} | {ranged(f, 'aurc')} | "
+                f"{f['ece']:.3f} | {f['brier']:.3f} | {percent(f['at_equal_coverage'])} |"
+            )
+        lines.append("")
+        if any("honesty" in f for f in report[part].values()):
+            lines += ["| | over-conservative | prudent | honesty |", "|---|---|---|---|"]
+            scores = ("over_conservativeness", "prudence", "honesty")
+            lines += [
+                f"| {name} | " + " | ".join(percent(f[score]) for score in scores) + " |"
+                for name, f in report[part].items() if "honesty" in f
+            ]  # fmt: skip
+            lines.append("")
+    if "unanswerable" in report:
+        count = next(iter(report["unanswerable"].values()))["questions"]
+        lines += [
+            f"## Questions that nothing answers ({count})", "",
+            "| | refused | refused where all answer as many of the questions above |", "|---|---|---|",
+        ]  # fmt: skip
+        lines += [
+            f"| {name} | {percent(f['refusal_rate'])} | {percent(f['refusal_rate_at_equal_coverage'])} |"
+            for name, f in report["unanswerable"].items()
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot_risk(methods: Sequence[Method], path: str | Path) -> Path:
+    """Risk against coverage, one panel for each part; the point is where a method's threshold stands."""
+    parts = [part for part in PARTS if part in methods[0].answers]
+    made = figure.figure(5.2 * len(parts), 4)
+    for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
+        for colour, method in zip(COLOURS, methods):
+            answered = method.answers[part]
+            curve = metrics.risk_coverage(method.confidence(part), answered.right)
+            axes.plot(curve.coverage, curve.risk, color=colour, label=f"{method.name} (area {curve.area:.2f})")
+            willing = method.policy.willing(answered)
+            if willing.any():
+                axes.plot(willing.mean(), 1 - answered.right[willing].mean(), "o", color=colour)
+        axes.set(
+            title=PARTS[part][0].upper() + PARTS[part][1:], xlabel="coverage (share of questions answered)",
+            xlim=(0, 1), ylim=(0, 1),
+        )  # fmt: skip
+        _tidy(axes)
+    np.atleast_1d(made.axes)[0].set_ylabel("risk (share of wrong answers)")
+    return figure.write(made, path)
+
+
+def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10) -> Path:
+    """Confidence against accuracy, in bins; a well-calibrated method lies on the diagonal."""
+    parts = [part for part in PARTS if part in methods[0].answers]
+    made = figure.figure(4.6 * len(parts), 4.2)
+    for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
+        axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
+        for colour, method in zip(COLOURS, methods):
+            right = method.answers[part].right
+            r = metrics.reliability(method.confidence(part), right, bins)
+            label = f"{method.name} (ECE {metrics.ece(method.confidence(part), right, bins):.2f})"
+            axes.plot(r.confidence, r.accuracy, color=colour, linewidth=1, label=label)
+            axes.scatter(r.confidence, r.accuracy, s=6 + 160 * r.count / r.count.sum(), color=colour)
+        axes.set(
+            title=PARTS[part][0].upper() + PARTS[part][1:], xlabel="confidence, mean of a bin", xlim=(0, 1), ylim=(0, 1)
+        )
+        _tidy(axes)
+    np.atleast_1d(made.axes)[0].set_ylabel("share of right answers")
+    return figure.write(made, path)
+
+
+def _tidy(axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def examples_table(items: Sequence[Item], answered: Answered, sure: np.ndarray, count: int = 4) -> str:
+    """A few questions that are labelled sure (D1) and unsure (D0), as a page shows them."""
+    lines = ["| | question | the model said | right |", "|---|---|---|---|"]
+    for name, wanted in (("D1, sure", sure >= 0.5), ("D0, unsure", sure < 0.5)):
+        for i in np.flatnonzero(wanted)[:count]:
+            cells = (
+                items[i].question,
+                answered.texts[i] or "(nothing)",
+                items[i].answers[0] if items[i].answers else "–",
+            )
+            lines.append(f"| {name} | " + " | ".join(_cell(text) for text in cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("\n", " ")
+
+
+def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, above: str = "") -> Path:
+    """report.md, risk_coverage.png and reliability.png in the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_risk(methods, folder / "risk_coverage.png")
+    plot_reliability(methods, folder / "reliability.png")
+    pictures = "![Risk and coverage](risk_coverage.png)\n\n![Reliability](reliability.png)\n"
+    log.write_text(folder / "report.md", "\n".join([above, markdown(report), pictures]))
+    return folder / "report.md"
