@@ -16,6 +16,7 @@ VERBS = (
     "chat",
     "finetune",
     "prompt",
+    "rtune",
     "evaluate",
     "quantize",
     "merge",

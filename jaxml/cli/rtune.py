@@ -53,9 +53,9 @@ def add(sub):
     sub.add_argument("--learning-rate", type=float, help="default: by the method")
     sub.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     sub.add_argument("--shots", type=int, default=4, help="questions shown to the untuned model")
-    sub.add_argument("--train", type=int, default=300, help="questions")
-    sub.add_argument("--calibration", type=int, default=100, help="questions that choose threshold and weight")
-    sub.add_argument("--test", type=int, default=100, help="questions of each kind at the end")
+    sub.add_argument("--train", type=int, default=200, help="questions")
+    sub.add_argument("--calibration", type=int, default=80, help="questions that choose threshold and weight")
+    sub.add_argument("--test", type=int, default=80, help="questions of each kind at the end")
     sub.add_argument("--new-groups", metavar="NAMES", help="kept out of training, by comma (default: a quarter)")
     sub.add_argument("--risk", type=float, help="share of wrong answers among those given, at most")
     sub.add_argument("--max-new-tokens", type=int, default=10, help="of an answer")
@@ -91,8 +91,8 @@ def _run(args):
     split = _split(args)
     model = _model(args)
     console.print(
-        f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the same "
-        f"kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."
+        f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the "
+        f"same kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."
     )
     first = r_tuning.Form(shots=tuple(split.shots), chat=args.chat, scale=form.scale)
     parts = {k: v for k in ("calibration", "seen", "new", "unanswerable") if (v := getattr(split, k))}
@@ -184,7 +184,7 @@ def _tune(args, model, examples, folder: Path):
         made = model.replace(params=adapters.attach(model.params, key, method=kind, rank=args.rank))
     options = tune.Options(
         epochs=args.epochs,
-        batch_size=2,
+        batch_size=1,
         length=min(256, model.config.max_length // 2),
         learning_rate=args.learning_rate or METHODS[args.method],
         schedule="linear",
@@ -258,8 +258,8 @@ def _split(args):
 
 
 NAMES = (
-    "model", "dtype", "quantize", "data", "unanswerable", "variant", "labels", "unknown", "scale", "no_balance", "method",
-    "rank", "epochs", "learning_rate", "chat", "shots", "train", "calibration", "test", "new_groups", "risk",
+    "model", "dtype", "quantize", "data", "unanswerable", "variant", "labels", "unknown", "scale", "no_balance",
+    "method", "rank", "epochs", "learning_rate", "chat", "shots", "train", "calibration", "test", "new_groups", "risk",
     "max_new_tokens", "seed",
 )  # fmt: skip
 
