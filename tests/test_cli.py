@@ -360,3 +360,39 @@ def test_a_prompt_is_searched_for_and_choices_are_scored(folder, tmp_path, capsy
     assert "a prompt and a response" in refused(
         capsys, "prompt", "search", model, tmp_path / "text.jsonl", "--out", tmp_path / "no"
     )
+
+
+@pytest.mark.slow
+def test_a_model_is_taught_to_say_when_it_is_unsure(folder, tmp_path, capsys):
+    rows = [{"question": f"is {a}{b} so?", "answer": a, "group": a} for a in "abcd" for b in "uvwxyz"]
+    rows += [{"question": f"who is {a}?", "answerable": False} for a in "mn"]
+    asked, out = tmp_path / "asked.jsonl", tmp_path / "run"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["--train", 8, "--calibration", 4, "--test", 3, "--shots", 1, "--epochs", 1, "--max-new-tokens", 2]
+    command = ["rtune", "--model", folder / "model", "--data", asked, "--out", out, "--scale", "words", *small]
+    assert main([str(a) for a in [*command, "--no-progress"]]) == 0
+    page = capsys.readouterr().out
+    assert "Kept out of training:" in page and "D0, unsure" in page and "Questions that nothing answers (2)" in page
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["seen"]) == {"R-Tuning, standard", "tuned, own probability", "untuned, own probability"}
+    assert {p.name for p in out.glob("*.png")} == {"risk_coverage.png", "reliability.png"}
+    assert "is finished" in refused(capsys, *command)
+    (out / "report.md").unlink()
+    assert "other options (rank was 8, is 4)" in refused(capsys, *command, "--rank", 4)
+    assert main([str(a) for a in ["rtune", "evaluate", out, "--data", asked, "--no-progress"]]) == 0
+    assert "2 questions that nothing answers:" in capsys.readouterr().out
+    assert main(["rtune", "ask", str(out), "who is m?", "is au so?"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("confidence 0." in line for line in said)
+
+
+def test_r_tuning_refuses_what_it_cannot_use(folder, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"question": "a?", "answer": "b"}\n')
+    out = tmp_path / "run"
+    assert "at least 20 different questions" in refused(capsys, "rtune", "--data", few, "--out", out)
+    assert "no such file" in refused(capsys, "rtune", "--data", tmp_path / "none.jsonl", "--out", tmp_path / "other")
+    assert "variant is one of" in refused(capsys, "rtune", "--variant", "loud", "--out", tmp_path / "third")
+    assert "no finished run" in refused(capsys, "rtune", "evaluate", tmp_path / "nowhere")
+    assert "a finished run is given" in refused(capsys, "rtune", "ask")
+    assert "takes options only" in refused(capsys, "rtune", "run", "questions.jsonl")

@@ -51,6 +51,7 @@ def add(sub):
     sub.add_argument("--rank", type=int, default=8, help="of lora and its kin; of prompt the places")
     sub.add_argument("--epochs", type=float, default=3.0)
     sub.add_argument("--learning-rate", type=float, help="default: by the method")
+    sub.add_argument("--length", type=int, default=256, help="tokens a row of training")
     sub.add_argument("--chat", action="store_true", help="ask through the model's chat template")
     sub.add_argument("--shots", type=int, default=4, help="questions shown to the untuned model")
     sub.add_argument("--train", type=int, default=200, help="questions")
@@ -122,8 +123,7 @@ def _run(args):
     report = r_tuning.compare(methods, before)
     methods[0].policy.save(out / "policy.json")
     report |= {"seconds": round(time.perf_counter() - started, 1), "about": _about(args), "device": _device()}
-    log.write_text(out / "report.json", json.dumps(report, indent=2))
-    above = _above(args, split, made, methods[0].policy, report)
+    above = _above(args, split, made, methods[0].policy)
     page = r_tuning.report.save(report, methods, out, above)
     print(page.read_text())
     print(
@@ -138,7 +138,7 @@ def _policy(args, answers, weight=None):
     return r_tuning.calibrate(answers["calibration"], risk=args.risk, weight=weight)
 
 
-def _above(args, split, made, policy, report) -> str:
+def _above(args, split, made, policy) -> str:
     """The top of the page: what was done."""
     from jaxml.tune.r_tuning import report as pages
 
@@ -185,7 +185,7 @@ def _tune(args, model, examples, folder: Path):
     options = tune.Options(
         epochs=args.epochs,
         batch_size=1,
-        length=min(256, model.config.max_length // 2),
+        length=min(args.length, model.config.max_length - (args.rank if args.method == "prompt" else 0)),
         learning_rate=args.learning_rate or METHODS[args.method],
         schedule="linear",
         seed=args.seed,
@@ -259,8 +259,8 @@ def _split(args):
 
 NAMES = (
     "model", "dtype", "quantize", "data", "unanswerable", "variant", "labels", "unknown", "scale", "no_balance",
-    "method", "rank", "epochs", "learning_rate", "chat", "shots", "train", "calibration", "test", "new_groups", "risk",
-    "max_new_tokens", "seed",
+    "method", "rank", "epochs", "learning_rate", "length", "chat", "shots", "train", "calibration", "test",
+    "new_groups", "risk", "max_new_tokens", "seed",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What a tuned model's certainty is worth, beside models that were not taught any."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ def compare(methods: Sequence[Method], before: dict[str, np.ndarray] | None = No
         covered = float(first.policy.willing(first.answers["seen"]).mean())
         out["unanswerable"] = {m.name: _refused(m, covered) for m in methods}
     return out
+
+
+def without_nan(report: Any) -> Any:
+    """The same as JSON can say it: null for what is not a number."""
+    if isinstance(report, dict):
+        return {k: without_nan(v) for k, v in report.items()}
+    if isinstance(report, list | tuple):
+        return [without_nan(v) for v in report]
+    return None if isinstance(report, float) and not np.isfinite(report) else report
 
 
 def _refused(method: Method, covered: float) -> dict[str, float]:
@@ -225,9 +235,10 @@ def _cell(text: str) -> str:
 
 
 def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, above: str = "") -> Path:
-    """report.md, risk_coverage.png and reliability.png in the folder."""
+    """report.json, risk_coverage.png, reliability.png and report.md in the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    log.write_text(folder / "report.json", json.dumps(without_nan(report), indent=2, allow_nan=False))
     plot_risk(methods, folder / "risk_coverage.png")
     plot_reliability(methods, folder / "reliability.png")
     pictures = "![Risk and coverage](risk_coverage.png)\n\n![Reliability](reliability.png)\n"
