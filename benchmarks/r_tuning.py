@@ -5,12 +5,12 @@
     python benchmarks/r_tuning.py --variants standard published --seeds 0
     python benchmarks/r_tuning.py --table             # the tables of the newest results
 
-proof: a small decoder is trained from nothing on the colours of invented things, of which it is told half. R-Tuning then
-trains adapters on questions about half of the told and half of the untold things, labelled by whether the model answers
-rightly. AUROC: how well the certainty said tells the other told things from the other untold ones.
+proof: a small decoder is trained from nothing on the colours of invented things, of which it is told half. R-Tuning
+then trains adapters on questions about half of the told and half of the untold things, labelled by whether the model
+answers rightly. AUROC: how well the certainty said tells the other told things from the other untold ones.
 variants: SmolLM2-135M, questions about countries (`jaxml rtune` with its defaults): each variant with the same
-questions, LoRA of rank 8, three epochs; on held-out questions of the same kinds and of other kinds. "p(sure) above ½" is
-the share that the published method answers; "mixed" is certainty and the answer's own probability, weighed on the
+questions, LoRA of rank 8, three epochs; on held-out questions of the same kinds and of other kinds. "p(sure) above ½"
+is the share that the published method answers; "mixed" is certainty and the answer's own probability, weighed on the
 calibration questions.
 """
 
@@ -181,7 +181,7 @@ def variant(name: str, seed: int, out: Path) -> dict:
         return tuned.replace(params=adapters.merge(tuned.params))
 
     form = r_tuning.Form(scale=r_tuning.WORDS) if name == "graded" else r_tuning.PLAIN
-    first = r_tuning.Form(shots=tuple(split.shots), scale=form.scale)
+    first = r_tuning.Form(shots=tuple(split.shots))
     shared.mkdir(parents=True, exist_ok=True)
     with Store(shared / "answers.jsonl") as store:
         ask = r_tuning.keeping(store, max_new_tokens=10)

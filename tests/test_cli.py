@@ -65,6 +65,7 @@ def test_importing_jaxml_touches_no_jax():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.slow
 def test_finetune_evaluate_generate_and_convert(folder, capsys):
     run = folder / "run"
     argv = ["finetune", folder / "model", folder / "train.jsonl", "--out", run, "--eval", folder / "train.jsonl"]
@@ -293,6 +294,7 @@ def test_activations_are_a_table_a_picture_or_one(tmp_path, capsys):
     assert "a curve is drawn" in refused(capsys, "activations", "--kind", "noisy", "--plot", picture)
 
 
+@pytest.mark.slow
 def test_a_prompt_is_tuned_and_used_and_put_into_words(folder, capsys):
     run, model, train = folder / "prompt", folder / "model", folder / "train.jsonl"
     argv = ["prompt", "tune", model, train, "--out", run, "--eval", train, "--steps", 30, "--batch-size", 1]

@@ -24,6 +24,7 @@ Two models are trained on the same questions for comparison: this one, and one w
 stopped goes on with the same command.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def _run(args):
         f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the "
         f"same kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."
     )
-    first = r_tuning.Form(shots=tuple(split.shots), chat=args.chat, scale=form.scale)
+    bare = dataclasses.replace(form, scale=None)  # the others are not taught to say how sure they are
+    first = dataclasses.replace(bare, shots=tuple(split.shots))
     parts = {k: v for k in ("calibration", "seen", "new", "unanswerable") if (v := getattr(split, k))}
     with (
         Store(out / "answers.jsonl") as store,
@@ -108,7 +110,7 @@ def _run(args):
         }
         untuned = everything("untuned", model, first)
         plain = tune(model, r_tuning.examples.plain(model.tokenizer, split.train, form), "plain")
-        plain = everything("tuned", plain, form)
+        plain = everything("tuned", plain, bare)
         made = r_tuning.r_tune(
             model, split.train, tune, recipe, form=form, first=first, answer=asker("labels", len(split.train)),
             seed=args.seed,

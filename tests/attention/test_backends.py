@@ -84,6 +84,7 @@ def defined(name):
     return jax.tree.map(np.asarray, values_and_gradients(name, "reference"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, backend", [(n, b) if n == "causal" else slow(n, b) for b, names in SECOND_ORDER.items() for n in names]
 )
@@ -168,6 +169,7 @@ def test_what_comes_back_for_a_row_that_sees_nothing_is_ignored(backend):
     assert all(jnp.all(jnp.isfinite(g)) for g in grads) and jnp.all(grads[0][0, 5] == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["blockwise", slow("mosaic_tpu"), slow("triton")])
 def test_transformations_change_nothing(backend):
     case = by_name["causal"].scaled(B=4, T=40)

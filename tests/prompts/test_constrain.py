@@ -18,6 +18,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_each_row_answers_by_the_grammar():
     asked = ["is it? ", "b"]
     chosen = constrain.generate(MODEL, asked, constrain.choose(["yes", "yes sir", "no"]), max_new_tokens=9)

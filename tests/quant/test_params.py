@@ -16,6 +16,7 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", quant.FORMATS)
 def test_a_decoder_takes_quantised_weights_stacked_and_unrolled(format):
     model = tiny_model()

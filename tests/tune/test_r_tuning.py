@@ -117,6 +117,14 @@ def test_refusals_take_their_likelihood_from_certainty(model):
     assert found.sure[0] == pytest.approx(1 - np.exp(logs).sum(), abs=1e-6)
 
 
+def test_certainty_that_is_not_asked_for_is_the_answer_s_own_probability(model, answered):
+    form = dataclasses.replace(SMALL, scale=None)
+    found = ask.certainty(model, [*WHO, PICK], answered.texts, form)
+    np.testing.assert_allclose(found.confidence, answered.confidence, rtol=1e-3)
+    np.testing.assert_array_equal(found.sure, found.confidence)
+    assert ask.certainty(model, WHO[:1], [""], form).sure.tolist() == [0]
+
+
 def test_what_was_answered_is_not_asked_again(model, answered, tmp_path):
     with Store(tmp_path / "answers.jsonl") as store:
         first = r_tuning.keeping(store, max_new_tokens=4)(model, [*WHO, PICK], SMALL)

@@ -26,7 +26,9 @@ class Answered(NamedTuple):
     texts: list[str]  # n
     right: np.ndarray  # [n] bool
     confidence: np.ndarray  # [n] float64: geometric mean of the answer's tokens' probabilities, or a choice's own
-    sure: np.ndarray  # [n] float64: the certainty said, Σ value · p(phrase) over the scale; or 1 − p(a refusal)
+    # [n] float64: the certainty said, Σ value · p(phrase) over the scale; or 1 − p(a refusal); the confidence where it
+    # is not asked for.
+    sure: np.ndarray
 
     def take(self, which: Sequence[int] | np.ndarray) -> "Answered":
         """These questions' part."""
@@ -138,10 +140,8 @@ def keeping(store: Store, *, max_new_tokens: int = 15, batch_size: int = 64, tic
 
     def kept(model: Model, items: Sequence[Item], form: Form = PLAIN) -> Answered:
         name = fingerprint(model)
-        limits = {"model": name, "limit": max_new_tokens, "asked": [form.scale.question, *form.scale.phrases]}
-        keys = [
-            limits | {"prompt": form.prompt(item), "choices": item.choices, "refusals": form.refusals} for item in items
-        ]
+        limits = {"model": name, "limit": max_new_tokens, "asked": [form.scale and form.scale.question, *form.asked]}
+        keys = [limits | {"prompt": form.prompt(item), "choices": item.choices} for item in items]
         missing = [i for i, key in enumerate(keys) if store.get(key) is None]
         if tick and len(items) > len(missing):
             tick(len(items) - len(missing))
@@ -177,14 +177,17 @@ def certainty(
     """
     trees = [_tree(model, item, text, form) for item, text in zip(items, texts, strict=True)]
     confidence, sure = np.zeros(len(items)), np.zeros(len(items))
-    asked = form.refusals or form.scale.phrases
     for i, nodes in enumerate(score_trees(model, trees, batch_size=batch_size)):
-        phrases, said = sums(nodes[-len(asked) :]), nodes[: -len(asked)]
-        sure[i] = 1 - np.exp(phrases).sum() if form.refusals else np.exp(normalised(phrases)) @ form.scale.values
+        after = len(nodes) - len(form.asked)
+        said, phrases = nodes[:after], sums(nodes[after:])
         if items[i].choices:
             confidence[i] = np.exp(normalised(sums(said)))[items[i].choices.index(texts[i])]
         elif said:
             confidence[i] = np.exp(said[0].mean(dtype=np.float64))
+        if form.refusals:
+            sure[i] = 1 - np.exp(phrases).sum()
+        else:
+            sure[i] = np.exp(normalised(phrases)) @ form.scale.values if form.scale else confidence[i]
     right = [judge.right(text, item) for text, item in zip(texts, items)]
     return Answered(list(texts), np.array(right, bool), confidence, sure)
 
@@ -199,8 +202,8 @@ def _tree(model: Model, item: Item, text: str, form: Form) -> tree.Node:
         ending = lambda refusal: "".join(form.parts(model.tokenizer, item, refusal)[:2])
         after, beside = [], [tree.Node(encode(ending(refusal)), scored=True) for refusal in form.refusals]
     else:
-        phrases = [tree.Node(encode(phrase), scored=True) for phrase in form.scale.phrases]
-        after, beside = [tree.Node(encode(end) + encode(question), phrases)], []
+        phrases = [tree.Node(encode(phrase), scored=True) for phrase in form.asked]
+        after, beside = [tree.Node(encode(end) + encode(question), phrases)] if phrases else [], []
     if item.choices:
         root = _choices(model, item, form)
         return tree.Node(root.tokens, [*root.children, tree.Node(ids, after), *beside])

@@ -73,7 +73,7 @@ class Form:
     Args:
         shots: questions with answers that are shown first.
         instruction: said before everything.
-        scale: how certainty is asked for.
+        scale: how certainty is asked for; not at all where None.
         refusals: said instead of an answer; where there are any, certainty is 1 − p(one of them), and the scale is not
             asked for (R-Tuning-R).
         chat: put through the model's chat template, the question of certainty as the next turn; otherwise plain text,
@@ -89,7 +89,7 @@ class Form:
 
     shots: tuple[Item, ...] = ()
     instruction: str = ""
-    scale: Scale = SURE
+    scale: Scale | None = SURE
     refusals: tuple[str, ...] = ()
     chat: bool = False
 
@@ -109,12 +109,13 @@ class Form:
 
     def parts(self, tokenizer: Tokenizer, item: Item, answer: str) -> tuple[str, str, str]:
         """(the answer as it follows the prompt; what ends it; the question of certainty, up to its answer)."""
+        question = "" if self.scale is None else self.scale.question
         if not self.chat:
-            return f" {answer}", "\n", f"{self.scale.question}\n"
+            return f" {answer}", "\n", f"{question}\n"
         asked, said = self.prompt(item), _turn("assistant", answer)
         opened = chat.render(tokenizer, asked)
         closed = chat.render(tokenizer, [*asked, said], generation_prompt=False)
-        again = chat.render(tokenizer, [*asked, said, _turn("user", self.scale.question)])
+        again = chat.render(tokenizer, [*asked, said, _turn("user", question)])
         if not closed.startswith(opened + answer) or not again.startswith(closed):
             raise ValueError("r_tuning.Form: this chat template changes earlier turns. Take the form without chat.")
         return answer, closed[len(opened + answer) :], again[len(closed) :]
@@ -122,6 +123,11 @@ class Form:
     def end(self, tokenizer: Tokenizer, item: Item, answer: str) -> str:
         """What follows the last phrase."""
         return self.parts(tokenizer, item, answer)[1]
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The texts whose likelihood tells how sure the model is."""
+        return self.refusals or (self.scale.phrases if self.scale else ())
 
     @property
     def stop(self) -> tuple[str, ...]:

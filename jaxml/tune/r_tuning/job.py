@@ -107,7 +107,7 @@ def r_tune(
     models = [(np.arange(len(items)), model)]
     if recipe.fresh:
         models = labels.cross_fitted(model, items, learn, tune, folds=recipe.folds, seed=seed)
-    asked = dataclasses.replace(form, refusals=()) if recipe.fresh else first
+    asked = dataclasses.replace(form if recipe.fresh else first, refusals=(), scale=None)
     several = recipe.variant in ("unsupervised", "graded", "craft")
     drawn = lambda of, part: ask.samples(
         of, part, asked, recipe.samples, temperature=recipe.temperature, seed=seed
