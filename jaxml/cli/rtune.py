@@ -129,7 +129,7 @@ def _run(args):
     page = r_tuning.report.save(report, methods, out, above)
     print(page.read_text())
     print(
-        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, r-tuned/adapter"
+        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, and the tuned model"
     )
     return 0
 
@@ -166,21 +166,37 @@ def _asker(args, store, bar, who: str, count: int):
 
     task = bar.add_task("ask", total=count, who=who)
     tick = lambda n: bar.update(task, advance=n)
-    return r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
+    ask = r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
+    return lambda model, items, form: ask(_ready(model), items, form)
+
+
+def _ready(model):
+    """The model to ask: LoRA and its kin merged into weights that are arrays, which is faster."""
+    from jaxml import paths
+    from jaxml.quant import QArray
+    from jaxml.tune import adapters
+
+    bare = paths.named(adapters.detach(model.params)).values()
+    if "prefix" in model.params or any(isinstance(w, QArray) for w in bare):
+        return model
+    return model.replace(params=adapters.merge(model.params))
 
 
 def _tune(args, model, examples, folder: Path):
-    """Trains by the method that was asked for, and merges what it added."""
+    """Trains by the method that was asked for; goes on with what an earlier stage has put onto the model."""
     import jax
 
     from jaxml import tune
     from jaxml.tune import adapters, prompt
+    from jaxml.tune.adapters.tree import is_adapter
+    from jaxml.weights import is_node
 
     key = jax.random.key(args.seed)
-    if args.method == "prompt":
-        made = prompt.soft(model, args.seed, length=args.rank)
-    elif args.method == "full":
+    adapted = any(is_adapter(w) for w in jax.tree.leaves(model.params, is_leaf=is_node))
+    if args.method == "full" or adapted:
         made = model
+    elif args.method == "prompt":
+        made = prompt.soft(model, args.seed, length=args.rank)
     else:
         kind = "dora" if args.method == "dora" else "lora"
         made = model.replace(params=adapters.attach(model.params, key, method=kind, rank=args.rank))
@@ -197,7 +213,7 @@ def _tune(args, model, examples, folder: Path):
     )
     tuned, _ = tune.fit(made, examples, options, folder=folder, progress=not args.no_progress)
     _keep(args, tuned, folder)
-    return tuned.replace(params=adapters.merge(tuned.params))
+    return tuned
 
 
 def _keep(args, tuned, folder: Path) -> None:
@@ -311,8 +327,7 @@ def _finished(args):
         model = lm.load(last / "model")
     else:
         model = _model(then)
-        model = model.replace(params=adapters.load_peft(last / "adapter", model.params, model.config))
-        model = model.replace(params=adapters.merge(model.params))
+        model = _ready(model.replace(params=adapters.load_peft(last / "adapter", model.params, model.config)))
     return then, model, _recipe(then).form(_form(then)), policy
 
 
