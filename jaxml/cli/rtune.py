@@ -129,7 +129,7 @@ def _run(args):
     page = r_tuning.report.save(report, methods, out, above)
     print(page.read_text())
     print(
-        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, and the tuned model"
+        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, the tuned model"
     )
     return 0
 

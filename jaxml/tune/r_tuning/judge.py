@@ -40,7 +40,7 @@ def label(said: str, labels: Sequence[str]) -> str | None:
     """The only label that is said; None where there is none, or several.
 
     Example:
-        >>> label("The claim is NOT supported.", ["supported", "not supported"]), label("a or b", ["a", "b"])
+        >>> label("The claim is NOT supported.", ["supported", "not supported"]), label("x or y", ["x", "y"])
         ('not supported', None)
     """
     words = normalise(said)
