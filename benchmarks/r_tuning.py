@@ -77,10 +77,9 @@ def _once(report: dict, path: Path, name: str, measure) -> None:
 # ---- proof ------------------------------------------------------------------------------------------
 
 COLOURS = "red green blue white black brown pink gold".split()
-SYLLABLES = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
 
 
-def proof(seed: int = 0, *, told: int = 200, epochs: float = 150, tuning_epochs: float = 20) -> dict:
+def proof(seed: int = 0, *, told: int = 200, epochs: float = 90, tuning_epochs: float = 40) -> dict:
     """Pre-trains, tunes and measures."""
     import jax
 
@@ -88,13 +87,13 @@ def proof(seed: int = 0, *, told: int = 200, epochs: float = 150, tuning_epochs:
     from jaxml.tune import adapters, r_tuning
 
     rng = np.random.default_rng(seed)
-    pairs = rng.permutation(len(SYLLABLES) ** 2)[: 2 * told]
-    names = [f"{SYLLABLES[i // len(SYLLABLES)]}-{SYLLABLES[i % len(SYLLABLES)]}" for i in pairs]
+    names = [f"thing{i}" for i in rng.permutation(2 * told)]
     items = [r_tuning.Item(f"colour of {name}?", (str(rng.choice(COLOURS)),)) for name in names]
     form = r_tuning.Form(scale=r_tuning.Scale("Sure?", ("I am sure.", "I am unsure."), (1.0, 0.0)))
-    model = _blank(form, seed)
+    model = _blank(form, names, seed)
     rows = dict(batch_size=8, length=128, seed=seed)
-    facts = r_tuning.examples.plain(model.tokenizer, items[:told], form)
+    both = [r_tuning.Labels(np.full(told, value), np.ones(told, bool)) for value in (0.0, 1.0)]  # it says either
+    facts = [e for of in both for e in r_tuning.examples.make(model.tokenizer, items[:told], of, None, form)]
     options = tune.Options(epochs=epochs, learning_rate=3e-3, **rows)
     model, _ = tune.fit(model, facts, options, progress=False)
 
@@ -122,8 +121,8 @@ def proof(seed: int = 0, *, told: int = 200, epochs: float = 150, tuning_epochs:
     }
 
 
-def _blank(form, seed: int):
-    """A small decoder with random weights whose tokens are syllables and words."""
+def _blank(form, names: list[str], seed: int):
+    """A small decoder with random weights whose tokens are words."""
     import jax
     from tokenizers import Regex, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -134,10 +133,10 @@ def _blank(form, seed: int):
     from jaxml.lm.tokenizer import Tokenizer
     from jaxml.tune.r_tuning import Item
 
-    pattern = r"\n|-| ?[^\s?-]+|\?"
+    pattern = r"\n| ?[^\s?]+|\?"
     text = "".join([form.prompt(Item("colour of x?")), "\n", form.scale.question, "\n", *form.scale.phrases, " I am"])
-    words = {*re.findall(pattern, text), *SYLLABLES, *(f" {s}" for s in SYLLABLES), *(f" {c}" for c in COLOURS)}
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(sorted({*words, "-"}))}
+    words = {*re.findall(pattern, text), *(f" {word}" for word in (*names, *COLOURS))}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {word: i + 3 for i, word in enumerate(sorted(words))}
     backend = Backend(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,26 +49,39 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
     """
+
+    def read(example: Any) -> dict[str, Any]:
+        check(example)
+        return example
+
+    return read_lines(path, read, "example")
+
+
+def read_lines(path: str | Path, read: Callable[[Any], Any], what: str) -> list[Any]:
+    """What `read` makes of the JSON of each line that is not empty; it raises ValueError where that is wrong.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, one without any `what`, or a wrong line, by its number.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    examples = []
+    found = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                example = json.loads(line.decode("utf-8"))
+                value = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
             try:
-                check(example)
+                found.append(read(value))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            examples.append(example)
-    if not examples:
-        raise ValueError(f"{path}: holds at least one example, got an empty file.")
-    return examples
+    if not found:
+        raise ValueError(f"{path}: holds at least one {what}, got an empty file.")
+    return found
 
 
 def check(example: Any) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jaxml import lm
 from jaxml.lm import cache as caches
 from jaxml.lm import decoder
-from jaxml.lm.generate import decode, pad, prefill, start
+from jaxml.lm.generate import common, decode, encode_prompt, pad, prefill, row_keys, start
 from jaxml.lm.sampling import Sampling, filter_logits, sample
 from jaxml.testing import tiny_model
 
@@ -157,3 +157,18 @@ def test_smollm2_greedy_text_is_equal_with_and_without_cache_batched_and_alone(s
     expected = [greedy_without_cache(smollm2, p, 8) for p in prompts]
     assert lm.generate(smollm2, prompts, max_new_tokens=8) == expected
     assert [lm.generate(smollm2, p, max_new_tokens=8)[0] for p in prompts] == expected
+
+
+def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing():
+    model, shown = tiny_model(), "a and b, c and d, e and f, g and h, "
+    prompts = [shown + rest for rest in ("who? ", "i and ", "what is it? ")]
+    rows = [encode_prompt(model, prompt) for prompt in prompts]
+    assert common(rows) >= len(shown) and common([rows[0], rows[0][10:]]) == 0
+    for sampling in (lm.Sampling(), lm.Sampling(temperature=1.0, repetition_penalty=1.3)):
+        keys = row_keys(0, 3)
+        alone = [
+            lm.generate(model, prompt, max_new_tokens=6, sampling=sampling, keys=keys[i : i + 1])[0]
+            for i, prompt in enumerate(prompts)
+        ]
+        for padding in ("left", "right"):
+            assert lm.generate(model, prompts, max_new_tokens=6, sampling=sampling, key=0, padding=padding) == alone

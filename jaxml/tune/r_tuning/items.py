@@ -1,12 +1,13 @@
 """Questions with their answers: from JSONL, and cut into the parts of a run."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from jaxml.tune.data import read_lines
 
 KEYS = ("question", "answers", "answer", "context", "choices", "group", "answerable")
 
@@ -57,21 +58,7 @@ def read(path: str | Path) -> list[Item]:
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    items = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                items.append(item(json.loads(line.decode("utf-8"))))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not items:
-        raise ValueError(f"{path}: holds at least one question, got an empty file.")
-    return items
+    return read_lines(path, item, "question")
 
 
 def item(row: Any) -> Item:
