@@ -80,6 +80,7 @@ def _run(args):
     from jaxml import log
     from jaxml.prompts.store import Store
     from jaxml.tune import r_tuning
+    from jaxml.tune.run import agree
 
     if args.given:
         raise ValueError(f"rtune: run takes options only, got {args.given[0]!r}. --data DATA names the questions.")
@@ -89,7 +90,7 @@ def _run(args):
     started = time.perf_counter()
     recipe, form = _recipe(args), _form(args)
     out.mkdir(parents=True, exist_ok=True)
-    _same(out / "rtune.json", _about(args))
+    agree(out / "rtune.json", _about(args), "rtune")
     split = _split(args)
     model = _model(args)
     console.print(
@@ -105,15 +106,18 @@ def _run(args):
     ):
         asker = lambda who, count: _asker(args, store, bar, who, count)
         tune = lambda model, examples, name: _tune(args, model, examples, out / name)
-        everything = lambda who, model, form: {
-            k: asker(f"{who}: {k}", len(items))(model, items, form) for k, items in parts.items()
-        }
+        labelling = asker("labels", len(split.train))
+
+        def everything(who, model, form):
+            model = _ready(model)
+            return {k: asker(f"{who}: {k}", len(items))(model, items, form) for k, items in parts.items()}
+
         untuned = everything("untuned", model, first)
         plain = tune(model, r_tuning.examples.plain(model.tokenizer, split.train, form), "plain")
         plain = everything("tuned", plain, bare)
         made = r_tuning.r_tune(
-            model, split.train, tune, recipe, form=form, first=first, answer=asker("labels", len(split.train)),
-            seed=args.seed,
+            model, split.train, tune, recipe, form=form, first=first, seed=args.seed,
+            answer=lambda model, items, form: labelling(_ready(model), items, form),
         )  # fmt: skip
         ours = everything("R-Tuning", made.model, recipe.form(form))
     methods = [
@@ -166,8 +170,7 @@ def _asker(args, store, bar, who: str, count: int):
 
     task = bar.add_task("ask", total=count, who=who)
     tick = lambda n: bar.update(task, advance=n)
-    ask = r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
-    return lambda model, items, form: ask(_ready(model), items, form)
+    return r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
 
 
 def _ready(model):
@@ -284,19 +287,6 @@ NAMES = (
 
 def _about(args) -> dict:
     return {name: getattr(args, name) for name in NAMES}
-
-
-def _same(path: Path, about: dict) -> None:
-    """Writes what the run is about, or refuses another one's folder."""
-    from jaxml import log
-
-    if not path.is_file():
-        log.write_text(path, json.dumps(about, indent=2))
-        return
-    then = json.loads(path.read_text())
-    if differ := [k for k in about if then.get(k) != about[k]]:
-        what = ", ".join(f"{k} was {then.get(k)!r}, is {about[k]!r}" for k in differ)
-        raise ValueError(f"rtune: {path.parent} holds a run with other options ({what}). Choose another --out.")
 
 
 def _device() -> str:

@@ -47,11 +47,7 @@ class Run:
         if self.folder is None:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "run.json"
-        if path.is_file():
-            _same_run(path, self.about)
-        else:
-            log.write_text(path, json.dumps(self.about, indent=2))
+        agree(self.folder / "run.json", self.about, "fit")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
         return self
 
@@ -84,14 +80,22 @@ class Run:
                 self.log.close()
 
 
-def _same_run(path: Path, about: dict[str, Any]) -> None:
+def agree(path: Path, about: dict[str, Any], who: str) -> None:
+    """Writes what a run is about into its folder; where it was written before, refuses a run that is about another.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if not path.is_file():
+        log.write_text(path, json.dumps(about, indent=2))
+        return
     then = json.loads(path.read_text())
     flat = lambda d: {k: v for k, v in d.items() if k != "options"} | d.get("options", {})
     before, now = flat(then), flat(about)
     differ = [k for k in now if before.get(k) != now[k]]
     if differ:
         what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
-        raise ValueError(f"fit: {path.parent} holds a run with other options ({what}). Choose another folder.")
+        raise ValueError(f"{who}: {path.parent} holds a run with other options ({what}). Choose another folder.")
 
 
 @contextmanager

@@ -128,5 +128,5 @@ def _example(
     parts = [[shown, 0.0], [answer, learnt], [end, learnt]]
     if phrase is not None:
         said, weight = phrase
-        parts += [[question, 0.0], [said, weight], [form.end(tokenizer, item, text), weight]]
+        parts += [[question, 0.0], [said, weight], [end, weight]]
     return {"parts": [[t, w] for t, w in parts if t]}

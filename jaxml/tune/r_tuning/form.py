@@ -120,10 +120,6 @@ class Form:
             raise ValueError("r_tuning.Form: this chat template changes earlier turns. Take the form without chat.")
         return answer, closed[len(opened + answer) :], again[len(closed) :]
 
-    def end(self, tokenizer: Tokenizer, item: Item, answer: str) -> str:
-        """What follows the last phrase."""
-        return self.parts(tokenizer, item, answer)[1]
-
     @property
     def asked(self) -> tuple[str, ...]:
         """The texts whose likelihood tells how sure the model is."""

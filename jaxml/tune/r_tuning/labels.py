@@ -80,7 +80,7 @@ def craft(
 
     Args:
         before: [n][k] answers of the untuned model.
-        after: of the model after `rehearse`.
+        after: of the model tuned on what `rehearsal` chooses.
         right: share of right samples from which a question counts as known.
         drop: share of each side that is left out for its certainty.
 
