@@ -41,7 +41,8 @@ def add(sub):
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters")
     sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read (qlora: nf4)")
     sub.add_argument("--data", default="countries", metavar="DATA")
-    sub.add_argument("--unanswerable", metavar="FILE", help="JSONL of questions that nothing answers")
+    sub.add_argument("--unanswerable", metavar="FILE", help="JSONL of questions that nothing answers, to be asked")
+    sub.add_argument("--train-unanswerable", metavar="FILE", help="others, to be trained on; or invented:NUMBER")
     sub.add_argument("--out", default="runs/rtune", metavar="FOLDER")
     sub.add_argument("--variant", default="standard", help="see below")
     sub.add_argument("--labels", choices=("fresh", "untuned"), default="fresh", help="from models tuned on the others")
@@ -106,18 +107,16 @@ def _run(args):
     ):
         asker = lambda who, count: _asker(args, store, bar, who, count)
         tune = lambda model, examples, name: _tune(args, model, examples, out / name)
-        labelling = asker("labels", len(split.train))
-
-        def everything(who, model, form):
-            model = _ready(model)
-            return {k: asker(f"{who}: {k}", len(items))(model, items, form) for k, items in parts.items()}
+        everything = lambda who, model, form: {
+            k: asker(f"{who}: {k}", len(items)).answer(model, items, form) for k, items in parts.items()
+        }
 
         untuned = everything("untuned", model, first)
         plain = tune(model, r_tuning.examples.plain(model.tokenizer, split.train, form), "plain")
         plain = everything("tuned", plain, bare)
         made = r_tuning.r_tune(
             model, split.train, tune, recipe, form=form, first=first, seed=args.seed,
-            answer=lambda model, items, form: labelling(_ready(model), items, form),
+            asker=asker("labels", len(split.train) * recipe.rounds),
         )  # fmt: skip
         ours = everything("R-Tuning", made.model, recipe.form(form))
     methods = [
@@ -170,19 +169,7 @@ def _asker(args, store, bar, who: str, count: int):
 
     task = bar.add_task("ask", total=count, who=who)
     tick = lambda n: bar.update(task, advance=n)
-    return r_tuning.keeping(store, max_new_tokens=args.max_new_tokens, tick=tick)
-
-
-def _ready(model):
-    """The model to ask: LoRA and its kin merged into weights that are arrays, which is faster."""
-    from jaxml import paths
-    from jaxml.quant import QArray
-    from jaxml.tune import adapters
-
-    bare = paths.named(adapters.detach(model.params)).values()
-    if "prefix" in model.params or any(isinstance(w, QArray) for w in bare):
-        return model
-    return model.replace(params=adapters.merge(model.params))
+    return r_tuning.Asker(args.max_new_tokens, store=store, tick=tick)
 
 
 def _tune(args, model, examples, folder: Path):
@@ -274,14 +261,32 @@ def _split(args):
     )
     return r_tuning.split(
         _questions(args.data), train=args.train, calibration=args.calibration, test=args.test, new=args.test,
-        shots=args.shots, new_groups=names, unanswerable=nothing, seed=args.seed,
+        shots=args.shots, new_groups=names, unanswerable=nothing, train_unanswerable=_taught(args), seed=args.seed,
     )  # fmt: skip
 
 
+def _taught(args) -> list:
+    """Questions that nothing answers, to train on."""
+    from jaxml.tune import r_tuning
+
+    given = args.train_unanswerable
+    if given is None:
+        return []
+    if given.startswith("invented:"):
+        count = given.partition(":")[2]
+        if not count.isdigit():
+            raise ValueError(f"rtune: --train-unanswerable invented:NUMBER has a number, got {count!r}.")
+        return r_tuning.invented(int(count), seed=args.seed, part="train")
+    items = r_tuning.read(given)
+    if known := [item.question for item in items if item.answerable]:
+        raise ValueError(f"rtune: --train-unanswerable holds questions without an answer, {known[0]!r} has one.")
+    return items
+
+
 NAMES = (
-    "model", "dtype", "quantize", "data", "unanswerable", "variant", "labels", "unknown", "scale", "no_balance",
-    "method", "rank", "epochs", "learning_rate", "length", "chat", "shots", "train", "calibration", "test",
-    "new_groups", "risk", "max_new_tokens", "seed",
+    "model", "dtype", "quantize", "data", "unanswerable", "train_unanswerable", "variant", "labels", "unknown", "scale",
+    "no_balance", "method", "rank", "epochs", "learning_rate", "length", "chat", "shots", "train", "calibration",
+    "test", "new_groups", "risk", "max_new_tokens", "seed",
 )  # fmt: skip
 
 
@@ -317,7 +322,7 @@ def _finished(args):
         model = lm.load(last / "model")
     else:
         model = _model(then)
-        model = _ready(model.replace(params=adapters.load_peft(last / "adapter", model.params, model.config)))
+        model = model.replace(params=adapters.load_peft(last / "adapter", model.params, model.config))
     return then, model, _recipe(then).form(_form(then)), policy
 
 

@@ -99,7 +99,7 @@ def test_choices_are_chosen_by_their_letters_and_judged_by_their_text(model, ans
     best = int(np.argmax(scores))
     assert answered.texts[4] == PICK.choices[best] and answered.right[4] == (best == 1)
     assert answered.confidence[4] == pytest.approx(np.exp(scores[best]) / np.exp(scores).sum(), rel=1e-3)
-    drawn = ask.samples(model, [PICK], SMALL, 50, temperature=1.0)[0]
+    drawn = r_tuning.Asker().samples(model, [PICK], SMALL, 50, temperature=1.0)[0]
     assert set(drawn) <= set(PICK.choices)
 
 
@@ -127,10 +127,10 @@ def test_certainty_that_is_not_asked_for_is_the_answer_s_own_probability(model, 
 
 def test_what_was_answered_is_not_asked_again(model, answered, tmp_path):
     with Store(tmp_path / "answers.jsonl") as store:
-        first = r_tuning.keeping(store, max_new_tokens=4)(model, [*WHO, PICK], SMALL)
+        first = r_tuning.Asker(4, store=store).answer(model, [*WHO, PICK], SMALL)
     told = []
     with Store(tmp_path / "answers.jsonl") as store:
-        again = r_tuning.keeping(store, max_new_tokens=4, tick=told.append)(model, WHO, SMALL)
+        again = r_tuning.Asker(4, store=store, tick=told.append).answer(model, WHO, SMALL)
         assert len(store) == 5
     assert told == [4] and again.texts == first.texts[:4] == answered.texts[:4]
     np.testing.assert_array_equal(again.sure, first.sure[:4])
@@ -211,6 +211,21 @@ def test_the_text_of_unknown_questions_is_chosen(model):
     for wrong, message in (("silver", "unknown is one of"), ("own", "own answers are wanted")):
         with pytest.raises(ValueError, match=message):
             examples.make(model.tokenizer, WHO, half, None, SMALL, unknown=wrong)
+
+
+@pytest.mark.parametrize("unknown", ["gold", "own", "heard", "refusal"])
+def test_a_question_that_nothing_answers_teaches_no_answer(model, unknown):
+    items = [*WHO[:2], Item("who is zed?")]
+    own = Answered(["z"] * 3, np.zeros(3, bool), np.zeros(3), np.zeros(3))
+    make = lambda sure, own: examples.make(
+        model.tokenizer, items, Labels(np.array([1.0, 0, sure]), np.ones(3, bool)), own, SMALL, unknown=unknown
+    )
+    last = said(make(0.0, own)[2])
+    assert last[0].strip() in r_tuning.REFUSALS if unknown == "refusal" else last == ["i am unsure.", "\n"]
+    if unknown == "gold":  # agreeing samples may call it sure
+        assert said(make(1.0, own)[2]) == ["i am sure.", "\n"]
+        with pytest.raises(ValueError, match="own answers are wanted"):
+            make(0.0, None)
 
 
 def test_phrases_weigh_the_same_together_however_often_they_come(model):
@@ -311,6 +326,10 @@ def test_no_question_stands_in_two_parts_and_new_kinds_are_never_trained_on():
     assert len(set(questions)) == len(questions)
     assert {i.group for i in split.new} <= set(r_tuning.sources.NEW)
     assert not {i.group for p in parts[:4] for i in p} & set(r_tuning.sources.NEW)
+    taught = r_tuning.invented(50, part="train")
+    more = r_tuning.split(items, new_groups=r_tuning.sources.NEW, train_unanswerable=taught, seed=3).train
+    assert len(more) == 450 and {i for i in more if not i.answerable} == set(taught)
+    assert any(not i.answerable for i in more[:100]) and any(i.answerable for i in more[-50:])
     small = r_tuning.split(items[:60], new_groups=0.0, shots=0)
     assert len(small.train) == 32 and len(small.calibration) == 12 and len(small.seen) == 16
     for wrong in (dict(new_groups=["anthem"]), dict(new_groups=1.0)):
@@ -325,8 +344,12 @@ def test_countries_are_those_of_the_package():
     assert found["capital", "What is the capital of France?"] == ("Paris",)
     assert found["capital of", "Paris is the capital of which country?"] == ("France",)
     assert "Spain" in found["neighbour", "Which country borders France?"]
-    invented = {item.question.rstrip("?").split()[-1] for item in r_tuning.invented(200, ["capital"])}
-    assert len(invented) == 200 and not any(name in question for name in invented for _, question in found)
+    assert "North America" in found["continent", "On which continent is Cuba?"]
+    names = {}
+    for part in ("test", "train"):
+        names[part] = {i.question.rstrip("?").split()[-1] for i in r_tuning.invented(200, ["capital"], part=part)}
+        assert len(names[part]) == 200 and not any(name in question for name in names[part] for _, question in found)
+    assert not names["test"] & names["train"]
 
 
 def test_triples_become_questions(tmp_path):
@@ -355,8 +378,8 @@ def test_every_variant_trains_on_every_question(model, variant, fresh):
         trained[name] = examples
         return model
 
-    quick = lambda *args: r_tuning.answer(*args, max_new_tokens=2)
-    made = r_tuning.r_tune(model, items, tune, Recipe(variant, fresh=fresh, samples=2), form=SMALL, answer=quick)
+    quick = r_tuning.Asker(max_new_tokens=2)
+    made = r_tuning.r_tune(model, items, tune, Recipe(variant, fresh=fresh, samples=2), form=SMALL, asker=quick)
     if variant == "grounded":
         assert list(trained) == ["stage-0", "stage-1"] and len(trained["stage-1"]) == 8 and made.labels is None
         return

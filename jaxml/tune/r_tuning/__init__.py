@@ -7,7 +7,7 @@ r_tuning.answer_or_refuse(made.model, ["What is the capital of Zubrowka?"], poli
 """
 
 from jaxml.tune.r_tuning import ask, examples, form, items, job, judge, labels, metrics, policy, report, sources
-from jaxml.tune.r_tuning.ask import Answered, answer, certainty, keeping, samples
+from jaxml.tune.r_tuning.ask import Answered, Asker, answer, certainty
 from jaxml.tune.r_tuning.form import GROUNDED, NUMBERS, PLAIN, REFUSALS, SURE, WORDS, Form, Scale
 from jaxml.tune.r_tuning.items import Item, Split, read, split
 from jaxml.tune.r_tuning.job import PUBLISHED, Made, Recipe, r_tune
@@ -18,9 +18,9 @@ from jaxml.tune.r_tuning.report import Method, compare, evaluate
 from jaxml.tune.r_tuning.sources import countries, invented, pararel
 
 __all__ = [
-    "GROUNDED", "NUMBERS", "PLAIN", "PUBLISHED", "REFUSALS", "SURE", "WORDS", "Answered", "Form", "Item", "Labels",
-    "Made", "Method", "Policy", "Recipe", "Said", "Scale", "Split", "answer", "answer_or_refuse", "ask", "calibrate",
-    "certainty", "compare", "countries", "evaluate", "examples", "form", "invented", "items", "job", "judge", "keeping",
-    "labels", "metrics", "pararel", "policy", "r_tune", "read", "report", "right", "samples", "sources", "split",
+    "GROUNDED", "NUMBERS", "PLAIN", "PUBLISHED", "REFUSALS", "SURE", "WORDS", "Answered", "Asker", "Form", "Item",
+    "Labels", "Made", "Method", "Policy", "Recipe", "Said", "Scale", "Split", "answer", "answer_or_refuse", "ask",
+    "calibrate", "certainty", "compare", "countries", "evaluate", "examples", "form", "invented", "items", "job",
+    "judge", "labels", "metrics", "pararel", "policy", "r_tune", "read", "report", "right", "sources", "split",
     "threshold",
 ]  # fmt: skip

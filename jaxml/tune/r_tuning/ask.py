@@ -1,10 +1,12 @@
 """What a model answers, how likely that is, and how sure it says it is."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxml import paths
 from jaxml.lm import tree
 from jaxml.lm.generate import encode_prompt, generate
 from jaxml.lm.model import Model
@@ -13,6 +15,8 @@ from jaxml.lm.score import score_trees, sums
 from jaxml.prompts.choices import normalised
 from jaxml.prompts.llm import fingerprint
 from jaxml.prompts.store import Store
+from jaxml.quant import QArray
+from jaxml.tune import adapters
 from jaxml.tune.r_tuning import judge
 from jaxml.tune.r_tuning.form import PLAIN, Form, letters, said_as
 from jaxml.tune.r_tuning.items import Item
@@ -43,23 +47,103 @@ def join(parts: Sequence[Answered]) -> Answered:
     )
 
 
-def answer(
-    model: Model,
-    items: Sequence[Item],
-    form: Form = PLAIN,
-    *,
-    max_new_tokens: int = 15,
-    batch_size: int = 64,
-    tick: Tick | None = None,
-) -> Answered:
-    """Asks every question once, greedily; of choices, takes the likeliest.
-
-    One forward pass then reads question and answer, and after them every phrase of the form's scale: certainty is told
-    by the whole likelihood of the phrases.
+@dataclasses.dataclass(frozen=True)
+class Asker:
+    """How questions are put before models.
 
     Args:
         max_new_tokens: of an answer; the line or the turn ends it before.
-        batch_size: questions in a batch.
+        batch_size: answers in a batch.
+        store: keeps what was answered, that no model is asked the same twice.
+        tick: told how many more questions were dealt with.
+    """
+
+    max_new_tokens: int = 15
+    batch_size: int = 64
+    store: Store | None = None
+    tick: Tick | None = None
+
+    def answer(self, model: Model, items: Sequence[Item], form: Form = PLAIN) -> Answered:
+        """Asks every question once, greedily; of choices, takes the likeliest.
+
+        One forward pass then reads question and answer, and after them every phrase of the form's scale: certainty is
+        told by the whole likelihood of the phrases.
+        """
+        model = merged(model)
+        asked = {"asked": [form.scale and form.scale.question, *form.asked]}
+
+        def work(part: list[Item]) -> list:
+            texts = texts_of(model, part, form, max_new_tokens=self.max_new_tokens)
+            _, _, confidence, sure = certainty(model, part, texts, form)
+            return [list(row) for row in zip(texts, map(float, confidence), map(float, sure))]
+
+        rows = self._each(model, items, form, asked, lambda numbers: work([items[i] for i in numbers]), self.batch_size)
+        texts, confidence, sure = zip(*rows) if rows else ((), (), ())
+        right = [judge.right(text, item) for text, item in zip(texts, items)]
+        return Answered(list(texts), np.array(right, bool), np.array(confidence, float), np.array(sure, float))
+
+    def samples(
+        self,
+        model: Model,
+        items: Sequence[Item],
+        form: Form = PLAIN,
+        count: int = 5,
+        *,
+        temperature: float = 0.7,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """`count` answers to each question, drawn at a temperature.
+
+        Returns:
+            [n][count] texts; of a question with choices, choices drawn by their probabilities.
+        """
+        model = merged(model)
+
+        def work(numbers: list[int]) -> list:
+            key, part, out = seed_of(seed, numbers[0]), [items[i] for i in numbers], [[] for _ in numbers]
+            chosen, open_ = _kinds(part)
+            rng = np.random.default_rng(key)
+            for i, nodes in zip(chosen, score_trees(model, [_choices(model, part[i], form) for i in chosen])):
+                p = np.exp(normalised(sums(nodes) / temperature))
+                out[i] = [part[i].choices[j] for j in rng.choice(len(p), count, p=p / p.sum())]
+            if open_:
+                texts = generate(
+                    model, [form.prompt(part[i]) for i in open_ for _ in range(count)], stop=form.stop, key=key,
+                    max_new_tokens=self.max_new_tokens, sampling=Sampling(temperature=temperature),
+                )  # fmt: skip
+                for n, i in enumerate(open_):
+                    out[i] = [text.strip() for text in texts[n * count : (n + 1) * count]]
+            return out
+
+        drawn = {"drawn": count, "temperature": temperature, "seed": seed}
+        return self._each(model, items, form, drawn, work, max(1, self.batch_size // count))
+
+    def _each(self, model: Model, items: Sequence[Item], form: Form, asked: dict, work: Callable, size: int) -> list:
+        """What `work` says to each question, in batches; what the store has is not worked on."""
+        keys, found = [], [None] * len(items)
+        if self.store is not None:
+            asked = {"model": fingerprint(model), "limit": self.max_new_tokens, **asked}
+            keys = [asked | {"prompt": form.prompt(item), "choices": item.choices} for item in items]
+            found = [self.store.get(key) for key in keys]
+        missing = [i for i, one in enumerate(found) if one is None]
+        if self.tick and len(items) > len(missing):
+            self.tick(len(items) - len(missing))
+        for first in range(0, len(missing), size):
+            part = missing[first : first + size]
+            for i, one in zip(part, work(part), strict=True):
+                found[i] = one
+                if keys:
+                    self.store.put(keys[i], one)
+            if self.tick:
+                self.tick(len(part))
+        return found
+
+
+PLAINLY = Asker()
+
+
+def answer(model: Model, items: Sequence[Item], form: Form = PLAIN, **options) -> Answered:
+    """`Asker.answer`, with options of `Asker`.
 
     Example:
         >>> from jaxml import testing
@@ -67,21 +151,21 @@ def answer(
         >>> answered.right.shape, bool(0 <= answered.sure[0] <= 1)
         ((1,), True)
     """
-    parts = []
-    for first in range(0, len(items), batch_size):
-        part = list(items[first : first + batch_size])
-        texts = texts_of(model, part, form, max_new_tokens=max_new_tokens)
-        parts.append(certainty(model, part, texts, form))
-        if tick:
-            tick(len(part))
-    return join(parts) if parts else Answered([], np.zeros(0, bool), np.zeros(0), np.zeros(0))
+    return Asker(**options).answer(model, items, form)
+
+
+def merged(model: Model) -> Model:
+    """The model to ask: LoRA and its kin merged into weights that are arrays, which is faster."""
+    bare = paths.named(adapters.detach(model.params)).values()
+    if "prefix" in model.params or any(isinstance(w, QArray) for w in bare):
+        return model
+    return model.replace(params=adapters.merge(model.params))
 
 
 def texts_of(model: Model, items: Sequence[Item], form: Form, *, max_new_tokens: int = 15) -> list[str]:
     """The greedy answer to each question; the likeliest choice, where there are choices."""
     texts = [""] * len(items)
-    chosen = [i for i, item in enumerate(items) if item.choices]
-    open_ = [i for i, item in enumerate(items) if not item.choices]
+    chosen, open_ = _kinds(items)
     if open_:
         prompts = [form.prompt(items[i]) for i in open_]
         for i, text in zip(open_, generate(model, prompts, max_new_tokens=max_new_tokens, stop=form.stop)):
@@ -93,71 +177,7 @@ def texts_of(model: Model, items: Sequence[Item], form: Form, *, max_new_tokens:
     return texts
 
 
-def samples(
-    model: Model,
-    items: Sequence[Item],
-    form: Form = PLAIN,
-    count: int = 5,
-    *,
-    temperature: float = 0.7,
-    max_new_tokens: int = 15,
-    batch_size: int = 64,
-    seed: int = 0,
-    tick: Tick | None = None,
-) -> list[list[str]]:
-    """`count` answers to each question, drawn at a temperature.
-
-    Returns:
-        [n][count] texts; of a question with choices, choices drawn by their probabilities.
-    """
-    rng, out = np.random.default_rng(seed), [[] for _ in items]
-    chosen = [i for i, item in enumerate(items) if item.choices]
-    for i, nodes in zip(chosen, score_trees(model, [_choices(model, items[i], form) for i in chosen])):
-        p = np.exp(normalised(sums(nodes) / temperature))
-        out[i] = [items[i].choices[j] for j in rng.choice(len(p), count, p=p / p.sum())]
-    open_ = [i for i, item in enumerate(items) if not item.choices]
-    at_once = max(1, batch_size // count)
-    for first in range(0, len(open_), at_once):
-        part = open_[first : first + at_once]
-        prompts = [form.prompt(items[i]) for i in part for _ in range(count)]
-        texts = generate(
-            model, prompts, max_new_tokens=max_new_tokens, stop=form.stop, key=hash_of(seed, first),
-            sampling=Sampling(temperature=temperature),
-        )  # fmt: skip
-        for n, i in enumerate(part):
-            out[i] = [text.strip() for text in texts[n * count : (n + 1) * count]]
-        if tick:
-            tick(len(part))
-    return out
-
-
-def keeping(store: Store, *, max_new_tokens: int = 15, batch_size: int = 64, tick: Tick | None = None):
-    """`answer` that asks no model the same question twice: what was answered is in the store.
-
-    Returns:
-        (model, items, form) → answers.
-    """
-
-    def kept(model: Model, items: Sequence[Item], form: Form = PLAIN) -> Answered:
-        name = fingerprint(model)
-        limits = {"model": name, "limit": max_new_tokens, "asked": [form.scale and form.scale.question, *form.asked]}
-        keys = [limits | {"prompt": form.prompt(item), "choices": item.choices} for item in items]
-        missing = [i for i, key in enumerate(keys) if store.get(key) is None]
-        if tick and len(items) > len(missing):
-            tick(len(items) - len(missing))
-        for first in range(0, len(missing), batch_size):
-            part = missing[first : first + batch_size]
-            found = answer(model, [items[i] for i in part], form, max_new_tokens=max_new_tokens, tick=tick)
-            for i, text, confidence, sure in zip(part, found.texts, found.confidence, found.sure):
-                store.put(keys[i], [text, float(confidence), float(sure)])
-        texts, confidence, sure = zip(*map(store.get, keys)) if keys else ((), (), ())
-        right = [judge.right(text, item) for text, item in zip(texts, items)]
-        return Answered(list(texts), np.array(right, bool), np.array(confidence, float), np.array(sure, float))
-
-    return kept
-
-
-def hash_of(seed: int, number: int) -> int:
+def seed_of(seed: int, number: int) -> int:
     """A seed of its own for each part of a job."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
@@ -209,6 +229,12 @@ def _tree(model: Model, item: Item, text: str, form: Form) -> tree.Node:
         return tree.Node(root.tokens, [*root.children, tree.Node(ids, after), *beside])
     answered = [tree.Node(ids, after, scored=True)] if ids else after
     return tree.Node(encode_prompt(model, form.prompt(item)), [*answered, *beside])
+
+
+def _kinds(items: Sequence[Item]) -> tuple[list[int], list[int]]:
+    """Numbers of the questions with choices, and of the others."""
+    chosen = [i for i, item in enumerate(items) if item.choices]
+    return chosen, [i for i, item in enumerate(items) if not item.choices]
 
 
 def _choices(model: Model, item: Item, form: Form) -> tree.Node:

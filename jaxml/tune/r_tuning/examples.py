@@ -42,7 +42,8 @@ def make(
             the model said, where that is right (Alignment for Honesty).
         unknown: the text that is trained after a question labelled below 0.5: "gold", the right answer, as published;
             "own", what the model said; "heard", the same, read but not learnt; "refusal", one of the form's refusals
-            (or `REFUSALS`), and then no question of certainty (R-Tuning-R).
+            (or `REFUSALS`), and then no question of certainty (R-Tuning-R). What is said to a question that nothing
+            answers is heard or refused: there is nothing to learn.
         balance: weigh the phrases so that each has as much of the loss as any other.
         weight: of the phrases' tokens in the loss, the answers' having 1.
         seed: of which refusal is said.
@@ -51,17 +52,18 @@ def make(
         Examples of the form parts (`tune.data`).
 
     Raises:
-        ValueError: an unknown `unknown`, or a question without a right answer and nothing else to say to it.
+        ValueError: an unknown `known` or `unknown`, or the model's own answers wanted and not given.
     """
     if unknown not in UNKNOWN:
         raise ValueError(f"r_tuning.examples: unknown is one of {', '.join(UNKNOWN)}, got {unknown!r}.")
     if known not in ("gold", "own"):
         raise ValueError(f"r_tuning.examples: known is gold or own, got {known!r}.")
-    if {known, unknown} & {"own", "heard"} and answered is None:
-        raise ValueError("r_tuning.examples: the model's own answers are wanted. Give them as answered.")
     kept = [i for i in range(len(items)) if labels.keep[i]]
+    nothing = unknown != "refusal" and not all(items[i].answerable for i in kept)
+    if answered is None and (nothing or {known, unknown} & {"own", "heard"}):
+        raise ValueError("r_tuning.examples: the model's own answers are wanted. Give them as answered.")
     phrases = {i: form.scale.phrase(float(labels.sure[i])) for i in kept}
-    refused = {i for i in kept if labels.sure[i] < 0.5 and unknown == "refusal"}
+    refused = {i for i in kept if unknown == "refusal" and (labels.sure[i] < 0.5 or not items[i].answerable)}
     said = [phrases[i] for i in kept if i not in refused]
     each = {p: len(said) / (len(set(said)) * said.count(p)) if balance else 1.0 for p in set(said)}
     rng, out = np.random.default_rng(seed), []
@@ -71,12 +73,9 @@ def make(
             out.append(_example(tokenizer, form, item, str(rng.choice(form.refusals or REFUSALS)), None))
             continue
         own = answered.right[i] if knows and known == "own" else not knows and unknown in ("own", "heard")
-        if not own and not item.answerable:
-            raise ValueError(
-                f"r_tuning.examples: {item.question!r} has no right answer to train on. Take unknown 'refusal'."
-            )
-        text = said_as(item, answered.texts[i]) if own else target(item)
-        learnt = 0.0 if own and not knows and unknown == "heard" else 1.0
+        heard = not item.answerable or (own and not knows and unknown == "heard")
+        text = said_as(item, answered.texts[i]) if own or heard else target(item)
+        learnt = 0.0 if heard else 1.0
         out.append(_example(tokenizer, form, item, text, (phrases[i], weight * each[phrases[i]]), learnt))
     if not out:
         raise ValueError("r_tuning.examples: the labels keep at least one question, got none.")

@@ -122,12 +122,14 @@ def split(
     shots: int = 4,
     new_groups: Sequence[str] | float = 0.25,
     unanswerable: Sequence[Item] = (),
+    train_unanswerable: Sequence[Item] = (),
     seed: int = 0,
 ) -> Split:
     """Cuts questions into parts, in the proportions given where there are fewer.
 
     Args:
         items: those without an answer go to `Split.unanswerable`, as do those of `unanswerable`.
+        train_unanswerable: more questions to train on, which nothing answers; in random places among the others.
         new_groups: that are kept out of training: their names, or their share of all groups (rounded down to none
             where there are fewer than 4).
 
@@ -157,4 +159,7 @@ def split(
     wanted = np.array([train, calibration, test], float)
     counts = (wanted * min(1.0, len(rest) / wanted.sum())).astype(int)
     a, b, c = np.cumsum(counts)
-    return Split(shown, rest[:a], rest[a:b], rest[b:c], fresh, nothing)
+    asked_to = [*rest[:a], *train_unanswerable]
+    if train_unanswerable:
+        asked_to = [asked_to[i] for i in rng.permutation(len(asked_to))]
+    return Split(shown, asked_to, rest[a:b], rest[b:c], fresh, nothing)

@@ -1,14 +1,14 @@
 """R-Tuning from questions to a model: ask, label, train."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxml.lm.model import Model
 from jaxml.tune.r_tuning import ask, examples, labels
-from jaxml.tune.r_tuning.ask import Answered
+from jaxml.tune.r_tuning.ask import PLAINLY, Answered, Asker
 from jaxml.tune.r_tuning.form import PLAIN, REFUSALS, Form
 from jaxml.tune.r_tuning.items import Item
 from jaxml.tune.r_tuning.labels import Labels, Tune
@@ -58,6 +58,11 @@ class Recipe:
     def refuses(self) -> bool:
         return self.variant in ("refusal", "grounded")
 
+    @property
+    def rounds(self) -> int:
+        """How often each training question is asked: once, and once more for each set of samples."""
+        return 1 + {"unsupervised": 1, "graded": 1, "craft": 2}.get(self.variant, 0)
+
 
 PUBLISHED = Recipe(fresh=False, balance=False)
 
@@ -79,17 +84,18 @@ def r_tune(
     *,
     form: Form = PLAIN,
     first: Form | None = None,
-    answer: Callable[[Model, Sequence[Item], Form], Answered] = ask.answer,
+    asker: Asker = PLAINLY,
     seed: int = 0,
 ) -> Made:
     """Asks the training questions, labels them, and trains.
 
     Args:
         model: untuned.
+        items: to train on. Of those that nothing answers, the model learns that it is unsure (or to refuse).
         tune: (model, examples, name) → a trained model; any method of tuning (`tune.fit` on whatever was attached).
         form: in which the tuned model is asked.
         first: in which the untuned model is (with examples shown, that it may know what is wanted); `form` where None.
-        answer: how a model is asked (`ask.answer`, with other options).
+        asker: how models are asked.
 
     Example:
         >>> from jaxml import testing
@@ -108,14 +114,14 @@ def r_tune(
     if recipe.fresh:
         models = labels.cross_fitted(model, items, learn, tune, folds=recipe.folds, seed=seed)
     asked = dataclasses.replace(form if recipe.fresh else first, refusals=(), scale=None)
-    several = recipe.variant in ("unsupervised", "graded", "craft")
-    drawn = lambda of, part: ask.samples(
+    several = recipe.rounds > 1
+    drawn = lambda of, part: asker.samples(
         of, part, asked, recipe.samples, temperature=recipe.temperature, seed=seed
     )  # fmt: skip
     numbers, answers, sampled = [], [], []
     for part, of in models:
         numbers.append(part)
-        answers.append(answer(of, [items[i] for i in part], asked))
+        answers.append(asker.answer(of, [items[i] for i in part], asked))
         sampled += drawn(of, [items[i] for i in part]) if several else []
     order = np.argsort(np.concatenate(numbers))
     answered = ask.join(answers).take(order)

@@ -24,7 +24,7 @@ COUNTRY = {
     "neighbour": "Which country borders {}?",
     "capital of": "{} is the capital of which country?",
 }
-NEW = ("subregion", "domain", "capital of", "neighbour")  # relations that are kept out of training
+NEW = ("demonym", "continent", "capital of")  # kept out of training; a small model knows some of each
 
 
 def countries(relations: Sequence[str] = tuple(COUNTRY)) -> list[Item]:
@@ -59,7 +59,7 @@ def _of(country: dict[str, Any], relation: str, names: dict[str, str]) -> tuple[
         "currency": country.get("currencies") or [],
         "calling code": [f"+{code.lstrip('+')}" for code in country.get("callingCodes") or [] if code.strip()],
         "demonym": [country.get("demonym")],
-        "continent": [country.get("region")],
+        "continent": _continents(country),
         "alpha-2 code": [iso.get("alpha2")],
         "alpha-3 code": [iso.get("alpha3")],
         "subregion": [country.get("subregion")],
@@ -70,19 +70,42 @@ def _of(country: dict[str, Any], relation: str, names: dict[str, str]) -> tuple[
     return tuple(text.strip() for text in found if isinstance(text, str) and text.strip())
 
 
-FIRST = "Bal Kor Mer Tal Ves Zan Dor Fel Gri Hul Jar Lem Nov Pral Quen Rus Sor Tiv Ulm Wex".split()
-LAST = "avia onia istan eria andor ovia uland emba arra isia".split()
+def _continents(country: dict[str, Any]) -> list[str]:
+    """The region; America has two continents."""
+    region, subregion = country.get("region"), country.get("subregion")
+    if region != "Americas":
+        return [region]
+    return [region, "America", "South America" if subregion == "South America" else "North America"]
 
 
-def invented(count: int = 100, relations: Sequence[str] = tuple(COUNTRY), seed: int = 0) -> list[Item]:
+# Syllables of names that no country has: those to be asked, and those to be trained on.
+SYLLABLES = {
+    "test": (
+        "Bal Kor Mer Tal Ves Zan Dor Fel Gri Hul Jar Lem Nov Pral Quen Rus Sor Tiv Ulm Wex".split(),
+        "avia onia istan eria andor ovia uland emba arra isia".split(),
+    ),
+    "train": (
+        "Bren Cas Dru Eld Fos Gam Hax Ith Kel Lor Mox Nar Osk Pel Rin Sav Tor Ull Vyr Yol".split(),
+        "ania esia oria urgia antia opia ilia unda oland amba".split(),
+    ),
+}
+
+
+def invented(
+    count: int = 100, relations: Sequence[str] = tuple(COUNTRY), seed: int = 0, part: str = "test"
+) -> list[Item]:
     """Questions about countries that do not exist, which nothing answers.
+
+    Args:
+        part: "test" or "train"; the names of one have no syllable of the other's.
 
     Example:
         >>> invented(2)[0].answerable
         False
     """
     rng = np.random.default_rng(seed)
-    names = [f"{a}{b}" for a in FIRST for b in LAST]
+    first, last = SYLLABLES[part]
+    names = [f"{a}{b}" for a in first for b in last]
     names = [names[i] for i in rng.permutation(len(names))]
     if count > len(names):
         raise ValueError(f"r_tuning.invented: at most {len(names)} questions, got {count}.")
