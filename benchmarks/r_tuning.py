@@ -95,7 +95,7 @@ def proof(seed: int = 0, *, told: int = 300, epochs: float = 60, tuning_epochs: 
     rows = dict(batch_size=8, length=128, seed=seed)
     both = [r_tuning.Labels(np.full(told, value), np.ones(told, bool)) for value in (0.0, 1.0)]  # it says either
     facts = [e for of in both for e in r_tuning.examples.make(model.tokenizer, items[:told], of, None, form)]
-    options = tune.Options(epochs=epochs, learning_rate=3e-3, **rows)
+    options = tune.Options(epochs=epochs, learning_rate=3e-3, weight_decay=0.1, **rows)
     model, _ = tune.fit(model, facts, options, progress=False)
 
     def train(model, examples, name):

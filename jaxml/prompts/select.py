@@ -47,20 +47,27 @@ def diverse(
         >>> diverse(letters, ["bb", "bbb", "ab"], ["b"], 2, trade=0.4)
         [[2, 0]]
     """
-    if not 0 <= trade <= 1:
-        raise ValueError(f"select.diverse: trade is in [0, 1], got {trade}.")
     asked, vectors = _vectors(embed, pool, queries, count)
     among = vectors @ vectors.T
-    out = []
-    for row in asked @ vectors.T:
-        taken: list[int] = []
-        while len(taken) < count:
-            near = among[:, taken].max(1) if taken else np.zeros(len(pool))
-            worth = trade * row - (1 - trade) * near
-            worth[taken] = -np.inf
-            taken.append(int(worth.argmax()))
-        out.append(taken[::-1])
-    return out
+    return [mmr(row, among, count, trade=trade)[::-1] for row in asked @ vectors.T]
+
+
+def mmr(near: np.ndarray, among: np.ndarray, count: int, *, trade: float = 0.5) -> list[int]:
+    """Numbers of texts in the order in which `diverse` takes them.
+
+    Args:
+        near: [n] likeness to the query.
+        among: [n, n] likeness to each other.
+    """
+    if not 0 <= trade <= 1:
+        raise ValueError(f"select.mmr: trade is in [0, 1], got {trade}.")
+    taken: list[int] = []
+    while len(taken) < min(count, len(near)):
+        alike = among[:, taken].max(1) if taken else np.zeros(len(near))
+        worth = trade * near - (1 - trade) * alike
+        worth[taken] = -np.inf
+        taken.append(int(worth.argmax()))
+    return taken
 
 
 def influence(

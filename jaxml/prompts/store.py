@@ -44,6 +44,10 @@ class Store:
                 self._file.write(json.dumps([key(question), answer]) + "\n")
                 self._file.flush()
 
+    def answers(self) -> list[Any]:
+        """All that were put, the newest of each question, in the order of their first."""
+        return list(self._kept.values())
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -1,0 +1,255 @@
+"""An index in a folder: what was read from which file, the passages with their vectors, their words.
+
+index = rag.Index.create("runs/index", encoder.load())
+index.update("docs/")
+index.search(["who keeps the lighthouse?"], 5)
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxml import log
+from jaxml.lm.encoder import Encoder
+from jaxml.prompts.llm import LLM, fingerprint
+from jaxml.prompts.store import Store as Kept
+from jaxml.rag import read, retrieve
+from jaxml.rag.chunk import USUAL, Chunking, chunk
+from jaxml.rag.lexical import Lexical
+from jaxml.rag.passages import Passage
+from jaxml.rag.store import Folder, Hit, Store
+
+FORMAT = 1
+PART = 1024  # passages that are encoded and kept at once
+SEGMENTS = 16  # of a folder; more than these are made one
+WAYS = ("hybrid", "dense", "lexical")
+
+
+@dataclasses.dataclass
+class Changes:
+    """What an update did, in files; `refused` names those that cannot be read, and why."""
+
+    added: int = 0
+    changed: int = 0
+    removed: int = 0
+    unchanged: int = 0
+    passages: int = 0
+    refused: list[str] = dataclasses.field(default_factory=list)
+
+
+class Index:
+    """Passages that are found by meaning and by words.
+
+    Args:
+        path: of an existing index.
+        encoder: the one it was made with.
+        store: where the passages are, if not in the folder (`qdrant.Qdrant`).
+
+    Raises:
+        FileNotFoundError: no index there.
+        ValueError: made by another encoder or format, or damaged.
+    """
+
+    def __init__(self, path: str | Path, encoder: Encoder, store: Store | None = None):
+        self.path, self.encoder = Path(path), encoder
+        about = _read(self.path)
+        if (name := fingerprint(encoder)) != about["encoder"]:
+            raise ValueError(
+                f"{self.path}: this index was made by the encoder {about['encoder']}, got {name}. Open it with that "
+                "one, or make another index."
+            )
+        self.chunking = Chunking(**about["chunking"])
+        self.store = store if store is not None else Folder(self.path / "store")
+        self._files = Kept(self.path / "files.jsonl")
+        self._lexical: tuple[Any, Lexical] | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        encoder: Encoder,
+        chunking: Chunking = USUAL,
+        *,
+        store: Store | None = None,
+        **options,
+    ) -> "Index":
+        """An empty index.
+
+        Args:
+            options: of `Folder.create`.
+
+        Raises:
+            FileExistsError: an index is there.
+        """
+        path = Path(path)
+        if (path / "index.json").exists():
+            raise FileExistsError(f"{path}: an index is there. Open it, or choose another folder.")
+        path.mkdir(parents=True, exist_ok=True)
+        if store is None:
+            Folder.create(path / "store", encoder.config.width, **options)
+        about = {"format": FORMAT, "encoder": fingerprint(encoder), "chunking": dataclasses.asdict(chunking)}
+        log.write_text(path / "index.json", json.dumps(about, indent=1))
+        return cls(path, encoder, store)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def update(
+        self,
+        folder: str | Path,
+        limits: read.Limits = read.USUAL,
+        *,
+        tick: Callable[[int, int], None] | None = None,
+    ) -> Changes:
+        """Reads what is new or changed in a folder, or a file, and forgets what is gone.
+
+        Files that an earlier update read from another folder stay. What was done is on disk after each file: an
+        update that was interrupted goes on with the next one.
+
+        Args:
+            tick: told (files dealt with, of how many).
+
+        Raises:
+            FileNotFoundError, ValueError: no such folder, or no file in it that can be read.
+        """
+        root, changes = Path(folder), Changes()
+        found = read.find(root)
+        known = {about["file"]: about for about in self._files.answers() if about["keys"] is not None}
+        if root.is_dir():
+            gone = [f for f in known if Path(f).is_relative_to(root) and Path(f) not in set(found)]
+            for name in gone:
+                self._forget(known[name])
+                changes.removed += 1
+        for number, path in enumerate(found, 1):
+            before, now = known.get(str(path)), _hash(path)
+            if before and before["hash"] == now:
+                changes.unchanged += 1
+            else:
+                self._read(path, now, before, limits, changes)
+            if tick:
+                tick(number, len(found))
+        if isinstance(self.store, Folder) and len(self.store.segments) > SEGMENTS:
+            self.store.compact()
+        return changes
+
+    def add(self, passages: Sequence[Passage]) -> int:
+        """Passages from elsewhere than a file; how many were new."""
+        count = 0
+        for first in range(0, len(passages), PART):
+            part = passages[first : first + PART]
+            count += self.store.add(part, np.asarray(self.encoder([p.whole for p in part])))
+        return count
+
+    def search(
+        self,
+        questions: Sequence[str],
+        k: int = 5,
+        *,
+        how: str = "hybrid",
+        pool: int = 4,
+        trade: float | None = None,
+        llm: LLM | None = None,
+    ) -> list[list[Hit]]:
+        """For each question the k best passages, the best first.
+
+        Args:
+            how: "dense" by meaning, "lexical" by words, "hybrid" by both, fused by their ranks.
+            pool: times k are looked at, where rankings are fused or hits chosen anew.
+            trade: choose different passages (`retrieve.diverse`).
+            llm: order by how likely it finds the question after each passage (`retrieve.likely`).
+
+        Raises:
+            ValueError: another way, or no question.
+        """
+        if how not in WAYS or isinstance(questions, str) or k < 1:
+            raise ValueError(
+                f"Index.search: how is one of {', '.join(WAYS)}, questions are a list and k is at least 1, got "
+                f"{how!r}, {questions!r} and {k}."
+            )
+        if not questions or not len(self.store):
+            return [[] for _ in questions]
+        wide = k if how != "hybrid" and trade is None and llm is None else k * pool
+        rankings = []
+        if how != "lexical":
+            rankings.append(self.store.search(np.asarray(self.encoder(list(questions))), wide))
+        if how != "dense":
+            rankings.append(self._by_words(questions, wide))
+        out = []
+        for question, *lists in zip(questions, *rankings):
+            hits = retrieve.fuse(lists) if len(lists) > 1 else lists[0]
+            hits = retrieve.likely(llm, question, hits[:wide]) if llm is not None else hits
+            hits = retrieve.diverse(self.encoder, question, hits, k, trade=trade) if trade is not None else hits
+            out.append(hits[:k])
+        return out
+
+    def _by_words(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
+        found = self.lexical.search(questions, k)
+        keys = list(dict.fromkeys(key for of in found for key, _ in of))
+        passages = dict(zip(keys, self.store.passages(keys)))
+        return [[Hit(passages[key], score) for key, score in of] for of in found]
+
+    @property
+    def lexical(self) -> Lexical:
+        """The words of all passages; built where the store has changed, and kept in the folder."""
+        stamp = f"{len(self.store)}-{getattr(self.store, 'revision', len(self._files))}"
+        if self._lexical is None or self._lexical[0] != stamp:
+            made = Lexical.load(self.path / "lexical", stamp)
+            if made is None:
+                made = Lexical.build(self.store.passages())
+                made.save(self.path / "lexical", stamp)
+            self._lexical = (stamp, made)
+        return self._lexical[1]
+
+    def _read(self, path: Path, now: str, before: dict | None, limits: read.Limits, changes: Changes) -> None:
+        """Adds a file's passages; where it cannot be read, what was known of it stays."""
+        keys: list[str] = []
+        part: list[Passage] = []
+        try:
+            for passage in chunk(read.read(path, limits), str(path), self.chunking):
+                part.append(passage)
+                if len(part) == PART:
+                    changes.passages += self.add(part)
+                    keys, part = keys + [p.key for p in part], []
+        except ValueError as error:
+            self.store.delete([key for key in keys if key not in (before or {}).get("keys", ())])
+            changes.refused.append(str(error))
+            return
+        changes.passages += self.add(part)
+        keys += [p.key for p in part]
+        if before:
+            self.store.delete(sorted(set(before["keys"]) - set(keys)))
+        self._files.put(str(path), {"file": str(path), "hash": now, "keys": keys})
+        if before:
+            changes.changed += 1
+        else:
+            changes.added += 1
+
+    def _forget(self, about: dict) -> None:
+        self.store.delete(about["keys"])
+        self._files.put(about["file"], about | {"keys": None})
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    path = path / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent}: no index there (index.json is missing). Make one with rag.Index.create."
+        )
+    try:
+        about = json.loads(path.read_text())
+        good = about["format"] == FORMAT and isinstance(about["encoder"], str) and isinstance(about["chunking"], dict)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error!r}). Make the index again.") from error
+    if not good:
+        raise ValueError(f"{path}: an index of format {FORMAT}, got {about['format']!r}. Make it again.")
+    return about

@@ -1,0 +1,95 @@
+"""Search by words: BM25 of the package bm25s, over the passages of a store."""
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxml import log
+from jaxml.extras import need
+from jaxml.rag.passages import Passage
+
+WORD = r"(?u)\b\w+\b"
+
+
+class Lexical:
+    """Passages by their words, as Lucene's BM25 weighs them (k1 1.5, b 0.75).
+
+    Example:
+        >>> made = Lexical.build([Passage("the cat sat", "a"), Passage("a dog ran", "b")])
+        >>> [(key == Passage("a dog ran", "b").key) for key, score in made.search(["which dog?"], 2)[0]]
+        [True]
+    """
+
+    def __init__(self, engine, keys: np.ndarray):
+        self.engine, self.keys = engine, keys
+
+    @classmethod
+    def build(cls, passages: Iterable[Passage]) -> "Lexical":
+        """Of all passages anew: how rare a word is depends on all of them.
+
+        Raises:
+            ValueError: no passages.
+        """
+        bm25s = need("bm25s", "rag")
+        keys, texts = [], []
+        for passage in passages:
+            keys.append(passage.key.encode())
+            texts.append(passage.whole)
+        if not keys:
+            raise ValueError("Lexical.build: at least one passage is given, got none.")
+        engine = bm25s.BM25()
+        engine.index(_words(bm25s, texts), show_progress=False)
+        return cls(engine, np.array(keys, "S32"))
+
+    def search(self, questions: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
+        """For each question at most k (key, score), the best first; passages that share no word are not among them."""
+        bm25s = need("bm25s", "rag")
+        words = bm25s.tokenize(
+            list(questions), token_pattern=WORD, stopwords=None, show_progress=False, return_ids=False
+        )
+        known = [[word for word in of if word in self.engine.vocab_dict] for of in words]
+        out: list[list[tuple[str, float]]] = [[] for _ in questions]
+        asked = [i for i, of in enumerate(known) if of]
+        if asked:
+            rows, scores = self.engine.retrieve(
+                [known[i] for i in asked], k=min(k, len(self.keys)), show_progress=False, n_threads=0
+            )
+            for i, of, values in zip(asked, rows, scores):
+                out[i] = [(self.keys[row].decode(), float(v)) for row, v in zip(of, values) if v > 0]
+        return out
+
+    def save(self, folder: str | Path, stamp: str) -> None:
+        """Whole or not at all; `stamp` says what it was built from."""
+        folder = Path(folder)
+        part = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        self.engine.save(str(part), show_progress=False)
+        np.save(part / "keys.npy", self.keys, allow_pickle=False)
+        log.write_text(part / "stamp.json", json.dumps({"stamp": stamp, "count": len(self.keys)}))
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, stamp: str) -> "Lexical | None":
+        """What was saved with this stamp; None where there is nothing, or what was built from something else."""
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "stamp.json").read_text())
+            if about["stamp"] != stamp:
+                return None
+            keys = np.load(folder / "keys.npy", allow_pickle=False)
+            engine = need("bm25s", "rag").BM25.load(str(folder), mmap=True, show_progress=False)
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f"{folder}: damaged ({error}). Remove it; it is built again.") from error
+        if keys.shape != (about["count"],):
+            raise ValueError(f"{folder}: damaged. Remove it; it is built again.")
+        return cls(engine, keys)
+
+
+def _words(bm25s, texts: list[str]):
+    return bm25s.tokenize(texts, token_pattern=WORD, stopwords=None, show_progress=False)
