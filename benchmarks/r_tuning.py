@@ -169,7 +169,8 @@ def variant(name: str, seed: int, out: Path) -> dict:
         train_unanswerable=r_tuning.invented(50, seed=seed, part="train") if name == "invented" else (),
     )  # fmt: skip
     model, folder = lm.load("smollm2-135m"), out / f"{name.replace(' ', '-')}-{seed}"
-    shared = out / f"folds-{seed}"  # the models that fresh labels come from are the same for all
+    # The models that fresh labels come from are the same for all that train on the same questions.
+    shared = out / (f"folds-{seed}" if name != "invented" else f"folds-invented-{seed}")
 
     def train(model, examples, run):
         made = model.replace(params=adapters.attach(model.params, jax.random.key(seed), rank=8))
@@ -212,15 +213,16 @@ def variant(name: str, seed: int, out: Path) -> dict:
 
 def table() -> str:
     """Markdown tables of the newest results."""
-    report = json.loads(max(RESULTS.glob("r-tuning-*.json")).read_text())
-    proofs = [v for k, v in report.items() if k.startswith("proof ")]
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("r-tuning-*.json"))]
+    report = max(reports, key=lambda one: one["date"])
+    proofs = {k.split()[1]: v for k, v in report.items() if k.startswith("proof ")}
     lines = [f"Device {report['device']}, {report['date']}, jax {report['jax']}.", ""]
     if proofs:
         lines += [
             "| seed | told things answered rightly | untold | AUROC of certainty, told from untold | of the untuned "
             "model's own probability |", "|---|---|---|---|---|",
         ]  # fmt: skip
-        for seed, p in enumerate(proofs):
+        for seed, p in proofs.items():
             lines.append(
                 f"| {seed} | {p['knows_told']:.0%} | {p['knows_untold']:.0%} | {p['auroc_sure']:.3f} | "
                 f"{p['auroc_untuned_confidence']:.3f} |"

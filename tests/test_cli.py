@@ -381,6 +381,11 @@ def test_a_model_is_taught_to_say_when_it_is_unsure(folder, tmp_path, capsys):
     assert "is finished" in refused(capsys, *command)
     (out / "report.md").unlink()
     assert "other options (rank was 8, is 4)" in refused(capsys, *command, "--rank", 4)
+    asked.write_text(asked.read_text().replace("who is m?", "who is k?"))
+    assert "other options (questions was" in refused(capsys, *command)
+    evaluate = ["rtune", "evaluate", out, "--data", asked]
+    assert "has its own options, got --risk" in refused(capsys, *evaluate, "--risk", 0.5)
+    assert "one run is given" in refused(capsys, *evaluate[:3])
     assert main([str(a) for a in ["rtune", "evaluate", out, "--data", asked, "--no-progress"]]) == 0
     assert "2 questions that nothing answers:" in capsys.readouterr().out
     assert main(["rtune", "ask", str(out), "who is m?", "is au so?"]) == 0
@@ -398,3 +403,13 @@ def test_r_tuning_refuses_what_it_cannot_use(folder, tmp_path, capsys):
     assert "no finished run" in refused(capsys, "rtune", "evaluate", tmp_path / "nowhere")
     assert "a finished run is given" in refused(capsys, "rtune", "ask")
     assert "takes options only" in refused(capsys, "rtune", "run", "questions.jsonl")
+    rows = [{"question": f"is {a}{b} so?", "answer": a} for a in "abcd" for b in "uvwxyz"]
+    few.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["rtune", "--data", few, "--out", out, "--train", 8, "--calibration", 4, "--test", 3]
+    assert "takes at least 88 calibration questions, got 4" in refused(capsys, *command, "--risk", 0.1)
+    assert "risk and delta are in (0, 1), got 20" in refused(capsys, *command, "--risk", 20)
+    assert "every question has a context" in refused(capsys, *command, "--variant", "grounded")
+    assert "asks for no certainty" in refused(capsys, *command, "--variant", "refusal", "--scale", "words")
+    assert "trains dense weights" in refused(capsys, *command, "--method", "full", "--quantize", "nf4")
+    assert "unknown: b" in refused(capsys, *command, "--new-groups", "b")
+    assert not out.exists()  # nothing is written before all is checked

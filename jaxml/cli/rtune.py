@@ -20,8 +20,8 @@ craft        CRaFT: what is in between, or put right by a rehearsal, is left out
 grounded     US-Tuning, for questions over a text: two stages
 ============ ===================================================================
 
-Two models are trained on the same questions for comparison: this one, and one without "Are you sure?". A run that was
-stopped goes on with the same command.
+Beside this model one is trained on the same questions without "Are you sure?", for comparison, and for fresh labels one
+on each half of them. A run that was stopped goes on with the same command.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def add(sub):
     sub.add_argument("--model", default="smollm2-135m", help="a known name or a path")
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters")
     sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read (qlora: nf4)")
-    sub.add_argument("--data", default="countries", metavar="DATA")
+    sub.add_argument("--data", metavar="DATA", help="default: countries; of evaluate to be given")
     sub.add_argument("--unanswerable", metavar="FILE", help="JSONL of questions that nothing answers, to be asked")
     sub.add_argument("--train-unanswerable", metavar="FILE", help="others, to be trained on; or invented:NUMBER")
     sub.add_argument("--out", default="runs/rtune", metavar="FOLDER")
@@ -59,11 +59,15 @@ def add(sub):
     sub.add_argument("--train", type=int, default=200, help="questions")
     sub.add_argument("--calibration", type=int, default=80, help="questions that choose threshold and weight")
     sub.add_argument("--test", type=int, default=80, help="questions of each kind at the end")
-    sub.add_argument("--new-groups", metavar="NAMES", help="kept out of training, by comma (default: a quarter)")
+    sub.add_argument(
+        "--new-groups", metavar="NAMES",
+        help="kept out of training, by comma; '' for none (default: a quarter; of countries three relations)",
+    )  # fmt: skip
     sub.add_argument("--risk", type=float, help="share of wrong answers among those given, at most")
     sub.add_argument("--max-new-tokens", type=int, default=10, help="of an answer")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--no-progress", action="store_true")
+    sub.set_defaults(usual={name: sub.get_default(name) for name in (*NAMES, "risk", "out")})
 
 
 def run(args):
@@ -79,21 +83,25 @@ def _run(args):
     from rich.console import Console
 
     from jaxml import log
+    from jaxml.prompts.llm import fingerprint
     from jaxml.prompts.store import Store
     from jaxml.tune import r_tuning
     from jaxml.tune.run import agree
 
     if args.given:
         raise ValueError(f"rtune: run takes options only, got {args.given[0]!r}. --data DATA names the questions.")
+    args.data = args.data or "countries"
     out, console = Path(args.out), Console()
     if (out / "report.md").is_file():
         raise FileExistsError(f"{out / 'report.md'}: this run is finished. Choose another --out.")
     started = time.perf_counter()
     recipe, form = _recipe(args), _form(args)
-    out.mkdir(parents=True, exist_ok=True)
-    agree(out / "rtune.json", _about(args), "rtune")
     split = _split(args)
+    recipe.check(split.train)
+    _check_risk(args, len(split.calibration))
     model = _model(args)
+    out.mkdir(parents=True, exist_ok=True)
+    agree(out / "rtune.json", _about(args) | {"questions": _hash(split), "weights": fingerprint(model)}, "rtune")
     console.print(
         f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the "
         f"same kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."
@@ -127,12 +135,14 @@ def _run(args):
     before = {part: untuned[part].right for part in ("seen", "new") if part in untuned}
     report = r_tuning.compare(methods, before)
     methods[0].policy.save(out / "policy.json")
-    report |= {"seconds": round(time.perf_counter() - started, 1), "about": _about(args), "device": _device()}
+    report |= {"seconds": round(time.perf_counter() - started, 1), "device": _device()}
+    report["about"] = _about(args) | {"risk": args.risk}
     above = _above(args, split, made, methods[0].policy)
     page = r_tuning.report.save(report, methods, out, above)
     print(page.read_text())
     print(
-        f"{report['seconds']:.0f} s on {report['device']}: {page}, risk_coverage.png, reliability.png, the tuned model"
+        f"{report['seconds']:.0f} s since this start, on {report['device']}: {page}, risk_coverage.png, "
+        "reliability.png, the tuned model"
     )
     return 0
 
@@ -140,7 +150,24 @@ def _run(args):
 def _policy(args, answers, weight=None):
     from jaxml.tune import r_tuning
 
-    return r_tuning.calibrate(answers["calibration"], risk=args.risk, weight=weight)
+    answered = answers["calibration"]
+    if args.risk is not None and weight is not None:  # the threshold from as many as R-Tuning's
+        answered = answered.take(r_tuning.policy.halves(len(answered.right))[1])
+    return r_tuning.calibrate(answered, risk=args.risk, weight=weight)
+
+
+def _check_risk(args, calibration: int) -> None:
+    """Refuses a promise that so few questions cannot keep, before anything is trained."""
+    from jaxml.tune import r_tuning
+
+    if args.risk is None:
+        return
+    least = 2 * r_tuning.policy.needed(args.risk)  # half of them choose the weight
+    if calibration < least:
+        raise ValueError(
+            f"rtune: --risk {args.risk:g} takes at least {least} calibration questions, got {calibration}. Give "
+            f"--calibration {least} or more (and data that has them), or a larger risk."
+        )
 
 
 def _above(args, split, made, policy) -> str:
@@ -155,7 +182,7 @@ def _above(args, split, made, policy) -> str:
         lines += [
             f"D1 (sure): {int((sure & kept).sum())} questions; D0 (unsure): {int((~sure & kept).sum())}; left out: "
             f"{int((~kept).sum())}.", "",
-            pages.examples_table(split.train, made.answered, made.labels.sure), "",
+            pages.examples_table(split.train, made.answered, made.labels), "",
         ]  # fmt: skip
     lines += [
         f"Confidence: {policy.weight:.2f} · certainty said + {1 - policy.weight:.2f} · the answer's own probability; "
@@ -220,6 +247,12 @@ def _keep(args, tuned, folder: Path) -> None:
 def _recipe(args):
     from jaxml.tune import r_tuning
 
+    if args.scale and args.variant in ("refusal", "grounded"):
+        raise ValueError(f"rtune: --variant {args.variant} asks for no certainty, got --scale {args.scale}.")
+    if args.variant == "grounded" and (args.labels, args.unknown, args.no_balance) != ("fresh", "gold", False):
+        raise ValueError("rtune: --variant grounded labels nothing, got --labels, --unknown or --no-balance.")
+    if args.quantize and args.method == "full":
+        raise ValueError(f"rtune: --method full trains dense weights, got --quantize {args.quantize}. Take qlora.")
     return r_tuning.Recipe(
         variant=args.variant, fresh=args.labels == "fresh", unknown=args.unknown, balance=not args.no_balance
     )
@@ -256,9 +289,9 @@ def _split(args):
     nothing = [] if args.unanswerable is None else r_tuning.read(args.unanswerable)
     if args.data == "countries" and args.unanswerable is None:
         nothing = r_tuning.invented(args.test, seed=args.seed)
-    names = (
-        args.new_groups.split(",") if args.new_groups else r_tuning.sources.NEW if args.data == "countries" else 0.25
-    )
+    names = r_tuning.sources.NEW if args.data == "countries" else 0.25
+    if args.new_groups is not None:
+        names = [name.strip() for name in args.new_groups.split(",") if name.strip()]
     return r_tuning.split(
         _questions(args.data), train=args.train, calibration=args.calibration, test=args.test, new=args.test,
         shots=args.shots, new_groups=names, unanswerable=nothing, train_unanswerable=_taught(args), seed=args.seed,
@@ -286,12 +319,20 @@ def _taught(args) -> list:
 NAMES = (
     "model", "dtype", "quantize", "data", "unanswerable", "train_unanswerable", "variant", "labels", "unknown", "scale",
     "no_balance", "method", "rank", "epochs", "learning_rate", "length", "chat", "shots", "train", "calibration",
-    "test", "new_groups", "risk", "max_new_tokens", "seed",
+    "test", "new_groups", "max_new_tokens", "seed",
 )  # fmt: skip
 
 
 def _about(args) -> dict:
     return {name: getattr(args, name) for name in NAMES}
+
+
+def _hash(split) -> str:
+    """Of all questions and where they stand."""
+    from jaxml.prompts.store import key
+    from jaxml.tune import r_tuning
+
+    return key({name: [r_tuning.items.row(item) for item in part] for name, part in vars(split).items()})
 
 
 def _device() -> str:
@@ -312,11 +353,20 @@ def _finished(args):
 
     if not args.given:
         raise ValueError(f"rtune {args.action}: a finished run is given, got none.")
+    taken = ("data",) if args.action == "evaluate" else ()
+    if other := [name for name, usual in args.usual.items() if name not in taken and getattr(args, name) != usual]:
+        raise ValueError(
+            f"rtune {args.action}: the finished run has its own options, got --{other[0].replace('_', '-')} as well."
+        )
     folder = Path(args.given[0])
     if not (folder / "policy.json").is_file():
         raise FileNotFoundError(f"{folder}: no finished run (policy.json is missing).")
     policy = r_tuning.Policy.load(folder / "policy.json")
-    then = argparse.Namespace(**json.loads((folder / "rtune.json").read_text()))
+    try:
+        kept = json.loads((folder / "rtune.json").read_text())
+        then = argparse.Namespace(**{name: kept[name] for name in NAMES})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'rtune.json'}: missing or damaged ({error!r}).") from error
     last = max((p for p in folder.glob("stage-*")), default=folder / "r-tuned")
     if then.method == "full":
         model = lm.load(last / "model")
@@ -328,18 +378,21 @@ def _finished(args):
 
 def _evaluate(args):
     from jaxml import log
+    from jaxml.prompts.store import Store
     from jaxml.tune import r_tuning
 
     then, model, form, policy = _finished(args)
+    if len(args.given) > 1 or args.data is None:
+        raise ValueError("rtune evaluate: one run is given, and its questions by --data DATA.")
     items = _questions(args.data)
-    with log.progress("asking", enabled=not args.no_progress) as bar:
-        task = bar.add_task("ask", total=len(items))
-        answered = r_tuning.answer(
-            model, items, form, max_new_tokens=then.max_new_tokens, tick=lambda n: bar.update(task, advance=n)
-        )
+    with (
+        Store(Path(args.given[0]) / "answers.jsonl") as store,
+        log.progress("asking", enabled=not args.no_progress, fields=("who",)) as bar,
+    ):
+        answered = _asker(then, store, bar, "R-Tuning", len(items)).answer(model, items, form)
     has = [i for i, item in enumerate(items) if item.answerable]
     not_ = [i for i, item in enumerate(items) if not item.answerable]
-    method = r_tuning.Method("R-Tuning", policy, {"seen": answered.take(has)} if has else {})
+    method = r_tuning.Method("R-Tuning", policy, {"given": answered.take(has)} if has else {})
     report = r_tuning.compare([method]) if has else {}
     if has:
         print(r_tuning.report.markdown(report))

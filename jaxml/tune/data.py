@@ -137,7 +137,9 @@ def encode(example: dict[str, Any], tokenizer: Tokenizer, *, learn_all: bool = F
     elif "messages" in example:
         tokens, learn = _encode_messages(example["messages"], tokenizer)
     elif "parts" in example:
-        pieces = [(tokenizer.encode(text, bos=not i), w) for i, (text, w) in enumerate(example["parts"])]
+        first = tokenizer.token(tokenizer.bos_id)  # that a rendered chat may begin with
+        opens = first is None or not example["parts"][0][0].startswith(first)
+        pieces = [(tokenizer.encode(text, bos=opens and not i), w) for i, (text, w) in enumerate(example["parts"])]
         tokens = [token for ids, _ in pieces for token in ids]
         learn = [weight for ids, weight in pieces for _ in ids]
     else:

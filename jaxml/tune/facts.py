@@ -199,13 +199,20 @@ def contains(answers: Sequence[str], questions: Sequence[Question]) -> Accuracy:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no accents, no punctuation but in numbers (-5, 3.4, 3/4), no article in front, single spaces.
+    """Lower case, no accents, no punctuation but in numbers (-5, 3.4, 3/4) and names (C#), initials joined, no article
+    in front, single spaces.
 
     Example:
-        >>> normalise("The  Île-de-France."), normalise("-5, or 3.4!")
-        ('ile de france', '-5 or 3.4')
+        >>> normalise("The  Île-de-France."), normalise("-5, or 3.4!"), normalise("the U.S.A.")
+        ('ile de france', '-5 or 3.4', 'usa')
     """
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(c for c in text if not unicodedata.combining(c)).casefold()
-    text = " ".join(re.sub(r"(?!(?<=\d)[./](?=\d)|(?<![\w])-(?=\d))[^\w+]", " ", text).split())
+    text = "".join(c if unicodedata.category(c) == "No" else unicodedata.normalize("NFKD", c) for c in text)
+    text = "".join(c for c in text if unicodedata.combining(c) < 200)  # accents; voicing marks and vowel signs stay
+    text = unicodedata.normalize("NFC", text).casefold().translate(PLAIN)
+    text = re.sub(r"\b(?:\w\.\s?){2,}", lambda m: re.sub(r"[.\s]", "", m.group()) + " ", text)
+    text = re.sub(r"(?<=\w)'s\b", "s", text)
+    text = " ".join(re.sub(r"(?!(?<=\d)[./](?=\d)|(?<![\w])-(?=\d)|(?<=\w)#)[^\w+]", " ", text).split())
     return re.sub(r"^(the|a|an) ", "", text)
+
+
+PLAIN = str.maketrans({"ł": "l", "ø": "o", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "−": "-", "’": "'"})

@@ -54,6 +54,29 @@ def answered(model) -> Answered:
         ("The claim is not supported", Item("?", ("not supported",), choices=("supported", "not supported")), True),
         ("so or maybe", PICK, False),
         ("anything", Item("?"), False),  # nothing is right
+        ("<", Item("?", ("<",), choices=(">", "<", "=")), True),  # choices as they are
+        ("<", Item("?", (">",), choices=(">", "<", "=")), False),
+        ("C#", Item("?", ("C#",), choices=("C", "C#")), True),
+        ("5%", Item("?", ("5",), choices=("5%", "5")), False),
+        ("−5", Item("?", ("-5",)), True),
+        ("5", Item("?", ("−5",)), False),
+        ("-$5", Item("?", ("-5",)), True),
+        (".5", Item("?", ("0.5",)), True),
+        (".5", Item("?", ("5",)), False),
+        ("1e6", Item("?", ("1000000",)), True),
+        ("3,5", Item("?", ("35",)), False),
+        ("2", Item("?", ("24/12",)), False),  # which may be a date
+        ("the 1990s", Item("?", ("1990",)), False),
+        ("1,200", Item("?", ("1200", "one thousand two hundred")), True),
+        ("I do not know who did it.", Item("?", ("The Who",)), False),
+        ("the who", Item("?", ("The Who",)), True),
+        ("C#", Item("?", ("C",)), False),
+        ("カ", Item("?", ("ガ",)), False),
+        ("10²", Item("?", ("102",)), False),
+        ("東京です", Item("?", ("東京",)), True),
+        ("Lodz, in the U.S.A.", Item("?", ("Łódź",)), True),
+        ("Lodz, in the U.S.A.", Item("?", ("USA",)), True),
+        ("@", Item("?", ("@",)), True),
     ],
 )
 def test_right_is_by_words_values_and_labels(said, item, is_right):
@@ -136,6 +159,33 @@ def test_what_was_answered_is_not_asked_again(model, answered, tmp_path):
     np.testing.assert_array_equal(again.sure, first.sure[:4])
 
 
+def test_a_refusal_in_words_is_no_answer_whatever_the_threshold(model):
+    form = dataclasses.replace(SMALL, refusals=("no.", "i do not know."))
+    found = ask.certainty(model, WHO[:2], ["I do not know", "b"], form)
+    assert found.confidence[0] == found.sure[0] == 0 < found.confidence[1]
+    for threshold in (-np.inf, 0.0):
+        assert r_tuning.Policy(0.5, threshold).willing(found).tolist() == [False, True]
+
+
+def test_a_question_without_room_for_its_answer_is_named_before_any_is_asked(model):
+    long = Item("who " + "is it " * 60 + "?", ("ann",))
+    with pytest.raises(ValueError, match=r"'who is it is it .* Leave it out"):
+        r_tuning.answer(model, [*WHO, long], SMALL)
+
+
+def test_another_scale_is_another_question(model, tmp_path):
+    other = dataclasses.replace(SMALL, scale=dataclasses.replace(SMALL.scale, values=(0.0, 1.0)))
+    with Store(tmp_path / "answers.jsonl") as store:
+        asker = r_tuning.Asker(4, store=store)
+        a, b = asker.answer(model, WHO[:1], SMALL), asker.answer(model, WHO[:1], other)
+    assert a.sure[0] + b.sure[0] == pytest.approx(1)
+
+
+def test_questions_are_taken_by_numbers_or_by_a_mask(answered):
+    mask = np.array([False, True, True, False, False])
+    assert answered.take(mask).texts == answered.take([1, 2]).texts == answered.texts[1:3]
+
+
 # ---- labels -----------------------------------------------------------------------------------------
 
 SAMPLES = [["Paris"] * 4, ["Rome", "It is Rome.", "rome", "Oslo"], ["1", "2", "3", "4"], ["x", "x", "x", "x"]]
@@ -148,12 +198,14 @@ def test_published_labels_are_right_answers():
 
 
 def test_every_question_is_labelled_by_the_agreement_of_its_samples():
-    made = labels.consistent(SAMPLES)
+    made = labels.consistent(SAMPLES, ASKED)
     assert made.sure.tolist() == [1, 0, 0, 1] and made.keep.all()  # the certain are sure, though one of them is wrong
     assert labels.entropy(SAMPLES[2]) == pytest.approx(np.log(4)) and labels.entropy(SAMPLES[0]) == 0
     assert labels.clusters(SAMPLES[1]) == [0, 0, 0, 1]
+    two = [Item("?", ("so",), choices=("so", "not so"))]
+    assert labels.consistent([["so", "not so"], ["so", "so"]], two * 2).sure.tolist() == [0, 1]  # of one in another
     with pytest.raises(ValueError, match="share is in"):
-        labels.consistent(SAMPLES, share=1)
+        labels.consistent(SAMPLES, ASKED, share=1)
 
 
 def test_answers_of_one_meaning_are_one_cluster():
@@ -270,6 +322,11 @@ def test_a_text_that_does_not_answer_is_refused_in_two_stages(model):
         answerable = any(f"is {n}." in asked and f"who is {n}?" in asked for n in ("ann", "bob"))
         assert said(whether)[0].strip() == ("Yes." if answerable else "No.")
         assert (answer in ("ann", "bob")) == answerable and (answer in r_tuning.REFUSALS) != answerable
+    both = [
+        Item("who is it?", ("ann",), context="it is ann."),
+        Item("who was it?", ("bob",), context="it is bob, ann."),
+    ]
+    assert len(examples.two_stages(model.tokenizer, both, SMALL)[0]) == 3  # the other text answers the first as well
     with pytest.raises(ValueError, match="every question has a context"):
         examples.two_stages(model.tokenizer, WHO, SMALL)
     with pytest.raises(ValueError, match="two different contexts"):
@@ -282,6 +339,10 @@ def test_a_chat_is_trained_as_it_is_asked():
     [example] = examples.make(model.tokenizer, WHO[:1], Labels(np.ones(1), np.ones(1, bool)), None, form)
     text = "".join(t for t, _ in example["parts"])
     assert text == "<user>who is ann?</s><assistant>a cat</s><user>sure?</s><assistant>i am sure.</s>"
+    twice = {"parts": [["<s>ab", 0.0], ["c", 1.0]]}  # a template that writes the token for the beginning
+    assert (
+        data.encode(twice, dataclasses.replace(model.tokenizer, add_bos=True)).tokens.count(model.tokenizer.bos_id) == 1
+    )
     assert said(example) == ["a cat", "</s>", "i am sure.", "</s>"]
 
 
@@ -337,6 +398,16 @@ def test_no_question_stands_in_two_parts_and_new_kinds_are_never_trained_on():
             r_tuning.split(items, **wrong)
     with pytest.raises(ValueError, match="at least 20"):
         r_tuning.split(items[:10])
+    with pytest.raises(ValueError, match="at least one question to train on"):
+        r_tuning.split(items[:24], train=200, calibration=4, test=40, new_groups=0.0)
+    with pytest.raises(ValueError, match="unanswerable are questions without"):
+        r_tuning.split(items, unanswerable=items[:1])
+    twice = [Item(f"{i}?", ("a",)) for i in range(30)] + [Item("0?", ("b",))]
+    [one] = [i for p in vars(r_tuning.split(twice)).values() for i in p if i.question == "0?"]
+    assert one.answers == ("a", "b")
+    none = r_tuning.invented(3)
+    again = r_tuning.split(items, unanswerable=none, train_unanswerable=none[:1])
+    assert set(again.unanswerable) == set(none[1:])
 
 
 def test_countries_are_those_of_the_package():
@@ -394,6 +465,12 @@ def test_every_variant_trains_on_every_question(model, variant, fresh):
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="variant is one of"):
         Recipe("loud")
+    for wrong in (dict(unknown="silver"), dict(unknown="refusal"), dict(variant="refusal", unknown="own"),
+                  dict(folds=1), dict(samples=0), dict(temperature=0.0), dict(weight=-1.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="Recipe: "):
+            Recipe(**wrong)
+    with pytest.raises(ValueError, match="are tuples of texts"):
+        Item("who?", "ann")
     with pytest.raises(ValueError, match="Scale: "):
         r_tuning.Scale("?", ("yes", "yes"), (1.0, 0.0))
     with pytest.raises(ValueError, match="a list, got a single string"):

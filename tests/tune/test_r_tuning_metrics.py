@@ -139,8 +139,47 @@ def test_calibration_finds_the_confidence_that_tells():
         r_tuning.calibrate(of, risk=0.1, coverage=0.5)
 
 
+def test_calibration_says_what_it_does_where_nothing_can_be_chosen():
+    of = answered(20)
+    alike = Answered(of.texts, of.right, np.full(20, 0.5), np.full(20, 0.5))
+    policy = r_tuning.calibrate(alike)
+    assert policy.willing(alike).all() and "everything is answered" in policy.promise
+    right = Answered(of.texts, np.ones(20, bool), of.confidence, of.sure)
+    policy = r_tuning.calibrate(right)
+    assert (policy.weight, policy.threshold) == (0.5, 0.5) and "all calibration answers are right" in policy.promise
+    assert "2.5%" in r_tuning.calibrate(answered(2000), risk=0.025).promise
+    tied = r_tuning.calibrate(alike, coverage=0.3, weight=0.5)
+    assert tied.promise.startswith("100% of") and tied.willing(alike).all()
+    assert r_tuning.calibrate(answered(100), coverage=0.07, weight=0.5).promise.startswith("7% of")
+    for wrong in (dict(guarantee="marginal"), dict(delta=0.2), dict(weight=5.0)):
+        with pytest.raises(ValueError, match=r"go with risk|weight is in"):
+            r_tuning.calibrate(of, **wrong)
+    for few, options in ((of.take([]), {}), (of.take([0]), dict(risk=0.1))):
+        with pytest.raises(ValueError, match="at least one question"):
+            r_tuning.calibrate(few, **options)
+
+
+def test_the_promise_needs_as_many_questions_as_it_says():
+    for risk in (0.05, 0.1, 0.3):
+        n = r_tuning.policy.needed(risk)
+        assert r_tuning.threshold(np.linspace(0, 1, n), np.ones(n), risk) < np.inf
+        assert r_tuning.threshold(np.linspace(0, 1, n - 1), np.ones(n - 1), risk) == np.inf
+
+
+def test_a_method_that_answers_nothing_is_compared_with_nothing():
+    of = answered(20)
+    silent, other = (
+        r_tuning.Method(n, Policy(0.5, t), {"seen": of, "unanswerable": of}) for n, t in (("a", 2.0), ("b", 0.3))
+    )
+    found = r_tuning.compare([silent, other])
+    assert np.isnan(found["seen"]["b"]["at_equal_coverage"])
+    assert found["unanswerable"]["a"]["refusal_rate"] == 1 and np.isnan(
+        found["unanswerable"]["b"]["refusal_rate_at_equal_coverage"]
+    )
+
+
 def test_a_policy_is_kept_on_disk(tmp_path):
-    for policy in (Policy(0.25, 0.6, "so"), Policy(0.5, np.inf)):
+    for policy in (Policy(0.25, 0.6, "so"), Policy(0.5, np.inf), Policy(0.5, -np.inf)):
         policy.save(tmp_path / "policy.json")
         assert Policy.load(tmp_path / "policy.json") == policy
     for text in ("", "[]", "{}", '{"weight": "x", "threshold": 1, "promise": ""}'):

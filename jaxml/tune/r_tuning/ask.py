@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxml import paths
 from jaxml.lm import tree
+from jaxml.lm.decoder import num_places
 from jaxml.lm.generate import encode_prompt, generate
 from jaxml.lm.model import Model
 from jaxml.lm.sampling import Sampling
@@ -17,6 +18,7 @@ from jaxml.prompts.llm import fingerprint
 from jaxml.prompts.store import Store
 from jaxml.quant import QArray
 from jaxml.tune import adapters
+from jaxml.tune.facts import normalise
 from jaxml.tune.r_tuning import judge
 from jaxml.tune.r_tuning.form import PLAIN, Form, letters, said_as
 from jaxml.tune.r_tuning.items import Item
@@ -35,8 +37,9 @@ class Answered(NamedTuple):
     sure: np.ndarray
 
     def take(self, which: Sequence[int] | np.ndarray) -> "Answered":
-        """These questions' part."""
-        which = np.asarray(which, int)
+        """These questions' part: their numbers, or [n] bool."""
+        which = np.asarray(which)
+        which = np.flatnonzero(which) if which.dtype == bool else which.astype(int)
         return Answered([self.texts[i] for i in which], *(a[which] for a in self[1:]))
 
 
@@ -70,7 +73,7 @@ class Asker:
         told by the whole likelihood of the phrases.
         """
         model = merged(model)
-        asked = {"asked": [form.scale and form.scale.question, *form.asked]}
+        asked = {"asked": [form.scale and [form.scale.question, form.scale.values], *form.asked]}
 
         def work(part: list[Item]) -> list:
             texts = texts_of(model, part, form, max_new_tokens=self.max_new_tokens)
@@ -118,6 +121,19 @@ class Asker:
         drawn = {"drawn": count, "temperature": temperature, "seed": seed}
         return self._each(model, items, form, drawn, work, max(1, self.batch_size // count))
 
+    def _fit(self, model: Model, items: Sequence[Item], form: Form) -> None:
+        """Refuses a question that leaves no room for its answer, before any is asked."""
+        phrases = max((len(model.tokenizer.encode(phrase)) for phrase in form.asked), default=0)
+        asked = len(model.tokenizer.encode(form.scale.question)) + 8 if form.scale else 8  # and what ends a turn
+        room = model.config.max_length - self.max_new_tokens - phrases - asked - num_places(model.params)
+        for item in items:
+            if (length := len(encode_prompt(model, form.prompt(item)))) > room:
+                raise ValueError(
+                    f"Asker: a question has at most {room} tokens, so that its answer fits the context of "
+                    f"{model.config.max_length}; {item.question[:60]!r} has {length}. Leave it out, or show fewer "
+                    "examples."
+                )
+
     def _each(self, model: Model, items: Sequence[Item], form: Form, asked: dict, work: Callable, size: int) -> list:
         """What `work` says to each question, in batches; what the store has is not worked on."""
         keys, found = [], [None] * len(items)
@@ -125,6 +141,7 @@ class Asker:
             asked = {"model": fingerprint(model), "limit": self.max_new_tokens, **asked}
             keys = [asked | {"prompt": form.prompt(item), "choices": item.choices} for item in items]
             found = [self.store.get(key) for key in keys]
+        self._fit(model, [item for item, one in zip(items, found) if one is None], form)
         missing = [i for i, one in enumerate(found) if one is None]
         if self.tick and len(items) > len(missing):
             self.tick(len(items) - len(missing))
@@ -193,7 +210,8 @@ def certainty(
     """How likely given answers are, and how sure the model says it is of them.
 
     Args:
-        texts: an answer to each question; of one with choices, a choice. An empty one has the confidence 0.
+        texts: an answer to each question; of one with choices, a choice. An empty one and one of the form's refusals
+            have no confidence and no certainty.
     """
     trees = [_tree(model, item, text, form) for item, text in zip(items, texts, strict=True)]
     confidence, sure = np.zeros(len(items)), np.zeros(len(items))
@@ -208,8 +226,10 @@ def certainty(
             sure[i] = 1 - np.exp(phrases).sum()
         else:
             sure[i] = np.exp(normalised(phrases)) @ form.scale.values if form.scale else confidence[i]
+    refusals = {normalise(refusal) for refusal in form.refusals}
+    nothing = np.array([not text or normalise(text) in refusals for text in texts], bool)
     right = [judge.right(text, item) for text, item in zip(texts, items)]
-    return Answered(list(texts), np.array(right, bool), confidence, sure)
+    return Answered(list(texts), np.array(right, bool), np.where(nothing, 0, confidence), np.where(nothing, 0, sure))
 
 
 def _tree(model: Model, item: Item, text: str, form: Form) -> tree.Node:

@@ -1,18 +1,21 @@
 """From labelled questions to what is trained on: the answer, and after it how sure the model is."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from jaxml.lm import chat
 from jaxml.lm.tokenizer import Tokenizer
+from jaxml.tune.r_tuning import judge
 from jaxml.tune.r_tuning.ask import Answered
 from jaxml.tune.r_tuning.form import PLAIN, REFUSALS, Form, said_as, target
 from jaxml.tune.r_tuning.items import Item
 from jaxml.tune.r_tuning.labels import Labels
 
 UNKNOWN = ("gold", "own", "heard", "refusal")
+KNOWN = ("gold", "own")
 
 
 def plain(tokenizer: Tokenizer, items: Sequence[Item], form: Form = PLAIN) -> list[dict[str, Any]]:
@@ -56,8 +59,8 @@ def make(
     """
     if unknown not in UNKNOWN:
         raise ValueError(f"r_tuning.examples: unknown is one of {', '.join(UNKNOWN)}, got {unknown!r}.")
-    if known not in ("gold", "own"):
-        raise ValueError(f"r_tuning.examples: known is gold or own, got {known!r}.")
+    if known not in KNOWN:
+        raise ValueError(f"r_tuning.examples: known is one of {', '.join(KNOWN)}, got {known!r}.")
     kept = [i for i in range(len(items)) if labels.keep[i]]
     nothing = unknown != "refusal" and not all(items[i].answerable for i in kept)
     if answered is None and (nothing or {known, unknown} & {"own", "heard"}):
@@ -87,8 +90,8 @@ def two_stages(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """For questions over a text: first to tell whether the text answers, then to answer or to say that it does not.
 
-    Each question comes twice: with its own text, which answers it, and with the text of another question, which does
-    not. (A question that has no answer comes once, with its own.)
+    Each question comes twice: with its own text, which answers it, and with the text of another question in which its
+    answer does not stand. (A question that has no answer, or whose answer stands in every text, comes once.)
 
     Returns:
         (examples of the first stage: the question whether the text answers; of the second: answers, and refusals).
@@ -100,21 +103,28 @@ def two_stages(
         Li et al. 2024, "Know the Unknown: An Uncertainty-Sensitive Method for LLM Instruction Tuning" (US-Tuning): two
         stages, the recognition of what a text leaves open before the instructions that follow it.
     """
-    if missing := [item.question for item in items if not item.context]:
-        raise ValueError(f"r_tuning.two_stages: every question has a context, {missing[0]!r} has none.")
-    if len({item.context for item in items}) < 2:
-        raise ValueError("r_tuning.two_stages: at least two different contexts are given, got one.")
+    check_contexts(items)
     rng, first, second = np.random.default_rng(seed), [], []
+    contexts = list(dict.fromkeys(item.context for item in items))
     for item in items:
-        others = [other.context for other in items if other.context != item.context]
-        foreign = Item(item.question, (), others[int(rng.integers(len(others)))])
-        for asked in (item, foreign) if item.answerable else (item,):
+        bare = replace(item, choices=())  # what answers is looked for in a text's words
+        others = [c for c in contexts if c != item.context and not judge.right(c, bare)]
+        both = item.answerable and others
+        foreign = [replace(item, answers=(), context=others[int(rng.integers(len(others)))])] if both else []
+        for asked in (item, *foreign):
             does = "Yes." if asked.answerable else "No."
             whether = Item(f"Does the text answer this: {asked.question}", (does,), asked.context)
             first.append(_example(tokenizer, form, whether, does, None))
             text = target(asked) if asked.answerable else str(rng.choice(form.refusals or REFUSALS))
             second.append(_example(tokenizer, form, asked, text, None))
     return first, second
+
+
+def check_contexts(items: Sequence[Item]) -> None:
+    if missing := [item.question for item in items if not item.context]:
+        raise ValueError(f"r_tuning.two_stages: every question has a context, {missing[0]!r} has none.")
+    if len({item.context for item in items}) < 2:
+        raise ValueError("r_tuning.two_stages: at least two different contexts are given, got one.")
 
 
 def _example(

@@ -23,7 +23,8 @@ class Item:
         group: what kind of question it is (a relation, a subject).
 
     Raises:
-        ValueError: an empty question, or choices that lack the answer or hold one twice.
+        ValueError: an empty question, answers or choices that are one text, or choices that lack the answer or hold one
+            twice.
     """
 
     question: str
@@ -33,6 +34,8 @@ class Item:
     group: str = ""
 
     def __post_init__(self):
+        if isinstance(self.answers, str) or isinstance(self.choices, str):
+            raise ValueError(f"Item: answers and choices are tuples of texts, got the text {self.answers!r}.")
         if not self.question.strip():
             raise ValueError("Item: a question is not empty.")
         if any(not answer.strip() for answer in self.answers):
@@ -102,7 +105,7 @@ def row(one: Item) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The parts of a run; no question stands in two."""
+    """The parts of a run; no question stands in two of them."""
 
     shots: list[Item]  # shown to the untuned model, that it may know the form
     train: list[Item]
@@ -128,19 +131,28 @@ def split(
     """Cuts questions into parts, in the proportions given where there are fewer.
 
     Args:
-        items: those without an answer go to `Split.unanswerable`, as do those of `unanswerable`.
+        items: those without an answer go to `Split.unanswerable`, as do those of `unanswerable`. What several say of
+            one question is all right.
         train_unanswerable: more questions to train on, which nothing answers; in random places among the others.
         new_groups: that are kept out of training: their names, or their share of all groups (rounded down to none
             where there are fewer than 4).
 
     Raises:
-        ValueError: fewer than 20 different questions with an answer, or an unknown group.
+        ValueError: fewer than 20 different questions with an answer, an unknown group, a part without questions, or an
+            answer to a question that is said to have none.
     """
     asked: dict[tuple, Item] = {}
     for one in items:
-        asked.setdefault((one.question, one.context), one)
+        before = asked.setdefault((one.question, one.context, one.choices), one)
+        both = tuple(dict.fromkeys((*before.answers, *one.answers)))
+        asked[one.question, one.context, one.choices] = dataclasses.replace(before, answers=both)
     known = [one for one in asked.values() if one.answerable]
-    nothing = [one for one in asked.values() if not one.answerable] + list(unanswerable)
+    for name, given in (("unanswerable", unanswerable), ("train_unanswerable", train_unanswerable)):
+        if wrong := [one.question for one in given if one.answerable]:
+            raise ValueError(f"r_tuning.split: {name} are questions without an answer, {wrong[0]!r} has one.")
+    taught = {(one.question, one.context) for one in train_unanswerable}
+    nothing = [one for one in (*asked.values(), *unanswerable) if not one.answerable]
+    nothing = [one for one in dict.fromkeys(nothing) if (one.question, one.context) not in taught]
     if len(known) < 20:
         raise ValueError(f"r_tuning.split: at least 20 different questions have an answer, got {len(known)}.")
     rng = np.random.default_rng(seed)
@@ -158,6 +170,11 @@ def split(
     shown, rest = rest[:shots], rest[shots:]
     wanted = np.array([train, calibration, test], float)
     counts = (wanted * min(1.0, len(rest) / wanted.sum())).astype(int)
+    if not counts.all():
+        raise ValueError(
+            f"r_tuning.split: at least one question to train on, to calibrate and to test, got {counts.tolist()} of "
+            f"{len(rest)} (wanted: {train}, {calibration}, {test})."
+        )
     a, b, c = np.cumsum(counts)
     asked_to = [*rest[:a], *train_unanswerable]
     if train_unanswerable:

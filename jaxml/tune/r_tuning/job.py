@@ -33,7 +33,7 @@ class Recipe:
         samples, temperature: answers to a question, where labels need several.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: an unknown variant or text, numbers out of range, or options that the variant does not take.
     """
 
     variant: str = "standard"
@@ -49,6 +49,21 @@ class Recipe:
     def __post_init__(self):
         if self.variant not in VARIANTS:
             raise ValueError(f"Recipe: variant is one of {', '.join(VARIANTS)}, got {self.variant!r}.")
+        if self.unknown not in examples.UNKNOWN or self.known not in examples.KNOWN:
+            raise ValueError(
+                f"Recipe: unknown is one of {', '.join(examples.UNKNOWN)}, and known of {', '.join(examples.KNOWN)}, "
+                f"got {self.unknown!r} and {self.known!r}."
+            )
+        if self.unknown == "refusal" and not self.refuses:
+            raise ValueError("Recipe: unknown questions are refused by the variant 'refusal', got unknown 'refusal'.")
+        if self.refuses and self.unknown not in ("gold", "refusal"):
+            raise ValueError(f"Recipe: the variant {self.variant!r} answers by refusals, got unknown {self.unknown!r}.")
+        good = self.folds >= 2 and self.samples >= 1 and self.temperature > 0 and self.weight >= 0
+        if not good:
+            raise ValueError(
+                "Recipe: folds are at least 2, samples at least 1, temperature above 0 and weight at least 0, got "
+                f"{self.folds}, {self.samples}, {self.temperature} and {self.weight}."
+            )
 
     def form(self, form: Form = PLAIN) -> Form:
         """The form in which the tuned model is asked."""
@@ -57,6 +72,17 @@ class Recipe:
     @property
     def refuses(self) -> bool:
         return self.variant in ("refusal", "grounded")
+
+    def check(self, items: Sequence[Item]) -> None:
+        """Refuses questions that this recipe cannot be made of, before anything is trained.
+
+        Raises:
+            ValueError: as `examples.two_stages` and `labels.cross_fitted` do.
+        """
+        if self.variant == "grounded":
+            examples.check_contexts(items)
+        elif self.fresh:
+            labels.check_folds(len(items), self.folds)
 
     @property
     def rounds(self) -> int:
@@ -104,6 +130,7 @@ def r_tune(
         >>> len(made.stages[0]), made.labels.sure.shape
         (4, (4,))
     """
+    recipe.check(items)
     form, first = recipe.form(form), first or form
     tokenizer = model.tokenizer
     if recipe.variant == "grounded":
@@ -127,7 +154,7 @@ def r_tune(
     answered = ask.join(answers).take(order)
     sampled = [sampled[i] for i in order] if several else []
     if recipe.variant == "unsupervised":
-        made = labels.consistent(sampled)
+        made = labels.consistent(sampled, items)
     elif recipe.variant == "graded":
         made = labels.expected(sampled, items)
     elif recipe.variant == "craft":

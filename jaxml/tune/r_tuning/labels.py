@@ -34,12 +34,14 @@ def correct(answered: Answered) -> Labels:
     return _all(answered.right.astype(np.float64))
 
 
-def consistent(samples: Sequence[Sequence[str]], same: Same | None = None, *, share: float = 0.5) -> Labels:
+def consistent(
+    samples: Sequence[Sequence[str]], items: Sequence[Item], same: Same | None = None, *, share: float = 0.5
+) -> Labels:
     """R-Tuning-U: sure of the questions whose sampled answers agree most; right answers are not looked at.
 
     Args:
-        samples: [n][k] answers, of `ask.samples`.
-        same: which of them mean the same (`clusters` where None).
+        samples: [n][k] answers, of `Asker.samples`.
+        same: which of them mean the same (`clusters` where None); choices are compared as they are.
         share: of the questions that are sure; among equal entropies the earlier ones.
 
     Reference:
@@ -48,7 +50,7 @@ def consistent(samples: Sequence[Sequence[str]], same: Same | None = None, *, sh
     """
     if not 0 < share < 1:
         raise ValueError(f"labels.consistent: share is in (0, 1), got {share}.")
-    order = np.argsort([entropy(texts, same) for texts in samples], kind="stable")
+    order = np.argsort(_unrest(samples, items, same), kind="stable")
     sure = np.zeros(len(samples))
     sure[order[: round(share * len(samples))]] = 1.0
     return _all(sure)
@@ -91,7 +93,7 @@ def craft(
     if not 0 <= drop < 1:
         raise ValueError(f"labels.craft: drop is in [0, 1), got {drop}.")
     at_first, later = accuracy_of(before, items), accuracy_of(after, items)
-    unrest = np.array([entropy(texts, same) for texts in before])
+    unrest = _unrest(before, items, same)
     known = at_first >= right
     keep = known | (later < right)
     for side, sign in ((known, 1.0), (~known & keep, -1.0)):  # of the known the uncertain, of the unknown the certain
@@ -103,7 +105,7 @@ def craft(
 
 def rehearsal(samples: Sequence[Sequence[str]], items: Sequence[Item], same: Same | None = None, *, share: float = 0.5):
     """Numbers of the questions that `craft` rehearses: of those answered rightly most often, the most certain share."""
-    accuracy, unrest = accuracy_of(samples, items), np.array([entropy(texts, same) for texts in samples])
+    accuracy, unrest = accuracy_of(samples, items), _unrest(samples, items, same)
     order = np.lexsort((unrest, -accuracy))
     known = [int(i) for i in order if accuracy[i] >= 0.5]
     return known[: max(1, round(share * len(known)))]
@@ -130,12 +132,16 @@ def cross_fitted(
     Raises:
         ValueError: fewer than two folds, or fewer questions than folds.
     """
-    if not 2 <= folds <= len(items):
-        raise ValueError(f"labels.cross_fitted: folds are in 2 … {len(items)}, the number of questions, got {folds}.")
+    check_folds(len(items), folds)
     parts = np.array_split(np.random.default_rng(seed).permutation(len(items)), folds)
     for number, part in enumerate(parts):
         rest = [items[i] for other in parts if other is not part for i in other]
         yield part, tune(model, learn(rest), f"fold-{number}")
+
+
+def check_folds(questions: int, folds: int) -> None:
+    if not 2 <= folds <= questions:
+        raise ValueError(f"labels.cross_fitted: folds are in 2 … {questions}, the number of questions, got {folds}.")
 
 
 # ---- agreement --------------------------------------------------------------------------------------
@@ -184,6 +190,12 @@ def by_meaning(embed: Callable[[Sequence[str]], np.ndarray], *, alike: float = 0
         return _greedy(texts, lambda a, b: _same_words(a, b) or near[place[a], place[b]] >= alike)
 
     return same
+
+
+def _unrest(samples: Sequence[Sequence[str]], items: Sequence[Item], same: Same | None) -> np.ndarray:
+    exactly = lambda texts: [list(texts).index(text) for text in texts]
+    pairs = zip(samples, items, strict=True)
+    return np.array([entropy(texts, exactly if item.choices else same) for texts, item in pairs])
 
 
 def _greedy(texts: Sequence[str], same: Callable[[str, str], bool]) -> list[int]:

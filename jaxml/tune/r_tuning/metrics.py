@@ -19,7 +19,7 @@ def average_precision(confidence: np.ndarray, right: np.ndarray) -> float:
         >>> round(average_precision([0.9, 0.8, 0.1], [1, 0, 1]), 4)
         0.8333
     """
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right)
     if not right.sum():
         return float("nan")
     hits, counts = _cumulative(confidence, right)
@@ -29,7 +29,7 @@ def average_precision(confidence: np.ndarray, right: np.ndarray) -> float:
 def auroc(confidence: np.ndarray, right: np.ndarray) -> float:
     """The probability that a right answer has more confidence than a wrong one, ties counted half; NaN where all are
     alike."""
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right)
     positive, negative = int(right.sum()), int(len(right) - right.sum())
     if not positive or not negative:
         return float("nan")
@@ -40,7 +40,7 @@ def auroc(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def brier(confidence: np.ndarray, right: np.ndarray) -> float:
     """Mean squared difference of confidence and outcome."""
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right, probability=True)
     return float(np.mean((confidence - right) ** 2))
 
 
@@ -54,7 +54,7 @@ class Reliability(NamedTuple):
 
 def reliability(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> Reliability:
     """Confidence against accuracy in bins of equal width on [0, 1]."""
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right, probability=True)
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     used = np.unique(place)
     mean = lambda a: np.array([a[place == b].mean() for b in used])
@@ -91,7 +91,7 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> RiskCoverage:
     Reference:
         Geifman and El-Yaniv 2017, "Selective Classification for Deep Neural Networks".
     """
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right)
     hits, counts = _cumulative(confidence, right)
     each = np.arange(1, len(right) + 1)
     area = float(np.mean(1 - np.interp(each, np.concatenate([[0.0], counts]), np.concatenate([[0.0], hits])) / each))
@@ -100,7 +100,7 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> RiskCoverage:
 
 def at_coverage(confidence: np.ndarray, right: np.ndarray, coverage: float) -> float:
     """Accuracy of the most confident share; questions of equal confidence are taken in random order, expected."""
-    confidence, right = _arrays(confidence, right)
+    confidence, right = _outcomes(confidence, right)
     if not 0 < coverage <= 1:
         raise ValueError(f"metrics.at_coverage: coverage is in (0, 1], got {coverage}.")
     hits, counts = _cumulative(confidence, right)
@@ -163,6 +163,15 @@ def _cumulative(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, 
     values, place = np.unique(-confidence, return_inverse=True)
     counts = np.bincount(place, minlength=len(values)).astype(float)
     return np.cumsum(np.bincount(place, right, len(values))), np.cumsum(counts)
+
+
+def _outcomes(confidence, right, probability: bool = False) -> list[np.ndarray]:
+    confidence, right = _arrays(confidence, right)
+    if not np.isin(right, (0, 1)).all():
+        raise ValueError(f"metrics: right is 0 or 1 for each question, got {right[~np.isin(right, (0, 1))][0]:g}.")
+    if probability and not ((confidence >= 0) & (confidence <= 1 + 1e-9)).all():
+        raise ValueError("metrics: confidences are in [0, 1] where they are compared with frequencies.")
+    return [confidence, right]
 
 
 def _arrays(*arrays: np.ndarray | Sequence) -> list[np.ndarray]:

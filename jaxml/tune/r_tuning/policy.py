@@ -20,17 +20,27 @@ GUARANTEES = ("selective", "marginal")
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Answers with a confidence above the threshold are given.
+    """Answers with a confidence above the threshold are given; one without any (nothing said, or a refusal in words)
+    never is.
 
     Args:
         weight: of the certainty said; the answer's own probability has the rest. The paper's is 0.5.
         threshold: an answer needs more than that.
         promise: what was asked of the threshold, in words.
+
+    Raises:
+        ValueError: a weight outside [0, 1], or a threshold that is no number.
     """
 
     weight: float = 0.5
     threshold: float = 0.5
     promise: str = ""
+
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1 or math.isnan(self.threshold):
+            raise ValueError(
+                f"Policy: weight is in [0, 1] and threshold a number, got {self.weight} and {self.threshold}."
+            )
 
     def confidence(self, answered: Answered) -> np.ndarray:
         """[n] in [0, 1]."""
@@ -38,11 +48,13 @@ class Policy:
 
     def willing(self, answered: Answered) -> np.ndarray:
         """[n] bool: which answers are given."""
-        return self.confidence(answered) > self.threshold
+        return self.confidence(answered) > max(self.threshold, 0.0)
 
     def save(self, path: str | Path) -> None:
         """As JSON."""
-        kept = dataclasses.asdict(self) | {"threshold": None if math.isinf(self.threshold) else self.threshold}
+        kept = dataclasses.asdict(self)
+        if math.isinf(self.threshold):
+            kept["threshold"] = str(self.threshold)  # "inf" or "-inf", which JSON has no number for
         log.write_text(path, json.dumps(kept, indent=2))
 
     @classmethod
@@ -57,17 +69,37 @@ class Policy:
             raise FileNotFoundError(f"{path}: no such file.")
         try:
             kept = json.loads(path.read_text())
-            threshold = math.inf if kept["threshold"] is None else float(kept["threshold"])
-            return cls(float(kept["weight"]), threshold, str(kept["promise"]))
+            return cls(float(kept["weight"]), float(kept["threshold"]), str(kept["promise"]))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: a policy has weight, threshold and promise ({error}).") from error
 
 
 def best_weight(answered: Answered, steps: int = 20) -> float:
-    """The weight of the certainty said with the least area under the risk–coverage curve of a calibration set."""
+    """The weight of the certainty said with the least area under the risk–coverage curve of a calibration set; of equal
+    ones the nearest to the paper's ½."""
     weights = np.linspace(0, 1, steps + 1)
     areas = [metrics.risk_coverage(Policy(float(w)).confidence(answered), answered.right).area for w in weights]
-    return float(weights[int(np.argmin(areas))])
+    best = weights[np.isclose(areas, min(areas), rtol=0, atol=1e-12)]
+    return float(best[int(np.argmin(np.abs(best - 0.5)))])
+
+
+def halves(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the calibration questions that choose the weight, and of those that choose the threshold, where a
+    promise is to be kept."""
+    order = np.random.default_rng(0).permutation(count)
+    return order[: count // 2], order[count // 2 :]
+
+
+def needed(risk: float, delta: float = 0.1) -> int:
+    """How many calibration questions the "selective" promise needs at least: fewer prove nothing, even if all are
+    right.
+
+    Example:
+        >>> needed(0.2), needed(0.1)
+        (21, 44)
+    """
+    _check_risk(risk, delta)
+    return math.ceil(math.log(delta / RANKS) / math.log(1 - risk))
 
 
 def calibrate(
@@ -87,31 +119,39 @@ def calibrate(
         risk: the share of wrong answers that is wanted at most, with the guarantee of `threshold`; or
         coverage: the share of questions to answer. Where neither is given, the threshold is the one that best tells
             right answers from wrong ones (the largest true minus false positive rate).
+
+    Raises:
+        ValueError: no questions, or options that are unknown or do not go together.
     """
     if risk is not None and coverage is not None:
         raise ValueError("policy.calibrate: risk or coverage is given, got both.")
-    chosen = weight is None
-    choose = keep = np.arange(len(answered.right))
+    if risk is None and (guarantee, delta) != ("selective", 0.1):
+        raise ValueError(f"policy.calibrate: guarantee and delta go with risk, got {guarantee!r}, {delta} and no risk.")
+    count, chosen = len(answered.right), weight is None
+    if count < 1 + (chosen and risk is not None):
+        raise ValueError(f"policy.calibrate: at least one question, or two to choose the weight too, got {count}.")
+    choose = keep = np.arange(count)
     if chosen and risk is not None:
-        order = np.random.default_rng(0).permutation(len(keep))
-        choose, keep = order[: len(order) // 2], order[len(order) // 2 :]
+        choose, keep = halves(count)
     weight = best_weight(answered.take(choose)) if chosen else float(weight)
     held = answered.take(keep)
     confidence = Policy(weight).confidence(held)
     if risk is not None:
         value = threshold(confidence, held.right, risk, guarantee=guarantee, delta=delta)
         said = {
-            "selective": f"at most {risk:.0%} of the answers given are wrong, with probability {1 - delta:.0%}",
-            "marginal": f"at most {risk:.0%} of all questions are answered wrongly, on average",
+            "selective": f"at most {100 * risk:g}% of the answers given are wrong, with probability "
+            f"{100 * (1 - delta):g}%",
+            "marginal": f"at most {100 * risk:g}% of all questions are answered wrongly, on average",
         }[guarantee]
     elif coverage is not None:
         if not 0 < coverage <= 1:
             raise ValueError(f"policy.calibrate: coverage is in (0, 1], got {coverage}.")
         ordered = np.sort(confidence)[::-1]
-        value = float(np.nextafter(ordered[max(0, math.ceil(coverage * len(ordered)) - 1)], -1.0))
-        said = f"{coverage:.0%} of the calibration questions are answered"
+        place = max(0, math.ceil(round(coverage * len(ordered), 9)) - 1)
+        value = float(np.nextafter(ordered[place], -1.0))
+        said = f"{100 * np.mean(confidence > value):.3g}% of the calibration questions are answered"
     else:
-        value, said = _youden(confidence, held.right), "right and wrong answers are told apart best"
+        value, said = _youden(confidence, held.right)
     return Policy(weight, value, said)
 
 
@@ -147,8 +187,7 @@ def threshold(
     confidence, right = np.asarray(confidence, np.float64), np.asarray(right, bool)
     if confidence.shape != right.shape or confidence.ndim != 1 or not len(right):
         raise ValueError(f"policy.threshold: confidence and right are [n], got {confidence.shape} and {right.shape}.")
-    if not 0 < risk < 1 or not 0 < delta < 1:
-        raise ValueError(f"policy.threshold: risk and delta are in (0, 1), got {risk} and {delta}.")
+    _check_risk(risk, delta)
     if guarantee not in GUARANTEES:
         raise ValueError(f"policy.threshold: guarantee is one of {', '.join(GUARANTEES)}, got {guarantee!r}.")
     n, ordered = len(right), np.sort(confidence)[::-1]
@@ -158,9 +197,7 @@ def threshold(
             if (np.sum(~right & (confidence > value)) + 1) / (n + 1) <= risk:
                 return float(value)
         return math.inf
-    least = math.ceil(
-        math.log(delta / RANKS) / math.log(1 - risk)
-    )  # fewer answers prove nothing, even if all are right
+    least = needed(risk, delta)
     for rank in sorted({*np.linspace(least, n, RANKS).astype(int)} if least <= n else (), reverse=True):
         value = float(ordered[rank]) if rank < n else -math.inf
         given = confidence > value
@@ -170,6 +207,11 @@ def threshold(
 
 
 RANKS = 10
+
+
+def _check_risk(risk: float, delta: float) -> None:
+    if not 0 < risk < 1 or not 0 < delta < 1:
+        raise ValueError(f"policy.threshold: risk and delta are in (0, 1), got {risk} and {delta}.")
 
 
 def _binomial_tail(wrong: int, answered: int, risk: float) -> float:
@@ -183,13 +225,18 @@ def _binomial_tail(wrong: int, answered: int, risk: float) -> float:
     return min(1.0, math.exp(most) * math.fsum(math.exp(value - most) for value in logs))
 
 
-def _youden(confidence: np.ndarray, right: np.ndarray) -> float:
+def _youden(confidence: np.ndarray, right: np.ndarray) -> tuple[float, str]:
+    """(threshold, what it does)."""
     if right.all() or not right.any():
-        return 0.5
+        return 0.5, f"the confidence is above ½ (all calibration answers are {'right' if right.all() else 'wrong'})"
     values = np.unique(confidence)
     gain = [np.mean(confidence[right] > v) - np.mean(confidence[~right] > v) for v in values]
     best = int(np.argmax(gain))
-    return float((values[best] + values[min(best + 1, len(values) - 1)]) / 2)
+    if gain[best] <= 0:
+        return -math.inf, "everything is answered (the confidence does not tell right answers from wrong ones)"
+    return float((values[best] + values[min(best + 1, len(values) - 1)]) / 2), (
+        "right and wrong answers are told apart best"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

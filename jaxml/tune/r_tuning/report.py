@@ -12,9 +12,12 @@ from jaxml import figure, log
 from jaxml.tune.r_tuning import metrics
 from jaxml.tune.r_tuning.ask import Answered
 from jaxml.tune.r_tuning.items import Item
+from jaxml.tune.r_tuning.labels import Labels
 from jaxml.tune.r_tuning.policy import Policy
 
-PARTS = {"seen": "questions of the kinds trained on", "new": "questions of other kinds"}
+PARTS = {
+    "seen": "questions of the kinds trained on", "new": "questions of other kinds", "given": "questions given",
+}  # fmt: skip
 COLOURS = ("#1f5fa8", "#c8553d", "#7a7a7a", "#3a8f5c", "#8b5fbf", "#b8860b")
 
 
@@ -83,27 +86,28 @@ def compare(methods: Sequence[Method], before: dict[str, np.ndarray] | None = No
 
     Returns:
         part → method → figures of `evaluate`, with at_equal_coverage: accuracy of as many most confident answers as the
-        first method gives, and of the others difference_at_equal_coverage: [mean, low, high] of the first minus it,
-        paired; "unanswerable" → method → refusal_rate, and refusal_rate_at_equal_coverage.
+        first method gives (NaN where it gives none), and of the others difference_at_equal_coverage: [mean, low, high]
+        of the first minus it, paired; "unanswerable" → method → refusal_rate, and refusal_rate_at_equal_coverage of the
+        first of the other parts.
     """
     first, out = methods[0], {}
     for part in PARTS:
         if part not in first.answers:
             continue
-        covered = max(float(first.policy.willing(first.answers[part]).mean()), 1 / len(first.answers[part].right))
+        covered = float(first.policy.willing(first.answers[part]).mean())
         arrays = [(m.confidence(part), m.answers[part].right) for m in methods]
         out[part] = {}
         for number, (method, (confidence, right)) in enumerate(zip(methods, arrays)):
             found = evaluate(method.answers[part], method.policy, (before or {}).get(part))
-            found["at_equal_coverage"] = metrics.at_coverage(confidence, right, covered)
-            if number:
+            found["at_equal_coverage"] = metrics.at_coverage(confidence, right, covered) if covered else float("nan")
+            if number and covered:
                 gain = lambda a, b, c, d: metrics.at_coverage(a, b, covered) - metrics.at_coverage(c, d, covered)
                 pair = (*arrays[0], confidence, right)
                 found["difference_at_equal_coverage"] = [gain(*pair), *metrics.interval(gain, *pair)]
             out[part][method.name] = found
-    if "unanswerable" in first.answers and "seen" in first.answers:
-        covered = float(first.policy.willing(first.answers["seen"]).mean())
-        out["unanswerable"] = {m.name: _refused(m, covered) for m in methods}
+    if "unanswerable" in first.answers:
+        beside = next((part for part in PARTS if part in first.answers), None)
+        out["unanswerable"] = {m.name: _refused(m, first, beside) for m in methods}
     return out
 
 
@@ -116,13 +120,16 @@ def without_nan(report: Any) -> Any:
     return None if isinstance(report, float) and not np.isfinite(report) else report
 
 
-def _refused(method: Method, covered: float) -> dict[str, float]:
-    confidence, seen = method.confidence("unanswerable"), np.sort(method.confidence("seen"))[::-1]
-    place = min(max(round(covered * len(seen)), 1), len(seen)) - 1
+def _refused(method: Method, first: Method, beside: str | None) -> dict[str, float]:
+    answered = method.answers["unanswerable"]
+    count = 0 if beside is None else int(first.policy.willing(first.answers[beside]).sum())
+    alike = float("nan")
+    if count:
+        alike = float(np.mean(method.confidence("unanswerable") < np.sort(method.confidence(beside))[::-1][count - 1]))
     return {
-        "questions": len(confidence),
-        "refusal_rate": float(np.mean(confidence <= method.policy.threshold)),
-        "refusal_rate_at_equal_coverage": float(np.mean(confidence < seen[place])),
+        "questions": len(answered.right),
+        "refusal_rate": float(np.mean(~method.policy.willing(answered))),
+        "refusal_rate_at_equal_coverage": alike,
     }
 
 
@@ -216,11 +223,11 @@ def _tidy(axes) -> None:
     axes.legend(frameon=False, fontsize=8)
 
 
-def examples_table(items: Sequence[Item], answered: Answered, sure: np.ndarray, count: int = 4) -> str:
+def examples_table(items: Sequence[Item], answered: Answered, labels: Labels, count: int = 4) -> str:
     """A few questions that are labelled sure (D1) and unsure (D0), as a page shows them."""
     lines = ["| | question | the model said | right |", "|---|---|---|---|"]
-    for name, wanted in (("D1, sure", sure >= 0.5), ("D0, unsure", sure < 0.5)):
-        for i in np.flatnonzero(wanted)[:count]:
+    for name, wanted in (("D1, sure", labels.sure >= 0.5), ("D0, unsure", labels.sure < 0.5)):
+        for i in np.flatnonzero(wanted & labels.keep)[:count]:
             cells = (
                 items[i].question,
                 answered.texts[i] or "(nothing)",
