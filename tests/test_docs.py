@@ -12,7 +12,7 @@ import jaxml
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(jaxml.__path__, "jaxml."))
 LONG = {"jaxml.kan.discover", "jaxml.kan.fit", "jaxml.kan.attribution"}
-NEEDS = {"jaxml.quant.kernel_jax_triton": "triton"}
+NEEDS = {"jaxml.quant.kernel_jax_triton": "triton", "jaxml.rag.qdrant": "qdrant_client"}
 README = Path(__file__).parents[1] / "README.md"
 
 

@@ -165,8 +165,8 @@ def quantize(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Example:
         >>> codes, scales = quantize(np.array([[1.0, -0.5], [0.0, 0.0]], np.float32))
-        >>> codes.tolist(), scales.round(4).tolist()
-        ([[127, -64], [0, 0]], [0.0079, 0.0])
+        >>> codes.tolist(), (scales * 127).tolist()
+        ([[127, -64], [0, 0]], [1.0, 0.0])
     """
     vectors = np.asarray(vectors, np.float32)
     scales = np.abs(vectors).max(1) / 127

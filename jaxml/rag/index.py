@@ -65,7 +65,6 @@ class Index:
             )
         self.chunking = Chunking(**about["chunking"])
         self.store = store if store is not None else Folder(self.path / "store")
-        self._files = Kept(self.path / "files.jsonl")
         self._lexical: tuple[Any, Lexical] | None = None
 
     @classmethod
@@ -119,20 +118,24 @@ class Index:
         """
         root, changes = Path(folder), Changes()
         found = read.find(root)
-        known = {about["file"]: about for about in self._files.answers() if about["keys"] is not None}
-        if root.is_dir():
-            gone = [f for f in known if Path(f).is_relative_to(root) and Path(f) not in set(found)]
-            for name in gone:
-                self._forget(known[name])
-                changes.removed += 1
-        for number, path in enumerate(found, 1):
-            before, now = known.get(str(path)), _hash(path)
-            if before and before["hash"] == now:
-                changes.unchanged += 1
-            else:
-                self._read(path, now, before, limits, changes)
-            if tick:
-                tick(number, len(found))
+        with Kept(self.path / "files.jsonl") as files:
+            known = {about["file"]: about for about in files.answers() if about["keys"] is not None}
+            there = set(map(str, found)) if root.is_dir() else set(known)
+            for name, about in known.items():
+                if name not in there and Path(name).is_relative_to(root):
+                    self.store.delete(about["keys"])
+                    files.put(name, about | {"keys": None})
+                    changes.removed += 1
+            for number, path in enumerate(found, 1):
+                before, now = known.get(str(path)), _hash(path)
+                if before and before["hash"] == now:
+                    changes.unchanged += 1
+                elif (keys := self._read(path, before, limits, changes)) is not None:
+                    files.put(str(path), {"file": str(path), "hash": now, "keys": keys})
+                    changes.added += not before
+                    changes.changed += bool(before)
+                if tick:
+                    tick(number, len(found))
         if isinstance(self.store, Folder) and len(self.store.segments) > SEGMENTS:
             self.store.compact()
         return changes
@@ -196,7 +199,7 @@ class Index:
     @property
     def lexical(self) -> Lexical:
         """The words of all passages; built where the store has changed, and kept in the folder."""
-        stamp = f"{len(self.store)}-{getattr(self.store, 'revision', len(self._files))}"
+        stamp = f"{len(self.store)}-{self.store.revision}"
         if self._lexical is None or self._lexical[0] != stamp:
             made = Lexical.load(self.path / "lexical", stamp)
             if made is None:
@@ -205,8 +208,8 @@ class Index:
             self._lexical = (stamp, made)
         return self._lexical[1]
 
-    def _read(self, path: Path, now: str, before: dict | None, limits: read.Limits, changes: Changes) -> None:
-        """Adds a file's passages; where it cannot be read, what was known of it stays."""
+    def _read(self, path: Path, before: dict | None, limits: read.Limits, changes: Changes) -> list[str] | None:
+        """Adds a file's passages: their keys; where it cannot be read, what was known of it stays."""
         keys: list[str] = []
         part: list[Passage] = []
         try:
@@ -218,20 +221,12 @@ class Index:
         except ValueError as error:
             self.store.delete([key for key in keys if key not in (before or {}).get("keys", ())])
             changes.refused.append(str(error))
-            return
+            return None
         changes.passages += self.add(part)
         keys += [p.key for p in part]
         if before:
             self.store.delete(sorted(set(before["keys"]) - set(keys)))
-        self._files.put(str(path), {"file": str(path), "hash": now, "keys": keys})
-        if before:
-            changes.changed += 1
-        else:
-            changes.added += 1
-
-    def _forget(self, about: dict) -> None:
-        self.store.delete(about["keys"])
-        self._files.put(about["file"], about | {"keys": None})
+        return keys
 
 
 def _hash(path: Path) -> str:

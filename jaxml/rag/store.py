@@ -35,6 +35,10 @@ class Hit(NamedTuple):
 class Store(Protocol):
     """What retrieval asks of a place that keeps passages with their vectors."""
 
+    revision: Any  # another one after each change, where the store can tell
+
+    def __len__(self) -> int: ...
+
     def add(self, passages: Sequence[Passage], vectors: np.ndarray) -> int:
         """Keeps them, [n, D] float32 of length 1; those whose keys are there stay as they are. How many were new."""
         ...
@@ -65,11 +69,10 @@ class Folder:
 
     Example:
         >>> import tempfile
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> store = Folder.create(folder.name + "/store", width=2)
-        >>> store.add([Passage("a", "x"), Passage("b", "y")], np.eye(2, dtype=np.float32))
-        2
-        >>> [hit.passage.text for hit in store.search(np.array([[0.1, 0.9]], np.float32), 2)[0]]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = Folder.create(folder + "/store", width=2)
+        ...     count = store.add([Passage("a", "x"), Passage("b", "y")], np.eye(2, dtype=np.float32))
+        ...     [hit.passage.text for hit in store.search(np.array([[0.1, 0.9]], np.float32), 2)[0]]
         ['b', 'a']
     """
 

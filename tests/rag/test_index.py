@@ -1,0 +1,237 @@
+"""What is kept is found; what is gone is not; what is damaged is named."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from jaxml import prompts
+from jaxml.rag import Chunking, Folder, Hit, Index, Lexical, Passage, retrieve
+from jaxml.testing import tiny_model
+from tests.rag.conftest import Words
+
+MANY = [Passage(f"text {i}", f"file {i % 7}") for i in range(60)]
+VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+VECTORS /= np.linalg.norm(VECTORS, axis=1, keepdims=True)
+
+
+def numbers(hits: list[list[Hit]]) -> list[list[int]]:
+    return [[int(hit.passage.text.split()[1]) for hit in of] for of in hits]
+
+
+@pytest.fixture(params=["float32", "float16", "codes", "qdrant"])
+def store(request, tmp_path):
+    if request.param == "qdrant":
+        client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+        from jaxml.rag.qdrant import Qdrant
+
+        return Qdrant.open(client, "passages", 8)
+    options = dict(codes=True) if request.param == "codes" else dict(dtype=request.param)
+    return Folder.create(tmp_path / "store", 8, **options)
+
+
+def test_a_store_finds_what_was_added_and_not_deleted(store):
+    assert store.search(VECTORS[:1], 3) == [[]] and len(store) == 0
+    assert [store.add(MANY[a:b], VECTORS[a:b]) for a, b in ((0, 30), (20, 50), (40, 60))] == [30, 20, 10]
+    assert store.delete([p.key for p in MANY[:5]] + ["0" * 32]) == 5 and len(store) == 55
+    asked = VECTORS[10:14] + 0.1
+    alive = np.arange(60) >= 5
+    exact = np.argsort(-(asked @ VECTORS.T) + 1e9 * ~alive, 1)[:, :6]
+    assert numbers(store.search(asked, 6)) == exact.tolist()
+    np.testing.assert_allclose(
+        [hit.score for hit in store.search(asked, 6)[0]], (asked @ VECTORS.T)[0][exact[0]], rtol=2e-3
+    )
+    assert {p.key for p in store.passages()} == {p.key for p in MANY[5:]}
+    assert list(store.passages([MANY[9].key, MANY[7].key])) == [MANY[9], MANY[7]]
+    with pytest.raises(KeyError, match="no passage has the key"):
+        list(store.passages([MANY[0].key]))
+    assert store.add(MANY[:2], VECTORS[:2]) == 2 and len(store) == 57  # what was deleted can come again
+    if isinstance(store, Folder):
+        again = Folder(store.path)
+        store.compact()
+        for one in (again, store, Folder(store.path)):
+            assert len(one) == 57
+        assert len(store.segments) == 1
+        alive[:2] = True
+        exact = np.argsort(-(asked @ VECTORS.T) + 1e9 * ~alive, 1)[:, :6]
+        assert numbers(store.search(asked, 6)) == exact.tolist()
+        with pytest.raises(ValueError, match="vectors are finite, that of a passage of file 0 is not"):
+            store.add(MANY[:1], np.full((1, 8), np.nan))
+        with pytest.raises(ValueError, match=r"vectors are \[1, 8\]"):
+            store.add(MANY[:1], VECTORS[:2])
+        with pytest.raises(FileExistsError, match="a store is there"):
+            Folder.create(store.path, 8)
+
+
+def test_an_addition_that_was_cut_off_leaves_the_store_as_it_was(tmp_path, monkeypatch):
+    store = Folder.create(tmp_path / "store", 8)
+    store.add(MANY[:10], VECTORS[:10])
+    for moment in ("jaxml.rag.store._save", "jaxml.log.write_text"):
+        with monkeypatch.context() as patch:
+            patch.setattr(moment, lambda *_: (_ for _ in ()).throw(OSError("no space")))
+            with pytest.raises(OSError, match="no space"):
+                store.add(MANY[10:20], VECTORS[10:20])
+        store = Folder(tmp_path / "store")
+        assert len(store) == 10 and numbers(store.search(VECTORS[3:4], 1)) == [[3]]
+    assert store.add(MANY[10:20], VECTORS[10:20]) == 10
+    assert numbers(Folder(tmp_path / "store").search(VECTORS[12:13], 1)) == [[12]]
+
+
+def test_damaged_files_are_named(tmp_path):
+    whole = tmp_path / "whole"
+    store = Folder.create(whole, 8, codes=True)
+    store.add(MANY, VECTORS)
+    store.delete([MANY[0].key])
+    segment = store.segments[0].path.name
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert len(files) == 8
+    for name in files:
+        for cut in (0.5, 0.0, None):
+            copy = tmp_path / "copy"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(whole, copy)
+            data = (copy / name).read_bytes()
+            (copy / name).unlink()
+            if cut is not None:
+                (copy / name).write_bytes(data[: int(len(data) * cut)])
+            if name.name == "codes.npy" and cut is None:
+                continue  # a segment without codes is one that was made without
+            with pytest.raises((ValueError, FileNotFoundError), match=name.name):
+                Folder(copy)
+    for key, value in (("format", 9), ("segments", [{"name": "../x", "count": 1, "dead": None}]), ("width", "8")):
+        about = json.loads((whole / "store.json").read_text())
+        (copy / "store.json").write_text(json.dumps(about | {key: value}))
+        with pytest.raises(ValueError, match="store of format 1"):
+            Folder(copy)
+    assert segment in str(files)
+
+
+# ---- words ------------------------------------------------------------------------------------------
+
+
+def test_words_that_are_rare_count_most(tmp_path):
+    made = Lexical.build([Passage("the cat and the dog", "a"), Passage("the cat", "b"), Passage("the zebra", "c")])
+    [cat, zebra, none, nothing] = made.search(["cat", "the zebra", "giraffe", ""], 9)
+    assert [key for key, _ in cat] == [made.keys[1].decode(), made.keys[0].decode()]
+    assert zebra[0][0] == made.keys[2].decode() and none == nothing == []
+    made.save(tmp_path / "words", "1")
+    again = Lexical.load(tmp_path / "words", "1")
+    assert again.search(["the zebra"], 2) == made.search(["the zebra"], 2)
+    assert Lexical.load(tmp_path / "words", "2") is None and Lexical.load(tmp_path / "none", "1") is None
+    (tmp_path / "words" / "keys.npy").write_bytes(b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        Lexical.load(tmp_path / "words", "1")
+    with pytest.raises(ValueError, match="at least one passage"):
+        Lexical.build([])
+
+
+# ---- rankings ---------------------------------------------------------------------------------------
+
+
+def test_a_passage_that_both_rankings_like_comes_first():
+    a, b, c = (Passage(t, "x") for t in "abc")
+    fused = retrieve.fuse([[Hit(a, 9), Hit(b, 8)], [Hit(c, 1), Hit(b, 0.5)]])
+    assert [hit.passage for hit in fused] == [b, a, c]
+    assert fused[0].score == pytest.approx(2 / 62)
+
+
+def test_chosen_passages_differ(words):
+    hits = [Hit(Passage(t, "x"), 0.0) for t in ("a b c", "a b c d", "a q")]
+    assert [h.passage.text for h in retrieve.diverse(words, "a b c", hits, 2, trade=1.0)] == ["a b c", "a b c d"]
+    assert [h.passage.text for h in retrieve.diverse(words, "a b c", hits, 2, trade=0.4)] == ["a b c", "a q"]
+    assert retrieve.diverse(words, "a", [], 2) == []
+
+
+def test_a_decoder_orders_by_how_likely_the_question_is():
+    llm = prompts.Local(tiny_model())
+    hits = [Hit(Passage(t, "x"), 0.0) for t in ("one thing.", "an other.")]
+    found = retrieve.likely(llm, "what?", hits)
+    asked = [f"{hit.passage.text}\n\nA question that this text answers:" for hit in found]
+    scores = llm.score(asked, [[" what?"]] * 2)
+    assert [h.score for h in found] == pytest.approx([s.log_probs[0] / s.tokens[0] for s in scores])
+    assert found[0].score >= found[1].score
+
+
+# ---- index ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def docs(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    (folder / "a.md").write_text("# Lights\n\nAda keeps the lighthouse.\n\n# Boats\n\nBob has a boat.\n")
+    (folder / "b.txt").write_text("Carl bakes bread.")
+    return folder
+
+
+def test_an_index_follows_its_folder(tmp_path, docs, words):
+    index = Index.create(tmp_path / "index", words)
+    told = []
+    changes = index.update(docs, tick=lambda *n: told.append(n))
+    assert (changes.added, changes.passages, len(index)) == (2, 3, 3) and told == [(1, 2), (2, 2)]
+    for how in ("dense", "lexical", "hybrid"):
+        [[hit]] = index.search(["who keeps the lighthouse?"], 1, how=how)
+        assert hit.passage.text == "Ada keeps the lighthouse." and hit.passage.title == "Lights"
+    assert index.update(docs).unchanged == 2
+    (docs / "b.txt").write_text("Carl bakes cakes.")
+    (docs / "a.md").unlink()
+    (docs / "c.jsonl").write_text('{"text": "Dora sings.", "source": "radio"}\n')
+    (docs / "bad.pdf").write_bytes(b"nothing")
+    changes = Index(tmp_path / "index", words).update(docs)
+    assert (changes.added, changes.changed, changes.removed) == (1, 1, 1)
+    assert len(changes.refused) == 1 and "bad.pdf: this PDF cannot be read" in changes.refused[0]
+    index = Index(tmp_path / "index", words)
+    assert {hit.passage.text for hit in index.search(["Carl sings"], 9)[0]} == {"Carl bakes cakes.", "Dora sings."}
+    assert index.search(["lighthouse"], 9, how="lexical") == [[]]
+    assert index.search(["who sings?"], 1)[0][0].passage.source == "radio"
+
+
+def test_an_update_that_was_stopped_goes_on(tmp_path, docs, words, monkeypatch):
+    index = Index.create(tmp_path / "index", words)
+
+    def stop(done, of):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        index.update(docs, tick=stop)
+    index = Index(tmp_path / "index", words)
+    assert len(index) == 2
+    changes = index.update(docs)
+    assert (changes.unchanged, changes.added, len(index)) == (1, 1, 3)
+
+
+def test_a_file_that_breaks_in_the_middle_leaves_nothing(tmp_path, words, monkeypatch):
+    monkeypatch.setattr("jaxml.rag.index.PART", 2)
+    index = Index.create(tmp_path / "index", words)
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{"]))
+    assert "line 6" in index.update(tmp_path / "a.jsonl").refused[0] and len(index) == 0
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert index.update(tmp_path / "a.jsonl").added == 1 and len(index) == 5
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:4], '{"text": "new"}', "{"]))
+    assert index.update(tmp_path / "a.jsonl").refused and len(index) == 5  # what was known of it stays
+
+
+def test_an_index_of_another_encoder_is_refused(tmp_path, docs, words):
+    Index.create(tmp_path / "index", words, Chunking(50, 5)).update(docs)
+    with pytest.raises(ValueError, match="made by the encoder"):
+        Index(tmp_path / "index", Words(seed=1))
+    assert Index(tmp_path / "index", words).chunking == Chunking(50, 5)
+    with pytest.raises(FileExistsError, match="an index is there"):
+        Index.create(tmp_path / "index", words)
+    with pytest.raises(FileNotFoundError, match="no index there"):
+        Index(tmp_path / "none", words)
+    (tmp_path / "index" / "index.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        Index(tmp_path / "index", words)
+
+
+def test_wrong_searches_are_refused(tmp_path, words):
+    index = Index.create(tmp_path / "index", words)
+    assert index.search(["a"], 2) == [[]] and index.search([], 2) == []
+    for wrong in (dict(how="magic"), dict(k=0)):
+        with pytest.raises(ValueError, match=r"Index\.search: how is one of"):
+            index.search(["a"], **wrong)
+    with pytest.raises(ValueError, match="questions are a list"):
+        index.search("a")
