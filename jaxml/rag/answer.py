@@ -1,0 +1,112 @@
+"""An answer with all that led to it: evidence, groups, prompts and replies."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+from jaxml.lm.generate import Prompt
+from jaxml.rag.passages import Passage
+
+
+class Evidence(NamedTuple):
+    """A text that the answer may rest on."""
+
+    number: int  # from 1, as it is cited
+    text: str
+    passage: Passage | None = None  # None where the model wrote it from memory
+
+    @property
+    def memory(self) -> bool:
+        return self.passage is None
+
+    @property
+    def source(self) -> str:
+        return "memory" if self.passage is None else self.passage.place
+
+
+@dataclasses.dataclass
+class Group:
+    """Evidence that says the same."""
+
+    claim: str
+    members: list[int]  # numbers of evidence
+    conflicts: list[int] = dataclasses.field(default_factory=list)  # places of groups that say otherwise, from 0
+    answer: str = ""  # what follows from it
+    confidence: float = 0.0
+
+
+class Step(NamedTuple):
+    """A prompt and what came back."""
+
+    name: str
+    prompt: Prompt
+    reply: str
+
+
+@dataclasses.dataclass
+class Answer:
+    """What was found, and how.
+
+    Args:
+        text: empty where the evidence is insufficient.
+        confidence: from 0 to 1, by the method's own measure; None where it has none.
+        groups: of the last round, the chosen one at `chosen`.
+        irrelevant: numbers of evidence that says nothing about the question.
+        notes: what did not go as it should, in sentences: repairs, fallbacks.
+    """
+
+    question: str
+    method: str
+    text: str = ""
+    confidence: float | None = None
+    evidence: list[Evidence] = dataclasses.field(default_factory=list)
+    groups: list[Group] = dataclasses.field(default_factory=list)
+    chosen: int | None = None
+    irrelevant: list[int] = dataclasses.field(default_factory=list)
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.text or "Insufficient evidence."
+
+    @property
+    def cited(self) -> list[int]:
+        """Numbers of the evidence that the answer rests on."""
+        return self.groups[self.chosen].members if self.chosen is not None and self.text else []
+
+    @property
+    def citations(self) -> list[Passage]:
+        """The retrieved passages that the answer rests on."""
+        return [e.passage for e in self.evidence if e.number in self.cited and e.passage is not None]
+
+
+def row(answer: Answer) -> dict[str, Any]:
+    """As JSON keeps it."""
+    return dataclasses.asdict(answer) | {
+        "evidence": [
+            {"number": e.number, "text": e.text, "source": e.source, "memory": e.memory} for e in answer.evidence
+        ],
+        "steps": [step._asdict() for step in answer.steps],
+        "cited": answer.cited,
+    }  # fmt: skip
+
+
+def report(answer: Answer) -> str:
+    """The answer and its evidence as text for a terminal."""
+    sure = "" if answer.confidence is None else f" (confidence {answer.confidence:.2f})"
+    lines = [f"{answer.question}", f"→ {answer}{sure}", ""]
+    by_number = {e.number: e for e in answer.evidence}
+    for place, group in enumerate(answer.groups):
+        mark = "*" if place == answer.chosen else " "
+        against = f"  against {', '.join(str(c + 1) for c in group.conflicts)}" if group.conflicts else ""
+        lines.append(f"{mark} group {place + 1}: {group.answer or group.claim} ({group.confidence:.2f}){against}")
+        if group.claim and group.claim != group.answer:
+            lines.append(f"    {_short(group.claim)}")
+        lines += [f"    [{n}] {by_number[n].source}: {_short(by_number[n].text)}" for n in group.members]
+    if answer.irrelevant:
+        lines.append(f"  not used: {', '.join(f'[{n}] {by_number[n].source}' for n in answer.irrelevant)}")
+    return "\n".join([*lines, *(f"! {note}" for note in answer.notes)])
+
+
+def _short(text: str, most: int = 100) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -1,0 +1,215 @@
+"""The methods in one interface: (llm, question, passages) to an answer. Astute RAG, and what it is measured against.
+
+[answer] = rag.answer(llm, ["who keeps the lighthouse?"], [passages], "astute")
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from jaxml.prompts.llm import LLM
+from jaxml.prompts.store import Store
+from jaxml.rag import wording
+from jaxml.rag.answer import Answer, Evidence, Group, Step
+from jaxml.rag.astute import documents, prompted
+from jaxml.rag.calls import Ask, Steps, run
+from jaxml.rag.passages import Passage
+from jaxml.rag.weigh import clusters, scored
+
+BRIEF_TOKENS = 24
+MODES = ("prompt", "score", "auto")
+
+
+def closed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
+    """No retrieval: what the model knows."""
+    out = Answer(question, "none")
+    yield from _brief(out, "memory", wording.CLOSED.format(question=wording.inert(llm, question)))
+    return out
+
+
+def plain(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
+    """All passages in one prompt."""
+    out, asked = _before(llm, question, passages, "plain")
+    yield from _brief(out, "texts", asked(wording.PLAIN))
+    return out
+
+
+def consistent(
+    llm: LLM, question: str, passages: Sequence[Passage], *, samples: int = 5, temperature: float = 0.7
+) -> Steps[Answer]:
+    """Self-consistency: the answer that most of several samples over all passages come to.
+
+    Reference:
+        Wang et al. 2023, "Self-Consistency Improves Chain of Thought Reasoning in Language Models".
+    """
+    out, asked = _before(llm, question, passages, "consistent")
+    prompt, said = wording.said(asked(wording.PLAIN)), []
+    for seed in range(samples):
+        [reply] = yield Ask([prompt], BRIEF_TOKENS, temperature, seed=seed)
+        out.steps.append(Step(f"sample {seed + 1}", prompt, reply.text))
+        said.append(_said(reply.text))
+    _vote(out, said, None)
+    return out
+
+
+def isolated(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
+    """Isolate, then aggregate: each passage is answered from alone, and the answers vote.
+
+    Reference:
+        Xiang et al. 2024, "Certifiably Robust RAG against Retrieval Corruption" (RobustRAG), with whole answers in the
+        place of keywords.
+    """
+    out, _ = _before(llm, question, passages, "isolated")
+    prompts = wording.one_by_one(llm, question, out.evidence)
+    replies = yield Ask(prompts, BRIEF_TOKENS)
+    out.steps = [Step(f"text {e.number}", p, r.text) for e, p, r in zip(out.evidence, prompts, replies)]
+    _vote(out, [_said(reply.text) for reply in replies], [e.number for e in out.evidence])
+    return out
+
+
+def generated(
+    llm: LLM, question: str, passages: Sequence[Passage], *, memories: int = 1, max_new_tokens: int = 256
+) -> Steps[Answer]:
+    """Generate, then read: the answer from what the model itself wrote about the question.
+
+    Reference:
+        Yu et al. 2023, "Generate rather than Retrieve" (GenRead).
+    """
+    out = Answer(question, "generated")
+    more = wording.REMEMBER_MORE.format(most=memories) if memories > 1 else ""
+    prompt = wording.said(wording.REMEMBER.format(question=wording.inert(llm, question), more=more))
+    [reply] = yield Ask([prompt], max_new_tokens)
+    out.steps.append(Step("memory", prompt, reply.text))
+    out.evidence = [Evidence(i, text) for i, text in enumerate(documents(reply.text, memories), 1)]
+    if out.evidence:
+        yield from _brief(out, "texts", wording.filled(llm, question, out.evidence)(wording.PLAIN))
+    return out
+
+
+def routed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
+    """Self-route: from the passages, or from memory where the model says that they do not answer.
+
+    Reference:
+        Li et al. 2024, "Retrieval Augmented Generation or Long-Context LLMs?" (Self-Route), with memory as the other
+        way, as the Astute RAG paper has it.
+    """
+    out, asked = _before(llm, question, passages, "routed")
+    yield from _brief(out, "texts", asked(wording.ROUTE))
+    if not out.text:
+        out.notes.append("the passages do not answer, says the model: it was asked without them.")
+        yield from _brief(out, "memory", wording.CLOSED.format(question=wording.inert(llm, question)))
+    return out
+
+
+def instructed(llm: LLM, question: str, passages: Sequence[Passage], *, max_new_tokens: int = 256) -> Steps[Answer]:
+    """A word about each passage first, then the answer.
+
+    Reference:
+        Wei et al. 2024, "InstructRAG: Instructing Retrieval-Augmented Generation via Self-Synthesized Rationales"
+        (without training and examples).
+    """
+    out, asked = _before(llm, question, passages, "instructed")
+    yield from _brief(out, "texts", asked(wording.INSTRUCT), max_new_tokens)
+    return out
+
+
+def astute(llm: LLM, question: str, passages: Sequence[Passage], *, mode: str = "auto", **options) -> Steps[Answer]:
+    """Astute RAG, as the paper prompts it ("prompt": `astute.prompted`), by likelihoods ("score": `weigh.scored`), or
+    by likelihoods where the model gives them ("auto").
+
+    Args:
+        options: of the function that is taken.
+    """
+    if mode not in MODES:
+        raise ValueError(f"rag.astute: mode is one of {', '.join(MODES)}, got {mode!r}.")
+    if mode == "auto":
+        mode = "score" if scores(llm) else "prompt"
+    out = yield from (scored if mode == "score" else prompted)(llm, question, passages, **options)
+    return out
+
+
+METHODS: dict[str, Callable[..., Steps[Answer]]] = {
+    "none": closed, "plain": plain, "consistent": consistent, "isolated": isolated, "generated": generated,
+    "routed": routed, "instructed": instructed, "astute": astute,
+}  # fmt: skip
+
+
+def answer(
+    llm: LLM,
+    questions: Sequence[str],
+    passages: Sequence[Sequence[Passage]],
+    method: str = "astute",
+    *,
+    store: Store | None = None,
+    tick: Callable[[int, int], None] | None = None,
+    **options,
+) -> list[Answer]:
+    """The answer to each question from its passages; all questions' prompts go to the model together.
+
+    Args:
+        method: of `METHODS`.
+        store: keeps each reply, so that nothing is asked, or paid for, twice.
+        tick: told (questions answered, prompts put).
+        options: of the method.
+
+    Raises:
+        ValueError: an unknown method or option, or lists of other lengths.
+
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> llm = prompts.Local(testing.tiny_model(max_length=2048))
+        >>> [one] = answer(llm, ["who? "], [[Passage("me", "a")]], "plain")
+        >>> one.method, len(one.steps)
+        ('plain', 1)
+    """
+    if method not in METHODS:
+        raise ValueError(f"rag.answer: method is one of {', '.join(METHODS)}, got {method!r}.")
+    if isinstance(questions, str) or len(questions) != len(passages):
+        raise ValueError(
+            f"rag.answer: questions and passages are lists of equal length, got {len(questions)} and {len(passages)}."
+        )
+    if method == "astute" and options.get("mode", "auto") == "auto":
+        options["mode"] = "score" if scores(llm) else "prompt"  # once for all
+    return run(llm, [METHODS[method](llm, q, p, **options) for q, p in zip(questions, passages)], store, tick=tick)
+
+
+def scores(llm: LLM) -> bool:
+    """Whether a model tells likelihoods."""
+    try:
+        llm.score(["a"], [[" b"]])
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _before(llm: LLM, question: str, passages: Sequence[Passage], name: str):
+    """(an answer with its evidence; template to prompt)."""
+    out = Answer(question, name, evidence=[Evidence(i, p.whole, p) for i, p in enumerate(passages, 1)])
+    return out, wording.filled(llm, question, out.evidence)
+
+
+def _brief(out: Answer, name: str, text: str, max_new_tokens: int = BRIEF_TOKENS):
+    prompt = wording.said(text)
+    [reply] = yield Ask([prompt], max_new_tokens)
+    out.steps.append(Step(name, prompt, reply.text))
+    out.text = _said(reply.text)
+
+
+def _said(reply: str) -> str:
+    text = wording.brief(reply)
+    return "" if wording.unknown(text) else text
+
+
+def _vote(out: Answer, said: Sequence[str], numbers: Sequence[int] | None) -> None:
+    """The answer said most often, the first among equals; numbers are those of the evidence that said them."""
+    first, of = clusters(said)
+    counts = Counter(g for g in of if g is not None)
+    order = sorted(counts, key=lambda g: -counts[g])
+    if numbers is not None:
+        for g in order:
+            members = [n for n, at in zip(numbers, of) if at == g]
+            others = [i for i, other in enumerate(order) if other != g]
+            out.groups.append(Group(first[g], members, others, first[g], counts[g] / sum(counts.values())))
+        out.irrelevant = [n for n, at in zip(numbers, of) if at is None]
+    if order:
+        out.text, out.confidence = first[order[0]], counts[order[0]] / len(said)
+        out.chosen = 0 if numbers is not None else None

@@ -1,0 +1,110 @@
+"""What answers are worth, without a model that judges: right, cited rightly, and in which kind of conflict."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxml.rag.answer import Answer
+from jaxml.rag.passages import Passage
+from jaxml.tune.facts import normalise
+from jaxml.tune.r_tuning import judge, metrics
+from jaxml.tune.r_tuning.items import Item
+
+CLASSES = {
+    (True, True): "both right", (True, False): "retrieval right, memory wrong",
+    (False, True): "retrieval wrong, memory right", (False, False): "both wrong",
+}  # fmt: skip
+
+
+def exact(said: str, answers: Sequence[str]) -> bool:
+    """Equal to one of the answers, normalised."""
+    return normalise(said) in {normalise(a) for a in answers}
+
+
+def contains(said: str, answers: Sequence[str]) -> bool:
+    """One of the answers stands in it as whole words, or it names its number (`r_tuning.judge.right`)."""
+    return judge.right(said, Item("?", tuple(answers)))
+
+
+def f1(said: str, answers: Sequence[str]) -> float:
+    """The harmonic mean of precision and recall of words, against the answer that fits best.
+
+    Example:
+        >>> round(f1("the city of Oslo", ["Oslo"]), 2)
+        0.5
+    """
+    best = 0.0
+    for answer in answers:
+        a, b = normalise(said).split(), normalise(answer).split()
+        shared = sum(min(a.count(w), b.count(w)) for w in set(a))
+        best = max(best, 2 * shared / (len(a) + len(b))) if shared else best
+    return best
+
+
+def citation(answer: Answer, supports: Sequence[bool]) -> tuple[float, float]:
+    """(precision, recall) of what is cited: of the cited passages the share that supports a right answer, and of those
+    that do the share cited. NaN where there is nothing to count.
+
+    Args:
+        supports: of each passage given, in order.
+    """
+    retrieved = [e.number for e in answer.evidence if not e.memory]
+    if len(retrieved) != len(supports):
+        raise ValueError(f"metrics.citation: supports has one entry a passage, {len(retrieved)}, got {len(supports)}.")
+    good = {n for n, yes in zip(retrieved, supports) if yes}
+    cited = {n for n in answer.cited if n in retrieved}
+    share = lambda part, whole: len(part) / len(whole) if whole else float("nan")
+    return share(good & cited, cited), share(good & cited, good)
+
+
+def evaluate(
+    answers: Sequence[Answer],
+    right: Sequence[Sequence[str]],
+    *,
+    wrong: Sequence[Sequence[str]] | None = None,
+    supports: Sequence[Sequence[bool]] | None = None,
+    memory: Sequence[bool] | None = None,
+) -> dict[str, Any]:
+    """All figures of one method, those of accuracy with 95 % bootstrap intervals.
+
+    Args:
+        right: of each question its right answers.
+        wrong: its answers that are known to be wrong: how often one is given.
+        supports: of each question, which of its passages support a right answer; for citations and classes.
+        memory: which questions the model answers rightly without passages; for the classes.
+
+    Returns:
+        questions, answered, exact, contains, f1 (each with NAME_interval), and where there is what they need:
+        wrong, citation_precision, citation_recall, classes (name → questions and contains).
+    """
+    columns = {
+        "exact": np.array([exact(a.text, r) for a, r in zip(answers, right, strict=True)], float),
+        "contains": np.array([contains(a.text, r) for a, r in zip(answers, right)], float),
+        "f1": np.array([f1(a.text, r) for a, r in zip(answers, right)]),
+    }
+    out: dict[str, Any] = {"questions": len(answers), "answered": float(np.mean([bool(a.text) for a in answers]))}
+    for name, values in columns.items():
+        out[name] = float(values.mean())
+        out[f"{name}_interval"] = list(metrics.interval(np.mean, values))
+    if wrong is not None:
+        given = [bool(w) and contains(a.text, w) for a, w in zip(answers, wrong, strict=True)]
+        out["wrong"] = float(np.mean(given))
+    if supports is not None:
+        pairs = [citation(a, s) for a, s in zip(answers, supports, strict=True) if len(a.cited)]
+        mean = lambda values: (
+            float(np.mean(known)) if (known := [v for v in values if not np.isnan(v)]) else float("nan")
+        )
+        out["citation_precision"], out["citation_recall"] = mean([p for p, _ in pairs]), mean([r for _, r in pairs])
+    if supports is not None and memory is not None:
+        kinds = [CLASSES[any(s), bool(m)] for s, m in zip(supports, memory, strict=True)]
+        out["classes"] = {
+            name: {"questions": len(here), "contains": float(columns["contains"][here].mean())}
+            for name in CLASSES.values() if (here := [i for i, kind in enumerate(kinds) if kind == name])
+        }  # fmt: skip
+    return out
+
+
+def supporting(passages: Sequence[Passage], answers: Sequence[str]) -> list[bool]:
+    """Which passages hold one of the answers."""
+    return [contains(p.text, answers) for p in passages]
