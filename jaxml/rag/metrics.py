@@ -92,10 +92,9 @@ def evaluate(
         out["wrong"] = float(np.mean(given))
     if supports is not None:
         pairs = [citation(a, s) for a, s in zip(answers, supports, strict=True) if len(a.cited)]
-        mean = lambda values: (
-            float(np.mean(known)) if (known := [v for v in values if not np.isnan(v)]) else float("nan")
-        )
-        out["citation_precision"], out["citation_recall"] = mean([p for p, _ in pairs]), mean([r for _, r in pairs])
+        for name, values in zip(("citation_precision", "citation_recall"), zip(*pairs) if pairs else ((), ())):
+            known = [v for v in values if not np.isnan(v)]
+            out[name] = float(np.mean(known)) if known else float("nan")
     if supports is not None and memory is not None:
         kinds = [CLASSES[any(s), bool(m)] for s, m in zip(supports, memory, strict=True)]
         out["classes"] = {
