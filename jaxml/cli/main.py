@@ -17,6 +17,7 @@ VERBS = (
     "finetune",
     "prompt",
     "rtune",
+    "rag",
     "evaluate",
     "quantize",
     "merge",
@@ -108,6 +109,34 @@ def load(args: argparse.Namespace):
     if args.adapter:
         model = model.replace(params=adapters.load_peft(args.adapter, model.params, model.config))
     return model
+
+
+def llm(args: argparse.Namespace, batch_size: int = 16):
+    """That model as `prompts.LLM`, or the one at an endpoint (http://host/v1#name)."""
+    from jaxml import prompts
+
+    if not is_address(args.model):
+        return prompts.Local(load(args), batch_size=batch_size)
+    for option in ("adapter", "dtype", "quantize"):
+        if getattr(args, option):
+            raise ValueError(
+                f"{args.verb}: --{option} is for a model in this process, MODEL is an endpoint. Leave it out."
+            )
+    return endpoint(args.model)
+
+
+def is_address(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def endpoint(address: str, **options):
+    """The model at http://host/v1#name; a key for it is read from JAXML_API_KEY."""
+    from jaxml import prompts
+
+    url, _, name = address.partition("#")
+    if not name:
+        raise ValueError(f"an endpoint is http://host/v1#name, got {address!r}.")
+    return prompts.Endpoint(url, name, api_key=os.environ.get("JAXML_API_KEY"), **options)
 
 
 def save(model, folder: str) -> None:

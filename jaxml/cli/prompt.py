@@ -17,7 +17,7 @@ same command.
 
 from pathlib import Path
 
-from jaxml.cli.main import load, model_arguments
+from jaxml.cli.main import endpoint, is_address, llm, load, model_arguments
 
 
 def add(sub):
@@ -195,13 +195,13 @@ def _search(args):
     task = prompts.Task(pool, ask=prompts.Template(ask), metric=args.metric)
     if args.proposer and not args.propose:
         raise ValueError("prompt search: --proposer is asked in the rounds of --propose, got none. Add --propose 1.")
-    llm, proposer = _llm(args, args.batch_size), None
+    model, proposer = llm(args, args.batch_size), None
     if args.propose:
-        writer = _other(args.proposer) if args.proposer else llm
+        writer = _other(args.proposer) if args.proposer else model
         proposer = prompts.propose(writer, [(e["prompt"], e["response"]) for e in pool[:4]], seed=args.seed)
     shots = [int(n) for n in args.shots.split(",")]
     report = prompts.search(
-        llm, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
+        model, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
         budget=args.budget, proposer=proposer, rounds=1 + args.propose, folder=out, seed=args.seed,
         progress=not args.no_progress,
     )  # fmt: skip
@@ -210,33 +210,10 @@ def _search(args):
     return 0
 
 
-def _llm(args, batch_size: int = 16):
-    """The model that `model_arguments` named, here or at an endpoint."""
-    from jaxml import prompts
-
-    if not args.model.startswith(("http://", "https://")):
-        return prompts.Local(load(args), batch_size=batch_size)
-    for option in ("adapter", "dtype", "quantize"):
-        if getattr(args, option):
-            raise ValueError(f"prompt: --{option} is for a model in this process, MODEL is an endpoint. Leave it out.")
-    return _endpoint(args.model)
-
-
 def _other(name: str):
     from jaxml import lm, prompts
 
-    return _endpoint(name) if name.startswith(("http://", "https://")) else prompts.Local(lm.load(name))
-
-
-def _endpoint(address: str):
-    import os
-
-    from jaxml import prompts
-
-    url, _, name = address.partition("#")
-    if not name:
-        raise ValueError(f"prompt: an endpoint is http://host/v1#name, got {address!r}.")
-    return prompts.Endpoint(url, name, api_key=os.environ.get("JAXML_API_KEY"))
+    return endpoint(name) if is_address(name) else prompts.Local(lm.load(name))
 
 
 def _examples(args) -> tuple[list[dict], list[dict]]:
@@ -288,7 +265,7 @@ def _score(args):
         return _score_data(args, how)
     if not args.choices:
         raise ValueError("prompt score: at least one CHOICE is given, got none.")
-    model = _llm(args)
+    model = llm(args)
     scores = prompts.score_choices(model, [args.prompt], args.choices, **how)[0]
     if args.calibrate:
         if args.prompt.count(args.calibrate) != 1:
@@ -315,7 +292,7 @@ def _score_data(args, how):
         raise ValueError("prompt score: --calibrate is for one PROMPT. Leave it out.")
     examples = data.read_jsonl(args.data)
     prompts.Task(metric="accuracy").check(examples)
-    found = prompts.score_choices(_llm(args), [e["prompt"] for e in examples], [e["choices"] for e in examples], **how)
+    found = prompts.score_choices(llm(args), [e["prompt"] for e in examples], [e["choices"] for e in examples], **how)
     right = sum(e["choices"][int(s.argmax())] == e["response"] for e, s in zip(examples, found))
     accuracy = facts.Accuracy(right, len(examples))
     report = {"examples": len(examples), "accuracy": accuracy.value, "interval": list(accuracy.interval)}

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from jaxml.prompts.llm import LLM
 from jaxml.rag import parse, wording
-from jaxml.rag.answer import Answer, Evidence, Group, Step
 from jaxml.rag.calls import Ask, Steps
 from jaxml.rag.passages import Passage
+from jaxml.rag.trace import Answer, Evidence, Group, Step
 
 _DOCUMENT = re.compile(r"^\W*Document(?:\s+\d+)?\W*:?", re.IGNORECASE | re.MULTILINE)
 

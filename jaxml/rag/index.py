@@ -57,7 +57,7 @@ class Index:
 
     def __init__(self, path: str | Path, encoder: Encoder, store: Store | None = None):
         self.path, self.encoder = Path(path), encoder
-        about = _read(self.path)
+        about = check(self.path)
         if (name := fingerprint(encoder)) != about["encoder"]:
             raise ValueError(
                 f"{self.path}: this index was made by the encoder {about['encoder']}, got {name}. Open it with that "
@@ -234,8 +234,13 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
-    path = path / "index.json"
+def check(path: str | Path) -> dict[str, Any]:
+    """What an index says of itself.
+
+    Raises:
+        FileNotFoundError, ValueError: no index there, or a damaged one.
+    """
+    path = Path(path) / "index.json"
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent}: no index there (index.json is missing). Make one with rag.Index.create."

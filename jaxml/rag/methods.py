@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from jaxml.prompts.llm import LLM
 from jaxml.prompts.store import Store
 from jaxml.rag import wording
-from jaxml.rag.answer import Answer, Evidence, Group, Step
 from jaxml.rag.astute import documents, prompted
 from jaxml.rag.calls import Ask, Steps, run
 from jaxml.rag.passages import Passage
+from jaxml.rag.trace import Answer, Evidence, Group, Step
 from jaxml.rag.weigh import clusters, scored
 
 BRIEF_TOKENS = 24

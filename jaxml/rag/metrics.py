@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxml.rag.answer import Answer
 from jaxml.rag.passages import Passage
+from jaxml.rag.trace import Answer
 from jaxml.tune.facts import normalise
 from jaxml.tune.r_tuning import judge, metrics
 from jaxml.tune.r_tuning.items import Item
@@ -102,6 +102,28 @@ def evaluate(
             for name in CLASSES.values() if (here := [i for i, kind in enumerate(kinds) if kind == name])
         }  # fmt: skip
     return out
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """`evaluate`'s figures of several methods as tables."""
+    percent = lambda x: "–" if x is None or np.isnan(x) else f"{x:.1%}"
+    ranged = lambda f, name: f"{percent(f[name])} ({'–'.join(map(percent, f[f'{name}_interval']))})"
+    lines = [
+        "| method | contains the answer | exact | F1 | answered | a wrong one | cited rightly | support cited |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, f in report.items():
+        cells = [ranged(f, "contains"), ranged(f, "exact"), f"{f['f1']:.3f}"]
+        cells += [percent(f.get(key)) for key in ("answered", "wrong", "citation_precision", "citation_recall")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    kinds = [kind for kind in CLASSES.values() if any(kind in f.get("classes", {}) for f in report.values())]
+    if kinds:
+        counts = {kind: f["classes"][kind]["questions"] for f in report.values() for kind in kinds if "classes" in f}
+        lines += ["", "| contains the answer | " + " | ".join(f"{kind} ({counts[kind]})" for kind in kinds) + " |"]
+        lines.append("|---|" + "---|" * len(kinds))
+        for name, f in report.items():
+            lines.append(f"| {name} | " + " | ".join(percent(f["classes"][kind]["contains"]) for kind in kinds) + " |")
+    return "\n".join([*lines, ""])
 
 
 def supporting(passages: Sequence[Passage], answers: Sequence[str]) -> list[bool]:

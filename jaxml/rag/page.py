@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jaxml import log
 from jaxml.lm.generate import Prompt
-from jaxml.rag.answer import Answer, Evidence, Group
+from jaxml.rag.trace import Answer, Evidence, Group
 
 STYLE = """
 :root { --ink: #1c2430; --soft: #5b6676; --line: #d9dee6; --paper: #ffffff; --back: #f4f6f9; --good: #1d6f42;
@@ -130,7 +130,7 @@ def _text(e: Evidence, number: int, unused: bool) -> str:
     place = "" if e.memory else f"<strong>{_safe(e.source)}</strong>"
     return (
         f'<div class="text{" unused" if unused else ""}" id="a{number}-{e.number}">{e.number} · {place}{kind}{rest}'
-        f"<blockquote>{_safe(e.text)}</blockquote></div>"
+        f"<blockquote>{_safe(e.text if e.passage is None else e.passage.text)}</blockquote></div>"
     )
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jaxml.rag.answer import Group
+from jaxml.rag.trace import Group
 
 
 def groups(reply: str, numbers: Sequence[int]) -> tuple[list[Group], list[int]]:

@@ -59,14 +59,17 @@ class Scripted:
         return Reply(text, len(prompt.split()), len(text.split()))
 
     def _says(self, prompt: str) -> str:
+        found = re.search(r"between marks named (\S+?)[.,]", prompt)
+        texts = []
+        if found is not None:
+            mark = re.compile(rf"<{found.group(1)}([^>]*)>\n(.*?)\n</{found.group(1)}>", re.DOTALL)
+            texts, prompt = mark.findall(prompt), mark.sub("", prompt)  # what is quoted is no order
         question = (re.findall(r"Question: (.*)", prompt) or [prompt.splitlines()[0]])[-1]
         own = self.known.get(question)
-        found = re.search(r"between marks named (\S+?)[.,]", prompt)
         if found is None:
             if prompt.startswith("Write a short document"):
                 return f"The answer is {own}." if own else UNKNOWN
             return own or UNKNOWN
-        texts = re.findall(rf"<{found.group(1)}([^>]*)>\n(.*?)\n</{found.group(1)}>", prompt, re.DOTALL)
         said = [self._reads(text) for _, text in texts]
         if '"irrelevant"' in prompt:
             return self._groups(texts, said)

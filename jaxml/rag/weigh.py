@@ -11,9 +11,9 @@ import numpy as np
 from jaxml.prompts.choices import normalised
 from jaxml.prompts.llm import LLM
 from jaxml.rag import wording
-from jaxml.rag.answer import Answer, Evidence, Group, Step
 from jaxml.rag.calls import Ask, Steps, Weigh
 from jaxml.rag.passages import Passage
+from jaxml.rag.trace import Answer, Evidence, Group, Step
 from jaxml.tune.facts import normalise
 
 ALTERNATIVES = 100  # answers that an unreliable source may as well have given
@@ -37,8 +37,8 @@ def scored(
         p(g | sources) ∝ Πₛ (ρₛ vₛ(g) + (1 − ρₛ) / ALTERNATIVES).
 
     Of a passage, v is the softmax of log p(g | question, passage) − log p(g | question): one that is beside the point
-    raises none and decides nothing. Of memory, v is p(g | question) over the answers. Passages of one source, or of
-    nearly the same words, are one source: their v are averaged, the largest ρ counts.
+    raises none and decides nothing. Memory says its answer, and ρ is how sure it is of that. Passages of one source, or
+    of nearly the same words, are one source: their v are averaged, the largest ρ counts.
 
     Args:
         sure: ρ of memory, or (question, answer) → it: R-Tuning's p(sure). Where None, the geometric mean probability of
@@ -74,7 +74,8 @@ def scored(
         trust = float(np.exp(logs[0, of[0]] / scores[0].tokens[of[0]])) if said[0] else 0.0
     else:
         trust = float(sure) if said[0] and not callable(sure) else 0.0
-    says = np.exp(np.concatenate([normalised(logs[:1]), normalised(logs[1:] - logs[:1])]))
+    own = np.arange(len(candidates)) == (-1 if of[0] is None else of[0])
+    says = np.concatenate([own[None].astype(float), np.exp(normalised(logs[1:] - logs[:1]))])
     rho = [trust, *(reliability(p) if callable(reliability) else reliability for p in passages)]
     p, none = posterior(says, np.array(rho, np.float64), independent(passages))
     order = np.argsort(-p, kind="stable")
@@ -95,7 +96,7 @@ def posterior(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple
     """(p of each answer, p of none of them).
 
     Args:
-        says: [sources, answers] vₛ(g), rows that add up to 1; memory first.
+        says: [sources, answers] vₛ(g), memory first; a row adds up to 1, or to 0 where memory says nothing.
         rho: [sources] how reliable each is.
         source: of each passage the number of its source, so that passages of one count once.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from jaxml.lm import chat
 from jaxml.prompts.llm import LLM
-from jaxml.rag.answer import Evidence
+from jaxml.rag.trace import Evidence
 
 # Control tokens as chat templates write them: <|im_end|>, <s>, </s>, [INST], <start_of_turn>, <<SYS>>.
 CONTROL = re.compile(
