@@ -9,7 +9,7 @@ the best of three each. search: the ten best of random unit vectors of 384 numbe
 and among int8 codes, eighty candidates ranked again: how many of the exactly best are found. words: bm25s as the index
 builds and asks it. scripted: a model that is sure of 60 % of the answers, mistaken about 10 % and ignorant of the rest,
 four passages of which a share misleads. conflict: SmolLM2-135M on ParaRel's facts, two passages in the words of
-ParaRel's own patterns from different sources, which for a share of the questions say another object of the same relation.
+ParaRel's own patterns from two sources, which for a share of the questions say another object of the same relation.
 """
 
 import argparse
