@@ -136,7 +136,8 @@ def _refused(method: Method, first: Method, beside: str | None) -> dict[str, flo
 def markdown(report: dict[str, Any]) -> str:
     """`compare`'s figures as a page."""
     percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
-    ranged = lambda f, name: f"{f[name]:.3f} ({f[f'{name}_interval'][0]:.3f}–{f[f'{name}_interval'][1]:.3f})"
+    number = lambda x: "–" if np.isnan(x) else f"{x:.3f}"
+    ranged = lambda f, name: f"{number(f[name])} ({'–'.join(map(number, f[f'{name}_interval']))})"
     lines = []
     for part, said in PARTS.items():
         if part not in report:
