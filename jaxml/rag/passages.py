@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,3 @@ class Passage:
     def whole(self) -> str:
         """Title and text, as indexes read them."""
         return f"{self.title}\n{self.text}" if self.title else self.text
-
-
-def row(passage: Passage) -> dict[str, Any]:
-    """As JSON keeps it."""
-    return dataclasses.asdict(passage)
