@@ -8,6 +8,7 @@ index.search(["who keeps the lighthouse?"], 5)
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ class Index:
     ) -> Changes:
         """Reads what is new or changed in a folder, or a file, and forgets what is gone.
 
-        Files that an earlier update read from another folder stay. What was done is on disk after each file: an
-        update that was interrupted goes on with the next one.
+        Files that an earlier update read from another folder stay. What was done is kept after every `PART` passages;
+        an update that was interrupted goes on from there. A file that cannot be read is named in the changes, and what
+        was known of it stays.
 
         Args:
             tick: told (files dealt with, of how many).
@@ -118,24 +120,21 @@ class Index:
         """
         root, changes = Path(folder), Changes()
         found = read.find(root)
-        with Kept(self.path / "files.jsonl") as files:
-            known = {about["file"]: about for about in files.answers() if about["keys"] is not None}
-            there = set(map(str, found)) if root.is_dir() else set(known)
-            for name, about in known.items():
-                if name not in there and Path(name).is_relative_to(root):
-                    self.store.delete(about["keys"])
-                    files.put(name, about | {"keys": None})
-                    changes.removed += 1
+        with Kept(self.path / "files.jsonl") as kept:
+            files = _Files(self, kept, changes)
+            if root.is_dir():
+                there = set(map(str, found))
+                for name in [n for n in files.known if n not in there and Path(n).is_relative_to(root)]:
+                    files.forget(name)
             for number, path in enumerate(found, 1):
-                before, now = known.get(str(path)), _hash(path)
-                if before and before["hash"] == now:
+                hash_ = _hash(path)
+                if str(path) in files.known and files.known[str(path)]["hash"] == hash_:
                     changes.unchanged += 1
-                elif (keys := self._read(path, before, limits, changes)) is not None:
-                    files.put(str(path), {"file": str(path), "hash": now, "keys": keys})
-                    changes.added += not before
-                    changes.changed += bool(before)
+                else:
+                    files.read(path, hash_, limits)
                 if tick:
                     tick(number, len(found))
+            files.flush()
         if isinstance(self.store, Folder) and len(self.store.segments) > SEGMENTS:
             self.store.compact()
         return changes
@@ -208,25 +207,63 @@ class Index:
             self._lexical = (stamp, made)
         return self._lexical[1]
 
-    def _read(self, path: Path, before: dict | None, limits: read.Limits, changes: Changes) -> list[str] | None:
-        """Adds a file's passages: their keys; where it cannot be read, what was known of it stays."""
+
+class _Files:
+    """What an update knows of files: their hashes and the keys of their passages, which several may share."""
+
+    def __init__(self, index: Index, kept: Kept, changes: Changes):
+        self.index, self.kept, self.changes = index, kept, changes
+        self.known = {about["file"]: about for about in kept.answers() if about["keys"] is not None}
+        self.held = Counter(key for about in self.known.values() for key in about["keys"])
+        self.passages: list[Passage] = []  # that are not in the store yet
+        self.files: list[dict[str, Any]] = []  # whose passages are all read, but not all in the store
+
+    def read(self, path: Path, hash_: str, limits: read.Limits) -> None:
         keys: list[str] = []
-        part: list[Passage] = []
+        first = len(self.passages)
         try:
-            for passage in chunk(read.read(path, limits), str(path), self.chunking):
-                part.append(passage)
-                if len(part) == PART:
-                    changes.passages += self.add(part)
-                    keys, part = keys + [p.key for p in part], []
+            for passage in chunk(read.read(path, limits), str(path), self.index.chunking):
+                self.passages.append(passage)
+                keys.append(passage.key)
+                if len(self.passages) >= PART:
+                    self.flush()
+                    first = 0
         except ValueError as error:
-            self.store.delete([key for key in keys if key not in (before or {}).get("keys", ())])
-            changes.refused.append(str(error))
-            return None
-        changes.passages += self.add(part)
-        keys += [p.key for p in part]
-        if before:
-            self.store.delete(sorted(set(before["keys"]) - set(keys)))
-        return keys
+            del self.passages[first:]
+            self._drop(keys)
+            self.changes.refused.append(str(error))
+            return
+        self.files.append({"file": str(path), "hash": hash_, "keys": keys})
+
+    def flush(self) -> None:
+        """Puts what was read into the store, and writes down the files that are whole."""
+        self.changes.passages += self.index.add(self.passages)
+        self.passages = []
+        for about in self.files:
+            before = self.known.get(about["file"])
+            self.held.update(about["keys"])
+            self.known[about["file"]] = about
+            if before is not None:
+                self._release(before["keys"])
+            self.kept.put(about["file"], about)
+            self.changes.added += before is None
+            self.changes.changed += before is not None
+        self.files = []
+
+    def forget(self, name: str) -> None:
+        about = self.known.pop(name)
+        self._release(about["keys"])
+        self.kept.put(name, about | {"keys": None})
+        self.changes.removed += 1
+
+    def _release(self, keys: Sequence[str]) -> None:
+        self.held.subtract(keys)
+        self._drop(keys)
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        """Deletes the passages that no file holds."""
+        waiting = {key for about in self.files for key in about["keys"]}
+        self.index.store.delete([key for key in dict.fromkeys(keys) if self.held[key] <= 0 and key not in waiting])
 
 
 def _hash(path: Path) -> str:

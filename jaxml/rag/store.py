@@ -83,6 +83,7 @@ class Folder:
         self.segments = [_Segment.open(self.path, entry, self.width) for entry in self._about["segments"]]
         self._matrix: dense.Matrix | None = None
         self._order: tuple[np.ndarray, np.ndarray] | None = None  # rows by key, and the keys
+        self._keys: set[bytes] | None = None  # that are there
 
     @classmethod
     def create(
@@ -126,11 +127,12 @@ class Folder:
         if not np.isfinite(vectors).all():
             bad = passages[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
             raise ValueError(f"Folder.add: vectors are finite, that of a passage of {bad.source} is not.")
-        there = {key for s in self.segments for key in s.keys[~s.dead].tolist()}
+        if self._keys is None:
+            self._keys = {key for s in self.segments for key in s.keys[~s.dead].tolist()}
         new: dict[bytes, int] = {}
         for i, passage in enumerate(passages):
             key = passage.key.encode()
-            if key not in there:
+            if key not in self._keys:
                 new.setdefault(key, i)
         if new:
             rows = list(new.values())
@@ -138,6 +140,7 @@ class Folder:
             _write_segment(self.path / name, [passages[i] for i in rows], vectors[rows], self.dtype, self.codes)
             entry = {"name": name, "count": len(rows), "dead": None}
             self._commit([*self._about["segments"], entry], number + 1)
+            self._keys |= set(new)
         return len(new)
 
     def delete(self, keys: Sequence[str]) -> int:
@@ -154,6 +157,7 @@ class Folder:
             entries.append(entry)
         if count:
             self._commit(entries, number)
+            self._keys = None if self._keys is None else self._keys - set(wanted.tolist())
         return count
 
     def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
@@ -221,9 +225,13 @@ class Folder:
 
     def _commit(self, segments: list[dict], number: int) -> None:
         """The new state, at once; then what no longer belongs to it is removed."""
-        self._about = self._about | {"segments": segments, "next": number}
-        log.write_text(self.path / "store.json", json.dumps(self._about, indent=1))
-        self.segments = [_Segment.open(self.path, entry, self.width) for entry in segments]
+        opened = {json.dumps(e): s for e, s in zip(self._about["segments"], self.segments)}
+        about = self._about | {"segments": segments, "next": number}
+        log.write_text(self.path / "store.json", json.dumps(about, indent=1))
+        self._about = about
+        self.segments = [
+            opened.get(json.dumps(entry)) or _Segment.open(self.path, entry, self.width) for entry in segments
+        ]
         self._matrix = self._order = None
         kept = {name for entry in segments for name in (entry["name"], entry["dead"]) if name}
         for path in self.path.iterdir():

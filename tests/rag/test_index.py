@@ -188,6 +188,7 @@ def test_an_index_follows_its_folder(tmp_path, docs, words):
 
 
 def test_an_update_that_was_stopped_goes_on(tmp_path, docs, words, monkeypatch):
+    monkeypatch.setattr("jaxml.rag.index.PART", 2)
     index = Index.create(tmp_path / "index", words)
 
     def stop(done, of):
@@ -198,7 +199,24 @@ def test_an_update_that_was_stopped_goes_on(tmp_path, docs, words, monkeypatch):
     index = Index(tmp_path / "index", words)
     assert len(index) == 2
     changes = index.update(docs)
-    assert (changes.unchanged, changes.added, len(index)) == (1, 1, 3)
+    assert (changes.added, changes.passages, len(index)) == (2, 1, 3)
+    assert index.update(docs).unchanged == 2
+
+
+def test_a_passage_stays_while_a_file_holds_it(tmp_path, words):
+    index, folder = Index.create(tmp_path / "index", words), tmp_path / "docs"
+    folder.mkdir()
+    row = json.dumps({"text": "Ada keeps the lighthouse.", "source": "radio"}) + "\n"
+    for name in "ab":
+        (folder / f"{name}.jsonl").write_text(row)
+    assert index.update(folder).added == 2 and len(index) == 1
+    (folder / "a.jsonl").unlink()
+    assert index.update(folder).removed == 1 and len(index) == 1
+    (folder / "c.jsonl").write_text(row + "{")
+    assert index.update(folder).refused and len(index) == 1
+    (folder / "b.jsonl").write_text('{"text": "Bob has a boat."}\n')
+    assert index.update(folder).changed == 1
+    assert [hit.passage.text for hit in index.search(["Ada"], 5)[0]] == ["Bob has a boat."]
 
 
 def test_a_file_that_breaks_in_the_middle_leaves_nothing(tmp_path, words, monkeypatch):
