@@ -1,6 +1,6 @@
 """Retrieval beside the libraries people use, and Astute RAG where one can see what it does.
 
-    python benchmarks/rag.py                          # all; the last subject takes an hour or more on 2 cores
+    python benchmarks/rag.py --pararel FOLDER         # all; the last subject takes an hour or more on 2 cores
     python benchmarks/rag.py --subjects search words  # minutes
     python benchmarks/rag.py --table                  # the tables of the newest results
 
@@ -200,7 +200,7 @@ def conflict(options) -> dict:
                     "right": float(np.mean(values)),
                     "interval": list(metrics.metrics.interval(np.mean, np.array(values, float))),
                     "wrong": float(np.mean([metrics.contains(a.text, [w]) for a, w in zip(found, wrong)])),
-                    "fallbacks": float(np.mean([bool(a.notes) for a in found])),
+                    "fallbacks": float(np.mean([any("could not be read" in note for note in a.notes) for a in found])),
                 }  # fmt: skip
                 print(share, name, out[f"{share} {name}"], flush=True)
     return out

@@ -60,9 +60,20 @@ def add(sub):
     sub.add_argument("--data", metavar="DATA", help="of evaluate: JSONL, or ramdocs:FILE")
     sub.add_argument("--limit", type=int, help="of evaluate: the first questions")
     sub.add_argument("--no-progress", action="store_true")
+    sub.set_defaults(usual={name: sub.get_default(name) for of in TAKEN.values() for name in of})
+
+
+MODEL = ("model", "adapter", "dtype", "quantize", "mode", "rounds", "least")
+FOUND = ("index", "encoder", "k", "how", "trade")
+TAKEN = {
+    "index": ("out", "encoder", "size", "overlap", "codes"),
+    "ask": (*FOUND, *MODEL, "method", "trace"),
+    "evaluate": (*FOUND, *MODEL, "out", "methods", "data", "limit"),
+}  # fmt: skip
 
 
 def run(args):
+    _check(args)
     return {"index": _index, "ask": _ask, "evaluate": _evaluate}[args.action](args)
 
 
@@ -81,6 +92,8 @@ def _index(args):
                 f"{out}: its passages have size {index.chunking.size} and overlap {index.chunking.overlap}, got "
                 f"{args.size} and {args.overlap}. Choose another --out."
             )
+        if args.codes and not index.store.codes:
+            raise ValueError(f"{out}: it is searched without codes, got --codes. Choose another --out.")
     else:
         index = rag.Index.create(out, model, rag.Chunking(args.size, args.overlap), codes=args.codes)
     with log.progress("reading", enabled=not args.no_progress) as bar:
@@ -100,7 +113,8 @@ def _ask(args):
 
     if not args.given:
         raise ValueError("rag ask: at least one question is given, got none.")
-    passages = _found(args, args.given)
+    alone = args.method in ("none", "generated")  # which look at no passages
+    passages = [[] for _ in args.given] if alone else _found(args, args.given)
     model = llm(args)
     answers = rag.answer(model, args.given, passages, args.method, **_options(args, args.method))
     for answer in answers:
@@ -170,12 +184,25 @@ def _found(args, questions: list[str]):
 
 
 def _options(args, method: str) -> dict:
-    if method != "astute":
-        return {}
-    options = {"mode": args.mode}
+    given = {name: getattr(args, name) for name in ("rounds", "least") if getattr(args, name) is not None}
+    return {"mode": args.mode, **given} if method == "astute" else {}
+
+
+def _check(args) -> None:
+    """Refuses, before anything is read or asked, options out of range or that the action does not take."""
+    changed = [name for name, usual in args.usual.items() if getattr(args, name) != usual]
+    if other := [name for name in changed if name not in TAKEN[args.action]]:
+        raise ValueError(f"rag {args.action}: --{other[0]} is not of {args.action}. Leave it out.")
+    for name, good, rule in (
+        ("k", args.k >= 1, "at least 1"), ("limit", args.limit is None or args.limit >= 1, "at least 1"),
+        ("trade", args.trade is None or 0 <= args.trade <= 1, "in [0, 1]"),
+        ("rounds", args.rounds is None or args.rounds >= 0, "at least 0"),
+        ("least", args.least is None or 0 <= args.least <= 1, "in [0, 1]"),
+    ):  # fmt: skip
+        if not good:
+            raise ValueError(f"rag {args.action}: --{name} is {rule}, got {getattr(args, name)}.")
     for name, mode in (("rounds", "prompt"), ("least", "score")):
-        if (value := getattr(args, name)) is not None:
-            if args.mode != mode:
-                raise ValueError(f"rag: --{name} is of --mode {mode}, got --mode {args.mode}.")
-            options[name] = value
-    return options
+        if getattr(args, name) is not None and args.mode != mode:
+            raise ValueError(f"rag: --{name} is of --mode {mode}, got --mode {args.mode}.")
+    if args.action == "ask" and args.method != "astute" and (wrong := {"mode", "rounds", "least"} & set(changed)):
+        raise ValueError(f"rag ask: --{min(wrong)} is of --method astute, got --method {args.method}.")

@@ -14,7 +14,7 @@ from jaxml.rag.calls import Ask, Steps
 from jaxml.rag.passages import Passage
 from jaxml.rag.trace import Answer, Evidence, Group, Step
 
-_DOCUMENT = re.compile(r"^\W*Document(?:\s+\d+)?\W*:?", re.IGNORECASE | re.MULTILINE)
+_DOCUMENT = re.compile(r"^[^\w\n]{0,20}Document(?:[ \t]+\d+)?[*_]{0,3}:?", re.IGNORECASE | re.MULTILINE)
 
 
 def prompted(
@@ -63,10 +63,11 @@ def prompted(
     shown, numbers = wording.show(tag, out.evidence, texts), [e.number for e in out.evidence]
     out.groups = [Group(e.text, [e.number]) for e in out.evidence]
     for number in range(rounds):
-        before = wording.BEFORE.format(groups=_written(out.groups)) if number else ""
+        groups = wording.inert(llm, _written(out.groups)).replace(tag, "text")
+        before = wording.BEFORE.format(tag=tag, groups=groups) if number else ""
         text = wording.CONSOLIDATE.format(tag=tag, texts=shown, before=before, question=asked)
         read = lambda reply: parse.groups(reply, numbers)
-        made = yield from _strictly(out, f"consolidation {number + 1}", text, read, max_new_tokens)
+        made = yield from _strictly(llm, out, f"consolidation {number + 1}", text, read, max_new_tokens)
         if made is None:
             out.notes.append(f"consolidation {number + 1} could not be read: the groups before it stay.")
             break
@@ -100,7 +101,7 @@ def _decide(llm: LLM, out: Answer, max_new_tokens: int) -> Steps[None]:
         lines.append(f"<{tag} group={place} from={','.join(kinds)}{against}>\n{claim}\n</{tag}>")
     text = wording.DECIDE.format(tag=tag, groups="\n".join(lines), question=asked)
     read = lambda reply: parse.answers(reply, len(out.groups))
-    made = yield from _strictly(out, "answer", text, read, max_new_tokens)
+    made = yield from _strictly(llm, out, "answer", text, read, max_new_tokens)
     if made is not None:
         found, out.chosen = made
         for group, (answer, sure) in zip(out.groups, found):
@@ -110,13 +111,13 @@ def _decide(llm: LLM, out: Answer, max_new_tokens: int) -> Steps[None]:
         return
     out.notes.append("the answers could not be read: the model was asked for the answer alone, from all claims.")
     tag, asked, claims = wording.quoted(llm, out.question, [g.claim for g in out.groups])
-    shown = "\n".join(f"<{tag}>\n{claim}\n</{tag}>" for claim in claims)
+    shown = "\n".join(f"<{tag} number={i}>\n{claim}\n</{tag}>" for i, claim in enumerate(claims, 1))
     reply = yield from _ask(out, "fallback", wording.PLAIN.format(tag=tag, texts=shown, question=asked), 64)
     said = wording.brief(reply)
     out.text = "" if wording.unknown(said) else said
 
 
-def _strictly(out: Answer, name: str, text: str, read, max_new_tokens: int):
+def _strictly(llm: LLM, out: Answer, name: str, text: str, read, max_new_tokens: int):
     """What `read` makes of the reply, or of a second one, after what is wrong was said; None where neither is good."""
     turns = wording.said(text)
     for attempt in range(2):
@@ -126,8 +127,8 @@ def _strictly(out: Answer, name: str, text: str, read, max_new_tokens: int):
             made = read(reply.text)
         except ValueError as error:
             out.notes.append(f"{name}: {error}")
-            again = {"role": "user", "content": wording.AGAIN.format(problem=error)}
-            turns = [*turns, {"role": "assistant", "content": reply.text}, again]
+            again = {"role": "user", "content": wording.AGAIN.format(problem=wording.inert(llm, str(error)))}
+            turns = [*turns, {"role": "assistant", "content": wording.inert(llm, reply.text)}, again]
             continue
         return made
     return None

@@ -39,7 +39,7 @@ def place(
     *,
     dead: np.ndarray | None = None,
     scales: np.ndarray | None = None,
-    block: int = BLOCK,
+    block: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Matrix:
     """Puts rows where they are searched.
@@ -48,7 +48,7 @@ def place(
         vectors: [n, D], float32 or narrower, or int8 codes with their `scales`; a memory map is read once.
         dead: [n] bool, rows that are not to be found.
         scales: [n], of codes (`quantize`).
-        block: rows whose scores exist at the same time.
+        block: rows whose scores exist at the same time (about `BLOCK` where None).
         devices: over which each block's rows are spread; the default one where None.
 
     Raises:
@@ -63,7 +63,7 @@ def place(
         raise ValueError(f"dense.place: scales are given with int8 codes and only then, got {vectors.dtype}.")
     count = len(vectors)
     over = len(devices) if devices else 1
-    block = min(block, -(-count // over) * over)
+    block = min(BLOCK // over * over if block is None else block, -(-count // over) * over)
     if block % over:
         raise ValueError(f"dense.place: a block divides over {over} devices, got {block} rows.")
     mesh = Mesh(np.array(devices), (AXIS,)) if devices else None

@@ -5,11 +5,13 @@ index.update("docs/")
 index.search(["who keeps the lighthouse?"], 5)
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,7 @@ class Index:
         if (path / "index.json").exists():
             raise FileExistsError(f"{path}: an index is there. Open it, or choose another folder.")
         path.mkdir(parents=True, exist_ok=True)
-        if store is None:
+        if store is None and not (path / "store" / "store.json").exists():  # left by a creation that was cut off
             Folder.create(path / "store", encoder.config.width, **options)
         about = {"format": FORMAT, "encoder": fingerprint(encoder), "chunking": dataclasses.asdict(chunking)}
         log.write_text(path / "index.json", json.dumps(about, indent=1))
@@ -108,35 +110,35 @@ class Index:
     ) -> Changes:
         """Reads what is new or changed in a folder, or a file, and forgets what is gone.
 
-        Files that an earlier update read from another folder stay. What was done is kept after every `PART` passages;
-        an update that was interrupted goes on from there. A file that cannot be read is named in the changes, and what
-        was known of it stays.
+        Files that an earlier update read from elsewhere stay, unless they are gone. What was done is kept after every
+        `PART` passages; an update that was interrupted goes on from there. A file that cannot be read is named in the
+        changes, and what was known of it stays. (The text of what was deleted stays on disk until segments are made
+        one.)
 
         Args:
             tick: told (files dealt with, of how many).
 
         Raises:
-            FileNotFoundError, ValueError: no such folder, or no file in it that can be read.
+            FileNotFoundError, ValueError: no such folder, no file in it that can be read, or another process that is
+                at it.
         """
         root, changes = Path(folder), Changes()
-        found = read.find(root)
-        with Kept(self.path / "files.jsonl") as kept:
+        with _alone(self.path), Kept(self.path / "files.jsonl") as kept:
             files = _Files(self, kept, changes)
-            if root.is_dir():
-                there = set(map(str, found))
-                for name in [n for n in files.known if n not in there and Path(n).is_relative_to(root)]:
-                    files.forget(name)
+            files.forget_gone(root.resolve())
+            try:
+                found = read.find(root)
+            except (FileNotFoundError, ValueError):
+                if not changes.removed:
+                    raise
+                found = []  # all that there was is gone
             for number, path in enumerate(found, 1):
-                hash_ = _hash(path)
-                if str(path) in files.known and files.known[str(path)]["hash"] == hash_:
-                    changes.unchanged += 1
-                else:
-                    files.read(path, hash_, limits)
+                files.read(path, limits)
                 if tick:
                     tick(number, len(found))
             files.flush()
-        if isinstance(self.store, Folder) and len(self.store.segments) > SEGMENTS:
-            self.store.compact()
+            if isinstance(self.store, Folder) and len(self.store.segments) > SEGMENTS:
+                self.store.compact()
         return changes
 
     def add(self, passages: Sequence[Passage]) -> int:
@@ -198,9 +200,13 @@ class Index:
     @property
     def lexical(self) -> Lexical:
         """The words of all passages; built where the store has changed, and kept in the folder."""
-        stamp = f"{len(self.store)}-{self.store.revision}"
+        ledger = self.path / "files.jsonl"  # grows with each change that an update makes, wherever the store is
+        stamp = f"{len(self.store)}-{self.store.revision}-{ledger.stat().st_size if ledger.is_file() else 0}"
         if self._lexical is None or self._lexical[0] != stamp:
-            made = Lexical.load(self.path / "lexical", stamp)
+            try:
+                made = Lexical.load(self.path / "lexical", stamp)
+            except ValueError:  # damaged; it is made of what the store has
+                made = None
             if made is None:
                 made = Lexical.build(self.store.passages())
                 made.save(self.path / "lexical", stamp)
@@ -209,61 +215,83 @@ class Index:
 
 
 class _Files:
-    """What an update knows of files: their hashes and the keys of their passages, which several may share."""
+    """What an update knows of files: their hashes and the keys of their passages, which several may share.
+
+    A file is known by its resolved path. While it is being read, what is in the store of it already stands under an
+    empty hash: an update that was interrupted leaves nothing that the next one does not know.
+    """
 
     def __init__(self, index: Index, kept: Kept, changes: Changes):
         self.index, self.kept, self.changes = index, kept, changes
         self.known = {about["file"]: about for about in kept.answers() if about["keys"] is not None}
         self.held = Counter(key for about in self.known.values() for key in about["keys"])
         self.passages: list[Passage] = []  # that are not in the store yet
-        self.files: list[dict[str, Any]] = []  # whose passages are all read, but not all in the store
+        self.whole: list[tuple[dict[str, Any], dict | None]] = []  # files that are read, and what was known of them
 
-    def read(self, path: Path, hash_: str, limits: read.Limits) -> None:
-        keys: list[str] = []
-        first = len(self.passages)
+    def forget_gone(self, root: Path) -> None:
+        for name in [n for n in self.known if Path(n).is_relative_to(root) and not Path(n).is_file()]:
+            self._note({"file": name, "hash": "", "keys": None})
+            self.changes.removed += 1
+
+    def read(self, path: Path, limits: read.Limits) -> None:
+        name, keys, before = str(path.resolve()), [], None
         try:
+            hash_ = _hash(path)
+            before = self.known.get(name)
+            if before is not None and before["hash"] == hash_:
+                self.changes.unchanged += 1
+                return
             for passage in chunk(read.read(path, limits), str(path), self.index.chunking):
-                self.passages.append(passage)
                 keys.append(passage.key)
+                self.passages.append(passage)
                 if len(self.passages) >= PART:
+                    self._note({"file": name, "hash": "", "keys": list({*keys, *(before or {"keys": ()})["keys"]})})
                     self.flush()
-                    first = 0
-        except ValueError as error:
-            del self.passages[first:]
-            self._drop(keys)
-            self.changes.refused.append(str(error))
+        except (ValueError, OSError) as error:
+            self.passages = self.passages[: len(self.passages) - len(keys)] if keys else self.passages
+            if self.known.get(name) is not before:
+                self._note(before or {"file": name, "hash": "", "keys": None})
+            self.changes.refused.append(str(error).encode("utf-8", "replace").decode())
             return
-        self.files.append({"file": str(path), "hash": hash_, "keys": keys})
+        self.whole.append(({"file": name, "hash": hash_, "keys": keys}, before))
 
     def flush(self) -> None:
         """Puts what was read into the store, and writes down the files that are whole."""
         self.changes.passages += self.index.add(self.passages)
         self.passages = []
-        for about in self.files:
-            before = self.known.get(about["file"])
-            self.held.update(about["keys"])
+        for about, before in self.whole:
+            self._note(about)
+            new = before is None or not before["hash"]  # or begun by an update that was interrupted
+            self.changes.added += new
+            self.changes.changed += not new
+        self.whole = []
+
+    def _note(self, about: dict[str, Any]) -> None:
+        """Writes down what is known of a file, and deletes the passages that no file holds any more."""
+        before = self.known.pop(about["file"], {"keys": []})["keys"]
+        if about["keys"] is not None:
             self.known[about["file"]] = about
-            if before is not None:
-                self._release(before["keys"])
-            self.kept.put(about["file"], about)
-            self.changes.added += before is None
-            self.changes.changed += before is not None
-        self.files = []
+            self.held.update(about["keys"])
+        self.held.subtract(before)
+        waiting = {key for of, _ in self.whole for key in of["keys"]}
+        free = [key for key in dict.fromkeys(before) if self.held[key] <= 0 and key not in waiting]
+        self.kept.put(about["file"], about)
+        self.index.store.delete(free)
 
-    def forget(self, name: str) -> None:
-        about = self.known.pop(name)
-        self._release(about["keys"])
-        self.kept.put(name, about | {"keys": None})
-        self.changes.removed += 1
 
-    def _release(self, keys: Sequence[str]) -> None:
-        self.held.subtract(keys)
-        self._drop(keys)
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps other processes from changing an index.
 
-    def _drop(self, keys: Sequence[str]) -> None:
-        """Deletes the passages that no file holds."""
-        waiting = {key for about in self.files for key in about["keys"]}
-        self.index.store.delete([key for key in dict.fromkeys(keys) if self.held[key] <= 0 and key not in waiting])
+    Raises:
+        ValueError: one is at it.
+    """
+    with (path / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{path}: another process is changing this index. Wait until it is done.") from error
+        yield
 
 
 def _hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Search by words: BM25 of the package bm25s, over the passages of a store."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,8 +41,10 @@ class Lexical:
             texts.append(passage.whole)
         if not keys:
             raise ValueError("Lexical.build: at least one passage is given, got none.")
-        engine = bm25s.BM25()
-        engine.index(_words(bm25s, texts), show_progress=False)
+        engine, words = bm25s.BM25(), _words(bm25s, texts)
+        if not any(words.ids):  # nothing but signs: one word that nobody asks for
+            words = bm25s.tokenize(["_"] * len(texts), token_pattern=WORD, stopwords=None, show_progress=False)
+        engine.index(words, show_progress=False)
         return cls(engine, np.array(keys, "S32"))
 
     def search(self, questions: Sequence[str], k: int) -> list[list[tuple[str, float]]]:
@@ -64,7 +67,7 @@ class Lexical:
     def save(self, folder: str | Path, stamp: str) -> None:
         """Whole or not at all; `stamp` says what it was built from."""
         folder = Path(folder)
-        part = folder.with_name(f".{folder.name}.part")
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(part, ignore_errors=True)
         self.engine.save(str(part), show_progress=False)
         np.save(part / "keys.npy", self.keys, allow_pickle=False)

@@ -44,7 +44,7 @@ def f1(said: str, answers: Sequence[str]) -> float:
 
 def citation(answer: Answer, supports: Sequence[bool]) -> tuple[float, float]:
     """(precision, recall) of what is cited: of the cited passages the share that supports a right answer, and of those
-    that do the share cited. NaN where there is nothing to count.
+    that do the share cited. NaN where there is nothing to count: of recall, no passage that supports one.
 
     Args:
         supports: of each passage given, in order.
@@ -76,7 +76,7 @@ def evaluate(
 
     Returns:
         questions, answered, exact, contains, f1 (each with NAME_interval), and where there is what they need:
-        wrong, citation_precision, citation_recall, classes (name → questions and contains).
+        wrong, citation_precision, citation_recall (where any answer cites), classes (name → questions and contains).
     """
     columns = {
         "exact": np.array([exact(a.text, r) for a, r in zip(answers, right, strict=True)], float),
@@ -91,7 +91,8 @@ def evaluate(
         given = [bool(w) and contains(a.text, w) for a, w in zip(answers, wrong, strict=True)]
         out["wrong"] = float(np.mean(given))
     if supports is not None:
-        pairs = [citation(a, s) for a, s in zip(answers, supports, strict=True) if len(a.cited)]
+        cites = any(a.cited for a in answers)  # a method that never does has no such figures
+        pairs = [citation(a, s) for a, s in zip(answers, supports, strict=True)] if cites else []
         for name, values in zip(("citation_precision", "citation_recall"), zip(*pairs) if pairs else ((), ())):
             known = [v for v in values if not np.isnan(v)]
             out[name] = float(np.mean(known)) if known else float("nan")
@@ -122,10 +123,14 @@ def markdown(report: dict[str, Any]) -> str:
         lines += ["", "| contains the answer | " + " | ".join(f"{kind} ({counts[kind]})" for kind in kinds) + " |"]
         lines.append("|---|" + "---|" * len(kinds))
         for name, f in report.items():
-            lines.append(f"| {name} | " + " | ".join(percent(f["classes"][kind]["contains"]) for kind in kinds) + " |")
+            of = f.get("classes", {})
+            lines.append(
+                f"| {name} | " + " | ".join(percent(of.get(kind, {}).get("contains")) for kind in kinds) + " |"
+            )
     return "\n".join([*lines, ""])
 
 
 def supporting(passages: Sequence[Passage], answers: Sequence[str]) -> list[bool]:
-    """Which passages hold one of the answers."""
-    return [contains(p.text, answers) for p in passages]
+    """Which passages hold one of the answers, in words or as one of their numbers."""
+    values = {value for a in answers if (value := judge.number(a)) is not None}
+    return [contains(p.whole, answers) or bool(values & set(judge.numbers(p.whole))) for p in passages]

@@ -98,8 +98,8 @@ def answers(reply: str, count: int) -> tuple[list[tuple[str, float]], int]:
 
 def _object(reply: str) -> dict[str, Any]:
     """The JSON object in a reply: out of a fence, without what stands around it, without commas too many."""
-    fenced = re.search(r"```(?:json)?\s*\n?(.*?)```", reply, re.DOTALL)
-    text = fenced.group(1) if fenced else reply
+    fenced = reply.split("```")
+    text = next((part for part in fenced[1::2] if "{" in part), reply) if len(fenced) > 2 else reply
     first, last = text.find("{"), text.rfind("}")
     if first < 0 or last < first:
         raise ValueError("there is no JSON object.")

@@ -68,7 +68,8 @@ def ramdocs(row: Any) -> Question:
         passages = [
             Passage(d["text"], f"document {i} ({d['type']})", start=i) for i, d in enumerate(row["documents"], 1)
         ]
-        return Question(row["question"], tuple(row["gold_answers"]), tuple(row["wrong_answers"]), passages)
+        right, wrong = (_texts(row[key], key) for key in ("gold_answers", "wrong_answers"))
+        return Question(row["question"], right, wrong, passages)
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"a question of RAMDocs has question, documents, gold_answers, wrong_answers ({error!r})."
@@ -89,6 +90,6 @@ def _passage(one: Any, number: int) -> Passage:
 
 
 def _texts(values: Any, name: str) -> tuple[str, ...]:
-    if not isinstance(values, list | tuple) or not all(isinstance(v, str) and v.strip() for v in values):
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
         raise ValueError(f"{name} are a list of texts, none empty, got {json.dumps(values)[:80]}.")
     return tuple(values)

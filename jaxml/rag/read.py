@@ -9,8 +9,8 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator
-from html.parser import HTMLParser
+from collections.abc import Iterator, Sequence
+from html import unescape as html_entities
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,9 @@ def markdown(path: Path, limits: Limits) -> Iterator[Block]:
     titles: list[str] = []
     cells: list[str] = []
     kind, level = "", 0
-    for token in parser.parse(_decoded(path)):
+    front = re.compile(r"---[ \t]*\n(?:[^\n]*\n){0,200}?(?:---|\.\.\.)[ \t]*(?:\n|$)")  # of static site generators
+    page = _decoded(path)
+    for token in parser.parse(page[found.end() :] if (found := front.match(page)) else page):
         if token.type == "heading_open":
             level = int(token.tag[1])
         elif token.type in ("tr_open", "tr_close"):
@@ -126,14 +128,16 @@ def markdown(path: Path, limits: Limits) -> Iterator[Block]:
         elif token.type in ("fence", "code_block") and token.content.strip():
             yield Block(token.content.strip("\n"), _title(titles))
         elif token.type == "html_block":
-            yield from (Block(block.text, _title(titles)) for block in _blocks(token.content))
+            blocks, titles = _blocks(token.content, titles)
+            yield from blocks
 
 
 def html(path: Path, limits: Limits) -> Iterator[Block]:
     """What a page shows, under its headings."""
     data = path.read_bytes()
     declared = re.search(rb"""<meta[^>]{0,200}charset=["']?([\w-]{1,40})""", data[:4096], re.IGNORECASE)
-    yield from _blocks(_decoded(path, declared.group(1).decode() if declared else "utf-8"))
+    blocks, _ = _blocks(_decoded(path, declared.group(1).decode() if declared else "utf-8"))
+    yield from blocks
 
 
 def pdf(path: Path, limits: Limits) -> Iterator[Block]:
@@ -203,6 +207,8 @@ def _row(line: bytes) -> Block:
     title, source = row.get("title", ""), row.get("source", "")
     if not isinstance(title, str) or not isinstance(source, str):
         raise ValueError("title and source are texts.")
+    if any("\ud800" <= c <= "\udfff" for c in row["text"] + title + source):
+        raise ValueError("a text has half of a character (a lone surrogate).")
     return Block(row["text"].strip(), title.strip(), source=source.strip())
 
 
@@ -214,7 +220,7 @@ def _plain(children) -> str:
     """A line of Markdown without its marks."""
     said = []
     for child in children:
-        if child.type in ("softbreak", "hardbreak"):
+        if child.type in ("softbreak", "hardbreak") or (child.type == "html_inline" and child.content[:3] == "<br"):
             said.append(" ")
         elif child.type == "image":
             said.append(_plain(child.children or []))
@@ -223,56 +229,102 @@ def _plain(children) -> str:
     return "".join(said)
 
 
-def _blocks(page: str) -> list[Block]:
-    parser = _Page()
-    parser.feed(page)
-    parser.close()
-    parser.flush()
-    return parser.blocks
+def _blocks(page: str, titles: Sequence[str] = ()) -> tuple[list[Block], list[str]]:
+    """(blocks, the headings that hold after them) of HTML that stands under headings."""
+    reader = _Page(titles)
+    reader.feed(page)
+    return reader.blocks, reader.titles
 
 
-class _Page(HTMLParser):
-    """Text between the tags that begin a new line; nothing of what a page does not show."""
+TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*)([^<>]*)>")
+UNSEEN = re.compile(
+    r"""(?:^|\s)(?:hidden(?=[\s=/]|$)|aria-hidden\s*=\s*["']?true|style\s*=[^>]*display\s*:\s*none)""", re.I
+)
 
-    HIDDEN = frozenset(("script", "style", "template", "noscript", "svg", "nav", "title", "iframe", "object"))
+
+class _Page:
+    """Text between the tags that begin a new line; nothing of what a page does not show.
+
+    One pass over the text, whatever is unclosed in it: the time is in proportion to its length.
+    """
+
+    HIDDEN = frozenset("script style template noscript svg nav title iframe object head select".split())
+    RAW = frozenset(("script", "style", "title"))  # in which there are no tags but their own end
+    VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
     INLINE = frozenset(
         "a abbr b bdi bdo cite code data dfn em font i kbd label mark q s samp small span strong sub sup time tt u var "
         "wbr img".split()
     )
     CELLS = frozenset(("td", "th"))
 
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
+    def __init__(self, titles: Sequence[str] = ()):
         self.blocks: list[Block] = []
-        self.titles: list[str] = []
+        self.titles = list(titles)
         self.said: list[str] = []
-        self.hidden: list[str] = []  # open tags whose text is not shown
+        self.hidden: list[str] = []  # open elements within one that is not shown, that one first
         self.level = 0  # of the heading that is being read
 
-    def handle_starttag(self, tag, attrs):
-        if tag in self.HIDDEN:
-            self.hidden.append(tag)
-        if tag in self.CELLS:
-            self.said.append(" | " if "".join(self.said).strip() else "")
-        elif tag not in self.INLINE:
+    def feed(self, page: str) -> None:
+        place, comments = 0, True
+        while (at := page.find("<", place)) >= 0:
+            self.text(page[place:at])
+            place = at + 1
+            if comments and page.startswith("<!--", at):
+                end = page.find("-->", at + 4)
+                comments, place = end >= 0, end + 3 if end >= 0 else len(page)
+                continue
+            tag = TAG.match(page, at)
+            if tag is None:
+                if page.startswith(("<!", "<?", "</"), at):  # a declaration, or an end tag without a name
+                    end = page.find(">", at)
+                    place = end + 1 if 0 <= end < at + 1000 else place
+                else:
+                    self.text("<")
+                continue
+            place, name = tag.end(), tag.group(2).lower()
+            (self.end if tag.group(1) else self.start)(name, tag.group(3))
+            if name in self.RAW and not tag.group(1):
+                end = re.compile(rf"</{name}", re.IGNORECASE).search(page, place)
+                place = end.start() if end else len(page)
+        self.text(page[place:])
+        self.flush()
+
+    def start(self, tag: str, attributes: str) -> None:
+        if tag in self.VOID:
+            if tag == "br" and self.level:
+                self.said.append(" ")
+            elif tag not in self.INLINE:
+                self.flush()
+            return
+        if self.hidden or tag in self.HIDDEN or UNSEEN.search(attributes):
+            if len(self.hidden) < 1000:
+                self.hidden.append(tag)
+        elif tag in self.CELLS:
+            self.said.append(" | " if self.said else "")
+        elif re.fullmatch("h[1-6]", tag):
             self.flush()
-            self.level = int(tag[1]) if re.fullmatch("h[1-6]", tag) else 0
-
-    def handle_endtag(self, tag):
-        if self.hidden and tag == self.hidden[-1]:
-            self.hidden.pop()
-        if tag not in self.INLINE and tag not in self.CELLS:
+            self.level = int(tag[1])
+        elif tag not in self.INLINE and not self.level:
             self.flush()
 
-    def handle_data(self, data):
-        if not self.hidden:
-            self.said.append(data)
+    def end(self, tag: str, attributes: str) -> None:
+        if self.hidden:
+            if tag in self.hidden:  # closes what was left open in it
+                del self.hidden[len(self.hidden) - 1 - self.hidden[::-1].index(tag) :]
+        elif re.fullmatch("h[1-6]", tag):
+            self.flush()
+            self.level = 0
+        elif tag not in self.INLINE and tag not in self.CELLS and not self.level:
+            self.flush()
 
-    def flush(self):
+    def text(self, text: str) -> None:
+        if text and not self.hidden:
+            self.said.append(html_entities(text))
+
+    def flush(self) -> None:
         said = " ".join("".join(self.said).split())
         self.said = []
         if said and self.level:
             self.titles = [*self.titles[: self.level - 1], *[""] * (self.level - 1 - len(self.titles)), said]
         elif said:
             self.blocks.append(Block(said, _title(self.titles)))
-        self.level = 0

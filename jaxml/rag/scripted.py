@@ -64,6 +64,7 @@ class Scripted:
         if found is not None:
             mark = re.compile(rf"<{found.group(1)}([^>]*)>\n(.*?)\n</{found.group(1)}>", re.DOTALL)
             texts, prompt = mark.findall(prompt), mark.sub("", prompt)  # what is quoted is no order
+            texts = [text for text in texts if text[0]]  # without number: earlier groups
         question = (re.findall(r"Question: (.*)", prompt) or [prompt.splitlines()[0]])[-1]
         own = self.known.get(question)
         if found is None:

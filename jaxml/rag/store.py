@@ -113,12 +113,19 @@ class Folder:
         return cls(path, devices)
 
     def __len__(self) -> int:
+        self._follow()
         return sum(s.alive for s in self.segments)
 
     @property
     def revision(self) -> int:
         """Grows with each change."""
+        self._follow()
         return self._about["next"]
+
+    def _follow(self) -> None:
+        """Takes over what another process has changed."""
+        if (about := _read(self.path / "store.json")) != self._about:
+            self._take(about)
 
     def add(self, passages: Sequence[Passage], vectors: np.ndarray) -> int:
         vectors = np.asarray(vectors)
@@ -127,6 +134,7 @@ class Folder:
         if not np.isfinite(vectors).all():
             bad = passages[int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])]
             raise ValueError(f"Folder.add: vectors are finite, that of a passage of {bad.source} is not.")
+        self._follow()
         if self._keys is None:
             self._keys = {key for s in self.segments for key in s.keys[~s.dead].tolist()}
         new: dict[bytes, int] = {}
@@ -139,12 +147,14 @@ class Folder:
             name, number = self._name("segment")
             _write_segment(self.path / name, [passages[i] for i in rows], vectors[rows], self.dtype, self.codes)
             entry = {"name": name, "count": len(rows), "dead": None}
+            there = self._keys
             self._commit([*self._about["segments"], entry], number + 1)
-            self._keys |= set(new)
+            self._keys = there | set(new)
         return len(new)
 
     def delete(self, keys: Sequence[str]) -> int:
-        wanted = np.array([key.encode() for key in keys], "S32")
+        self._follow()
+        wanted = np.array([key.encode() for key in keys if len(key) == 32], "S32")
         entries, number, count = [], self._about["next"], 0
         for segment, entry in zip(self.segments, self._about["segments"]):
             hit = np.isin(segment.keys, wanted) & ~segment.dead
@@ -157,7 +167,6 @@ class Folder:
             entries.append(entry)
         if count:
             self._commit(entries, number)
-            self._keys = None if self._keys is None else self._keys - set(wanted.tolist())
         return count
 
     def search(self, vectors: np.ndarray, k: int) -> list[list[Hit]]:
@@ -172,13 +181,18 @@ class Folder:
         return [[Hit(self._passage(r), s) for s, r in one] for one in found]
 
     def passages(self, keys: Sequence[str] | None = None) -> Iterator[Passage]:
+        self._follow()
         if keys is None:
             for segment in self.segments:
                 yield from segment.passages()
             return
-        if self._order is None:
+        if keys and not self.segments:
+            raise KeyError(f"{self.path}: no passage has the key {keys[0]!r}.")
+        if self._order is None and self.segments:
             all_ = np.concatenate([np.where(s.dead, b"", s.keys) for s in self.segments])
             self._order = (order := np.argsort(all_), all_[order])
+        if not keys:
+            return
         order, ordered = self._order
         wanted = np.array([key.encode() for key in keys], "S32")
         places = np.minimum(np.searchsorted(ordered, wanted), len(ordered) - 1)
@@ -225,18 +239,22 @@ class Folder:
 
     def _commit(self, segments: list[dict], number: int) -> None:
         """The new state, at once; then what no longer belongs to it is removed."""
-        opened = {json.dumps(e): s for e, s in zip(self._about["segments"], self.segments)}
         about = self._about | {"segments": segments, "next": number}
+        if _read(self.path / "store.json") != self._about:
+            raise ValueError(f"{self.path}: another process has changed this store in the meantime. Try again.")
         log.write_text(self.path / "store.json", json.dumps(about, indent=1))
-        self._about = about
-        self.segments = [
-            opened.get(json.dumps(entry)) or _Segment.open(self.path, entry, self.width) for entry in segments
-        ]
-        self._matrix = self._order = None
+        self._take(about)
         kept = {name for entry in segments for name in (entry["name"], entry["dead"]) if name}
         for path in self.path.iterdir():
-            if path.name.startswith(("segment-", "dead-")) and path.name not in kept:
+            if path.name.startswith(("segment-", "dead-", ".segment-")) and path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _take(self, about: dict[str, Any]) -> None:
+        opened = {json.dumps(e): s for e, s in zip(self._about["segments"], self.segments)}
+        entries = about["segments"]
+        self.segments = [opened.get(json.dumps(e)) or _Segment.open(self.path, e, self.width) for e in entries]
+        self._about = about
+        self._matrix = self._order = self._keys = None
 
 
 @dataclasses.dataclass

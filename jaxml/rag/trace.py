@@ -93,20 +93,22 @@ def row(answer: Answer) -> dict[str, Any]:
 def report(answer: Answer) -> str:
     """The answer and its evidence as text for a terminal."""
     sure = "" if answer.confidence is None else f" (confidence {answer.confidence:.2f})"
-    lines = [f"{answer.question}", f"→ {answer}{sure}", ""]
+    lines = [_short(answer.question, 1000), f"→ {_short(str(answer), 1000)}{sure}", ""]
     by_number = {e.number: e for e in answer.evidence}
     for place, group in enumerate(answer.groups):
         mark = "*" if place == answer.chosen else " "
         against = f"  against {', '.join(str(c + 1) for c in group.conflicts)}" if group.conflicts else ""
-        lines.append(f"{mark} group {place + 1}: {group.answer or group.claim} ({group.confidence:.2f}){against}")
+        lines.append(
+            f"{mark} group {place + 1}: {_short(group.answer or group.claim)} ({group.confidence:.2f}){against}"
+        )
         if group.claim and group.claim != group.answer:
             lines.append(f"    {_short(group.claim)}")
-        lines += [f"    [{n}] {by_number[n].source}: {_short(by_number[n].text)}" for n in group.members]
+        lines += [f"    [{n}] {_short(by_number[n].source)}: {_short(by_number[n].text)}" for n in group.members]
     if answer.irrelevant:
-        lines.append(f"  not used: {', '.join(f'[{n}] {by_number[n].source}' for n in answer.irrelevant)}")
+        lines.append(f"  not used: {', '.join(f'[{n}] {_short(by_number[n].source)}' for n in answer.irrelevant)}")
     return "\n".join([*lines, *(f"! {note}" for note in answer.notes)])
 
 
 def _short(text: str, most: int = 100) -> str:
-    line = " ".join(text.split())
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= most else line[: most - 1] + "…"

@@ -16,7 +16,7 @@ from jaxml.rag.passages import Passage
 from jaxml.rag.trace import Answer, Evidence, Group, Step
 from jaxml.tune.facts import normalise
 
-ALTERNATIVES = 100  # answers that an unreliable source may as well have given
+ALTERNATIVES = 100  # answers that there might be to a question
 
 
 def scored(
@@ -31,13 +31,15 @@ def scored(
 ) -> Steps[Answer]:
     """The answer that the independent sources support best, memory among them.
 
-    A source s is reliable with probability ρₛ and then says an answer g with vₛ(g); otherwise it says anything, one of
-    `ALTERNATIVES`. So, over the answers that were given and "none of them", which nobody supports,
+    Beforehand, one of `ALTERNATIVES` answers is as likely as another: those that were given, and all the others, "none
+    of them". A source s is reliable with probability ρₛ and then says an answer g with vₛ(g); otherwise it says
+    anything. So
 
-        p(g | sources) ∝ Πₛ (ρₛ vₛ(g) + (1 − ρₛ) / ALTERNATIVES).
+        p(g | sources) ∝ Πₛ (ρₛ vₛ(g) + (1 − ρₛ) / ALTERNATIVES),
 
-    Of a passage, v is the softmax of log p(g | question, passage) − log p(g | question): one that is beside the point
-    raises none and decides nothing. Memory says its answer, and ρ is how sure it is of that. Passages of one source, or
+    and a single source is right with the probability ρ. Of a passage, v(g) is in proportion to p(g | question, passage)
+    / p(g | question), "none of them" having 1: what the passage does not make likelier it does not say. A passage that
+    gave no answer is no source. Memory says its answer, and ρ is how sure it is of that. Passages of one document, or
     of nearly the same words, are one source: their v are averaged, the largest ρ counts.
 
     Args:
@@ -48,9 +50,11 @@ def scored(
             best answer less that of the next, or of none of them.
 
     Raises:
-        ValueError: a probability outside [0, 1].
+        ValueError: a probability, or `least`, outside [0, 1].
         NotImplementedError: a model that gives no likelihoods.
     """
+    if not 0 <= least <= 1:
+        raise ValueError(f"weigh.scored: least is in [0, 1], got {least}.")
     out = Answer(question, "astute, by scores")
     out.evidence = [Evidence(i, p.whole, p) for i, p in enumerate(passages, 1)]
     prompts = [wording.said(wording.CLOSED.format(question=wording.inert(llm, question)))]
@@ -74,10 +78,13 @@ def scored(
         trust = float(np.exp(logs[0, of[0]] / scores[0].tokens[of[0]])) if said[0] else 0.0
     else:
         trust = float(sure) if said[0] and not callable(sure) else 0.0
-    own = np.arange(len(candidates)) == (-1 if of[0] is None else of[0])
-    says = np.concatenate([own[None].astype(float), np.exp(normalised(logs[1:] - logs[:1]))])
+    own = np.arange(len(candidates) + 1) == (len(candidates) if of[0] is None else of[0])
+    gain = np.pad(logs[1:] - logs[:1], ((0, 0), (0, 1)))  # of none of them: 0
+    says = np.concatenate([own[None].astype(float), np.exp(normalised(gain))])
     rho = [trust, *(reliability(p) if callable(reliability) else reliability for p in passages)]
-    p, none = posterior(says, np.array(rho, np.float64), independent(passages))
+    spoke = [0, *(e.number for e in out.evidence if not e.memory and of[e.number] is not None)]
+    sources = independent([passages[i - 1] for i in spoke[1:]])
+    p, none = posterior(says[spoke], np.array(rho, np.float64)[spoke], sources)
     order = np.argsort(-p, kind="stable")
     out.groups = [_group(candidates[g], g, of, out, float(p[g])) for g in order]
     for place, group in enumerate(out.groups):
@@ -96,14 +103,14 @@ def posterior(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple
     """(p of each answer, p of none of them).
 
     Args:
-        says: [sources, answers] vₛ(g), memory first; a row adds up to 1, or to 0 where memory says nothing.
+        says: [sources, answers + 1] vₛ(g), memory first, "none of them" last; rows add up to 1.
         rho: [sources] how reliable each is.
         source: of each passage the number of its source, so that passages of one count once.
 
     Example:
-        >>> p, none = posterior(np.array([[0.5, 0.5], [0.9, 0.1], [0.9, 0.1]]), np.array([0.0, 0.6, 0.6]), [0, 1])
-        >>> p.round(2).tolist(), round(none, 3)
-        ([0.99, 0.01], 0.0)
+        >>> p, none = posterior(np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), np.array([0.0, 0.6]), [0])
+        >>> p.round(3).tolist(), round(none, 3)   # a passage of reliability 0.6, alone
+        ([0.604, 0.004], 0.392)
     """
     if not ((rho >= 0) & (rho <= 1)).all():
         raise ValueError(f"weigh.posterior: reliabilities and certainties are in [0, 1], got {rho.tolist()}.")
@@ -113,9 +120,11 @@ def posterior(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple
         rows.append(says[members].mean(0))
         trust.append(rho[members].max())
     rows, trust = np.array(rows), np.array(trust)[:, None]
+    rest = max(ALTERNATIVES - rows.shape[1] + 1, 1)  # answers that nobody gave
+    rows[:, -1] /= rest
     logs = np.log(trust * rows + (1 - trust) / ALTERNATIVES + 1e-12).sum(0)
-    none = np.log((1 - trust) / ALTERNATIVES + 1e-12).sum()
-    p = np.exp(normalised(np.append(logs, none)))
+    logs[-1] += np.log(rest)
+    p = np.exp(normalised(logs))
     return p[:-1], float(p[-1])
 
 

@@ -12,9 +12,10 @@ from jaxml.lm import chat
 from jaxml.prompts.llm import LLM
 from jaxml.rag.trace import Evidence
 
-# Control tokens as chat templates write them: <|im_end|>, <s>, </s>, [INST], <start_of_turn>, <<SYS>>.
+# Control tokens as chat templates write them: <|im_end|>, <s>, [INST], <start_of_turn>, <<SYS>>, <think>, [gMASK].
 CONTROL = re.compile(
-    r"<\|[^<>\n]{0,40}\|>|</?s>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<｜[^<>\n]{0,40}｜>"
+    r"<\|[^<>\n]{0,200}\|>|<｜[^<>\n]{0,200}｜>|</?s>|<</?SYS>>|</?(?:start|end)_of_\w{1,20}>|<(?:bos|eos|pad|unk|sop|eop)>|"
+    r"\[/?[A-Z][A-Z_]{2,30}\]|\[g?MASK\]|</?(?:think|tool_call|tool_response|tools|function_calls?|system|user|assistant)>"
 )
 
 UNKNOWN = "I don't know"
@@ -53,7 +54,7 @@ CONSOLIDATE = (
     '{{"groups": [{{"claim": "…", "texts": [1, 3], "conflicts": [2]}}, …], "irrelevant": [4]}}\n'
     "conflicts are numbers of groups, counted from 1; every text stands in one group or among the irrelevant ones."
 )  # fmt: skip
-BEFORE = "\nAn earlier attempt at the task below, to be improved:\n{groups}\n"
+BEFORE = "\nAn earlier attempt at the task below, to be improved:\n<{tag}>\n{groups}\n</{tag}>\n"
 DECIDE = (
     "Groups of texts about the question below, each with its claim and with where it is from: retrieved (found by a "
     "search) or memory (what you know). They stand between marks named {tag}. " + QUOTED
@@ -117,41 +118,58 @@ def one_by_one(llm: LLM, question: str, evidence: Sequence[Evidence]) -> list[li
 
 
 def unknown(reply: str) -> bool:
-    """Whether the model says that it does not know.
+    """Whether the model says that it does not know, and nothing else.
 
     Example:
-        >>> unknown("I don’t know."), unknown("Oslo"), unknown("")
-        (True, False, True)
+        >>> unknown("I don’t know."), unknown("Oslo"), unknown(""), unknown("The text does not mention it.")
+        (True, False, True, True)
+        >>> unknown("Water does not contain carbon."), unknown("I Don't Know How to Love Him")
+        (False, False)
     """
-    line = reply.replace("’", "'").strip().lower()
-    return not line or any(phrase in line[:120] for phrase in NOT_KNOWN)
+    line = reply.replace("’", "'").strip()
+    return not line or (len(line) <= 200 and NOT_KNOWN.match(line) is not None)
 
 
-NOT_KNOWN = (
-    "i don't know", "i do not know", "don't have enough information", "do not have enough information", "not mentioned",
-    "does not answer", "doesn't answer", "does not provide", "doesn't provide", "does not contain", "cannot answer",
-    "can't answer", "not specified", "insufficient evidence", "no information",
-)  # fmt: skip
+NOT_KNOWN = re.compile(
+    r"\W*(?:sorry,?\s+|unfortunately,?\s+)?(?:"
+    r"i(?:'m| am) (?:not sure|unsure|unable)|i (?:cannot|can't)\b|"
+    r"i (?:do not|don't) (?:know|have)\b(?!\s+(?:how|why)\b)|"
+    r"(?:it is |it's )?(?:unknown|not (?:known|mentioned|specified|given|stated))\b|"
+    r"insufficient evidence|no (?:answer|information)\b|none of the (?:texts?|passages?)\b|"
+    r"(?:the|this|these) (?:given |provided |quoted )?(?:texts?|passages?|documents?|information)\b"
+    r"[^.]{0,60}(?:\bnot\b|n't\b|\bno\b))",
+    re.IGNORECASE,
+)
 
 
 def brief(reply: str) -> str:
-    """The answer in a reply: what follows the last "Answer:", or its first line; without quotes and a full stop.
+    """The answer in a reply: what follows the last line that begins with "Answer:", or "the answer is", or its first
+    line; without quotes and a full stop.
 
     Example:
         >>> brief("It says so.\\nAnswer: **Oslo**."), brief('"Oslo".\\nBecause'), brief("The answer is: Oslo")
         ('Oslo', 'Oslo', 'Oslo')
+        >>> brief("**Answer**:\\n\\nOslo"), brief("Answer: Oslo\\nBecause the other answer: no")
+        ('Oslo', 'Oslo')
     """
-    found = re.findall(r"answer(?:\s+is)?\s*:[ \t]*\**([^\n]*)", reply, re.IGNORECASE)
-    line = next((one for one in reversed(found) if one.strip()), None)
-    if line is None:
-        line = next((one for one in reply.splitlines() if one.strip()), "")
+    found = ANSWER.findall(reply)
+    within = re.search(r"\banswer\s+is:?[ \t]+([^\n]+)", reply, re.IGNORECASE)
+    line = found[-1] if found else within.group(1) if within else ""
+    line = line or next((one for one in reply.splitlines() if one.strip()), "")
     return line.strip().strip("*").strip().rstrip(".").strip("\"'“”`* ").rstrip(".")
 
 
+ANSWER = re.compile(
+    r"^[^\w\n]{0,20}(?:the\s+)?(?:final\s+)?answer[*_]{0,3}(?:\s+is)?[ \t]*:[*_]{0,3}\s{0,20}(\S[^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
 def _special(llm: LLM) -> list[str]:
-    """Control tokens of a model in this process, longest first."""
+    """Control tokens of a model in this process, and whatever it added that is written like one, longest first."""
     tokenizer = getattr(getattr(llm, "model", None), "tokenizer", None)
     if tokenizer is None:
         return []
-    tokens = [str(token) for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    tokens = [token.content for token in added if token.special or re.fullmatch(r"[<\[].+[>\]]", token.content)]
     return sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)

@@ -46,7 +46,14 @@ def test_documents_are_indexed_and_asked(docs, tmp_path, capsys):
     assert "→ ada" in said and "b.md, Who" in said and "group 2" in said
     assert "<article>" in page.read_text()
     assert "at least one question" in refused(capsys, "rag", "ask", "--index", tmp_path / "index")
-    assert "--rounds is of --mode prompt" in refused(capsys, *ask, "--rounds", 2)
+    for options, message in (
+        (["--rounds", 2], "--rounds is of --mode prompt"), (["--k", 0], "--k is at least 1, got 0"),
+        (["--mode", "score", "--least", 7], "in [0, 1]"), (["--limit", 3], "--limit is not of ask"),
+        (["--method", "plain", "--mode", "score"], "--mode is of --method astute"),
+    ):  # fmt: skip
+        assert message in refused(capsys, *ask, *options)
+    assert "searched without codes" in refused(capsys, *index, "--codes")
+    assert main(["rag", "ask", "who?", "--method", "none"]) == 0 and "→ ada" in capsys.readouterr().out
 
 
 def test_methods_are_evaluated_and_an_evaluation_goes_on(docs, tmp_path, capsys):

@@ -38,6 +38,13 @@ def test_codes_find_what_is_then_ranked_exactly():
     assert dense.recall(best, EXACT) == 1.0 and dense.recall(best[:, :3], np.full((5, 3), -2)) == 0.0
 
 
+def test_any_number_of_devices_takes_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(dense, "BLOCK", 64)
+    for n in (5, 100):
+        _, rows = dense.search(dense.place(ROWS[:n], devices=jax.devices()[:3]), ASKED, 3)
+        np.testing.assert_array_equal(rows, np.argsort(-(ASKED @ ROWS[:n].T), 1)[:, :3])
+
+
 def test_where_there_are_fewer_rows_than_wanted_the_rest_is_none():
     matrix = dense.place(ROWS[:4], dead=np.array([0, 1, 0, 0], bool))
     scores, rows = dense.search(matrix, ASKED[:1], 6)

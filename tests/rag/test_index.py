@@ -231,6 +231,83 @@ def test_a_file_that_breaks_in_the_middle_leaves_nothing(tmp_path, words, monkey
     assert index.update(tmp_path / "a.jsonl").refused and len(index) == 5  # what was known of it stays
 
 
+def test_files_are_known_wherever_they_are_named_from(tmp_path, docs, words, monkeypatch):
+    index = Index.create(tmp_path / "index", words)
+    monkeypatch.chdir(tmp_path)
+    assert index.update("docs").added == 2
+    assert index.update(docs).unchanged == 2 and len(index) == 3
+    monkeypatch.chdir(docs)
+    assert index.update(".").unchanged == 2 and len(index) == 3
+    (docs / "a.md").unlink()
+    (docs / "b.txt").unlink()
+    assert index.update(".").removed == 2 and len(index) == 0  # though nothing is left to read
+    with pytest.raises(ValueError, match="no file to read"):
+        index.update(".")
+
+
+def test_what_an_interrupted_update_read_is_not_forgotten(tmp_path, words, monkeypatch):
+    monkeypatch.setattr("jaxml.rag.index.PART", 2)
+    index, path = Index.create(tmp_path / "index", words), tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(9)))
+    add, count = index.add, []
+
+    def dies(passages):
+        count.append(len(passages))
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return add(passages)
+
+    monkeypatch.setattr(index, "add", dies)
+    with pytest.raises(KeyboardInterrupt):
+        index.update(path)
+    path.write_text('{"text": "another row"}\n')
+    index = Index(tmp_path / "index", words)
+    assert len(index) == 4 and index.update(path).added == 1 and len(index) == 1
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        Index(tmp_path / "index", words).update(tmp_path / "none")
+    assert index.update(path).removed == 1 and len(index) == 0
+
+
+def test_two_processes_do_not_spoil_an_index(tmp_path, docs, words):
+    mine, other = Index.create(tmp_path / "index", words), Index(tmp_path / "index", words)
+    mine.update(docs)
+    assert other.search(["lighthouse"], 1)[0][0].passage.title == "Lights"  # what the other has done is seen
+    (docs / "c.txt").write_text("Dora sings.")
+    other.update(docs)
+    mine.store.compact()
+    assert len(other) == len(mine) == 4 and other.search(["Dora sings"], 1)[0][0].passage.text == "Dora sings."
+    seen = []
+
+    def meanwhile(*_):
+        with pytest.raises(ValueError, match="another process is changing this index"):
+            other.update(docs)
+        seen.append(1)
+
+    mine.update(docs, tick=meanwhile)
+    assert seen
+
+
+def test_passages_without_words_are_found_by_meaning_alone(tmp_path, words):
+    index = Index.create(tmp_path / "index", words)
+    index.add([Passage("???", "a"), Passage("!!!", "b")])
+    assert len(index.search(["???"], 2)[0]) == 2 and index.search(["???"], 2, how="lexical") == [[]]
+    (tmp_path / "index" / "lexical" / "keys.npy").write_bytes(b"x")
+    assert len(Index(tmp_path / "index", words).search(["???"], 2)[0]) == 2  # damaged words are made again
+
+
+def test_a_changed_collection_elsewhere_is_read_anew(tmp_path, docs, words):
+    client = pytest.importorskip("qdrant_client").QdrantClient(":memory:")
+    from jaxml.rag.qdrant import Qdrant
+
+    index = Index.create(tmp_path / "index", words, store=Qdrant.open(client, "p", words.width))
+    index.update(docs)
+    assert index.search(["bread"], 1)[0][0].passage.text == "Carl bakes bread."
+    (docs / "b.txt").write_text("Carl bakes cakes.")
+    index.update(docs)
+    assert index.search(["cakes"], 1)[0][0].passage.text == "Carl bakes cakes."
+
+
 def test_an_index_of_another_encoder_is_refused(tmp_path, docs, words):
     Index.create(tmp_path / "index", words, Chunking(50, 5)).update(docs)
     with pytest.raises(ValueError, match="made by the encoder"):

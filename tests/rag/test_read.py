@@ -46,6 +46,37 @@ def test_html_is_what_a_page_shows(tmp_path):
     ]  # fmt: skip
     assert blocks(tmp_path, "a.htm", '<meta charset="latin-1"><p>é'.encode("latin-1")) == [("é", "")]
     assert blocks(tmp_path, "a.html", "<div>" * 20000 + "deep") == [("deep", "")]
+    for page, said in (
+        ("<nav><noscript>x</nav><p>one</p><p>two</p>", ["one", "two"]), ("<p>a < b<p>c", ["a < b", "c"]),
+        ("<p hidden>no</p><p style='color:red; display: none'>no<b>no</b></p><p>yes</p>", ["yes"]),
+        ("<title>never closed <p>x", []), ("<!-- never closed <p>x", []), ("<p>one<br>two", ["one", "two"]),
+        ("<script>if (a < b) {'</p>'}</script>end", ["end"]), ("<a <a <a x", ["<a <a <a x"]),
+    ):  # fmt: skip
+        assert [text for text, _ in blocks(tmp_path, "a.html", page)] == said
+    assert blocks(tmp_path, "a.html", "<h1>Part<br>Two</h1><h2><div>In</div></h2>x") == [("x", "Part Two › In")]
+
+
+@pytest.mark.parametrize(
+    "piece", ["<a ", "<!--", "<td>x", "<", "</", "<h1>", "<nav>", "<p hidden ", "&amp;", "<script>"]
+)
+def test_html_takes_time_in_proportion_to_its_length(tmp_path, piece, monkeypatch):
+    steps = 0
+    for name in ("start", "end", "text"):
+        original = getattr(read._Page, name)
+
+        def counted(self, *args, original=original):
+            nonlocal steps
+            steps += 1
+            return original(self, *args)
+
+        monkeypatch.setattr(read._Page, name, counted)
+    blocks(tmp_path, "a.html", piece * 50_000)
+    assert steps <= 300_000
+
+
+def test_front_matter_and_html_headings_of_markdown(tmp_path):
+    page = "---\ntitle: My page\n---\n\n<h1 align=center>Project</h1>\n\none<br>two\n"
+    assert blocks(tmp_path, "a.md", page) == [("one two", "Project")]
 
 
 def pdf(pages: list[str]) -> bytes:
@@ -89,7 +120,8 @@ def test_lines_of_json_are_passages_with_their_number(tmp_path):
     assert list(read.read(path)) == [Block("one", "t", 1, "s"), Block("two", "", 3, "")]
     for line, message in (
         ("{", "not JSON"), ("[]", "an object with text"), ('{"text": 1}', "an object with text"),
-        ('{"text": "a", "id": 1}', "got id"), ('{"text": "a", "title": 1}', "are texts"), ("[" * 100000, "line 2"),
+        ('{"text": "a", "id": 1}', "got id"), ('{"text": "a \\ud800"}', "lone surrogate"),
+        ('{"text": "a", "title": 1}', "are texts"), ("[" * 100000, "line 2"),
     ):  # fmt: skip
         path.write_text('{"text": "one"}\n' + line + "\n")
         with pytest.raises(ValueError, match=f"line 2: .*{message}|{message}"):
