@@ -276,8 +276,8 @@ class _Page:
             tag = TAG.match(page, at)
             if tag is None:
                 if page.startswith(("<!", "<?", "</"), at):  # a declaration, or an end tag without a name
-                    end = page.find(">", at)
-                    place = end + 1 if 0 <= end < at + 1000 else place
+                    end = page.find(">", at, at + 1000)
+                    place = end + 1 if end >= 0 else place
                 else:
                     self.text("<")
                 continue
