@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxml.lm.generate import Prompt
 from jaxml.prompts.llm import LLM, Reply, Scores
-from jaxml.prompts.store import Store
+from jaxml.prompts.store import Store, key
 
 T = TypeVar("T")
 
@@ -108,33 +108,27 @@ def _alike(asked: dict[int, Ask | Weigh]) -> list[list[tuple[int, int]]]:
 
 def _put(llm: LLM, requests: list[tuple[Ask | Weigh, int]], store: Store | None) -> list:
     """Replies to requests of one kind; those that are kept come from the store."""
-    keys = [_key(llm, request, n) for request, n in requests]
-    kept = [None if store is None else store.get(key) for key in keys]
-    missing = [i for i, one in enumerate(kept) if one is None]
+    keys = [key(_asked(llm, request, n)) for request, n in requests]
+    kept = {name: None if store is None else store.get(name) for name in keys}
+    missing = {name: i for i, name in reversed(list(enumerate(keys))) if kept[name] is None}  # the same asked once
     first = requests[0][0]
-    prompts = [requests[i][0].prompts[requests[i][1]] for i in missing]
+    prompts = [requests[i][0].prompts[requests[i][1]] for i in missing.values()]
     if missing and isinstance(first, Ask):
-        found = llm.generate(
-            prompts,
-            max_new_tokens=first.max_new_tokens,
-            temperature=first.temperature,
-            stop=first.stop,
-            seed=first.seed,
-        )
-        found = [list(reply) for reply in found]
+        options = dict(zip(Ask._fields[1:], first[1:]))
+        found = [list(reply) for reply in llm.generate(prompts, **options)]
     elif missing:
-        scores = llm.score(prompts, [list(requests[i][0].choices[requests[i][1]]) for i in missing])
+        scores = llm.score(prompts, [list(requests[i][0].choices[requests[i][1]]) for i in missing.values()])
         found = [[s.log_probs.tolist(), s.tokens.tolist(), int(s.cost)] for s in scores]
-    for i, one in zip(missing, found if missing else ()):
-        kept[i] = one
+    for name, one in zip(missing, found if missing else ()):
+        kept[name] = one
         if store is not None:
-            store.put(keys[i], one)
+            store.put(name, one)
     if isinstance(first, Ask):
-        return [Reply(*one) for one in kept]
-    return [Scores(np.array(one[0], np.float64), np.array(one[1]), one[2]) for one in kept]
+        return [Reply(*kept[name]) for name in keys]
+    return [Scores(np.array(p, np.float64), np.array(n), cost) for p, n, cost in map(kept.get, keys)]
 
 
-def _key(llm: LLM, request: Ask | Weigh, n: int) -> dict[str, Any]:
+def _asked(llm: LLM, request: Ask | Weigh, n: int) -> dict[str, Any]:
     if isinstance(request, Ask):
         return {"llm": llm.name, "prompt": request.prompts[n], "how": list(request[1:])}
     return {"llm": llm.name, "prompt": request.prompts[n], "choices": list(request.choices[n])}

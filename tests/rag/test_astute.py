@@ -330,6 +330,13 @@ def test_all_questions_are_asked_together_and_nothing_is_paid_for_twice(tmp_path
     assert told[-1] == (60, 180)
 
 
+def test_the_same_is_asked_once(monkeypatch):
+    llm = Counting(known().known)
+    Counting.count, Counting.dies = 0, 10**9
+    found = rag.answer(llm, ASKED[:1] * 5, world(0.0)[:1] * 5, "plain")
+    assert Counting.count == 1 and {a.text for a in found} == {GOLD[0]}
+
+
 def test_scores_are_kept_as_well(tmp_path):
     llm = prompts.Local(tiny_model(max_length=2048))
     ask = lambda store: rag.answer(llm, ["who?"], [[TEXTS["one"], TEXTS["two"]]], "astute", mode="score", store=store)[
