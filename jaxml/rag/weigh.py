@@ -25,29 +25,32 @@ def scored(
     passages: Sequence[Passage],
     *,
     sure: float | Callable[[str, str], float] | None = None,
-    reliability: float | Callable[[Passage], float] = 0.6,
+    trust: float = 0.5,
+    reliability: float | Callable[[Passage], float] = 0.9,
     least: float = 0.1,
     max_new_tokens: int = 24,
 ) -> Steps[Answer]:
-    """The answer that the independent sources support best, memory among them.
+    """The answer that memory and retrieval, taken together, support best.
 
     Beforehand, one of `ALTERNATIVES` answers is as likely as another: those that were given, and all the others, "none
-    of them". A source s is reliable with probability ρₛ and then says an answer g with vₛ(g); otherwise it says
-    anything. So
+    of them". Someone who is right with probability ρ says an answer g with v(g), and otherwise says anything; so
 
-        p(g | sources) ∝ Πₛ (ρₛ vₛ(g) + (1 − ρₛ) / ALTERNATIVES),
+        p(g) ∝ Π (ρ v(g) + (1 − ρ) / ALTERNATIVES)
 
-    and a single source is right with the probability ρ. Of a passage, v(g) is in proportion to p(g | question, passage)
-    / p(g | question), "none of them" having 1: what the passage does not make likelier it does not say. A passage that
-    gave no answer is no source. Memory says its answer, and ρ is how sure it is of that. Passages of one document, or
-    of nearly the same words, are one source: their v are averaged, the largest ρ counts.
+    over those who speak. This is done twice. Among the passages: v(g) is in proportion to p(g | question, passage) /
+    p(g | question), "none of them" having 1, so that what a passage does not make likelier it does not say; one that
+    gave no answer does not speak; those of one document, or of nearly the same words, speak once (their v averaged, the
+    largest ρ). Then between retrieval, which says what its passages came to and is right with the probability `trust`,
+    and memory, which says its answer and is as sure as `sure`: however many passages agree, they were found by one
+    search, and what misled one may have misled all.
 
     Args:
         sure: ρ of memory, or (question, answer) → it: R-Tuning's p(sure). Where None, the geometric mean probability of
             the tokens of memory's answer. A model that says it does not know has none.
-        reliability: ρ of retrieved passages, or passage → it: what is thought of a source beforehand.
+        trust: ρ of retrieval as a whole. Memory is believed against it where it is surer than that.
+        reliability: ρ of a passage where retrieval is right, or passage → it: what is thought of a source beforehand.
         least: confidence below which the evidence is insufficient. Confidence is the margin: the probability of the
-            best answer less that of the next, or of none of them.
+            best answer less that of the next.
 
     Raises:
         ValueError: a probability, or `least`, outside [0, 1].
@@ -57,9 +60,8 @@ def scored(
         raise ValueError(f"weigh.scored: least is in [0, 1], got {least}.")
     out = Answer(question, "astute, by scores")
     out.evidence = [Evidence(i, p.whole, p) for i, p in enumerate(passages, 1)]
-    prompts = [wording.said(wording.CLOSED.format(question=wording.inert(llm, question)))]
-    prompts += wording.one_by_one(llm, question, out.evidence)
-    replies = yield Ask(prompts, max_new_tokens)
+    prompts = [wording.lines(llm, question), *(wording.lines(llm, question, e.text) for e in out.evidence)]
+    replies = yield Ask(prompts, max_new_tokens, stop=("\n",))
     names = ["memory", *(f"text {e.number}" for e in out.evidence)]
     out.steps = [Step(name, prompt, reply.text) for name, prompt, reply in zip(names, prompts, replies)]
     said = [wording.brief(reply.text) for reply in replies]
@@ -70,28 +72,27 @@ def scored(
     if said[0]:
         out.evidence.append(Evidence(len(passages) + 1, said[0]))
     candidates, of = clusters(said)
-    scores = yield Weigh(prompts, [candidates] * len(prompts))
+    scores = yield Weigh(prompts, [[f" {text}" for text in candidates]] * len(prompts))
     logs = np.array([s.log_probs for s in scores])  # [1 + passages, candidates]
-    if callable(sure) and said[0]:
-        trust = sure(question, said[0])
-    elif sure is None:
-        trust = float(np.exp(logs[0, of[0]] / scores[0].tokens[of[0]])) if said[0] else 0.0
-    else:
-        trust = float(sure) if said[0] and not callable(sure) else 0.0
+    certain = 0.0
+    if said[0]:
+        own_p = float(np.exp(logs[0, of[0]] / scores[0].tokens[of[0]]))
+        certain = own_p if sure is None else float(sure(question, said[0]) if callable(sure) else sure)
     own = np.arange(len(candidates) + 1) == (len(candidates) if of[0] is None else of[0])
     gain = np.pad(logs[1:] - logs[:1], ((0, 0), (0, 1)))  # of none of them: 0
-    says = np.concatenate([own[None].astype(float), np.exp(normalised(gain))])
-    rho = [trust, *(reliability(p) if callable(reliability) else reliability for p in passages)]
-    spoke = [0, *(e.number for e in out.evidence if not e.memory and of[e.number] is not None)]
-    sources = independent([passages[i - 1] for i in spoke[1:]])
-    p, none = posterior(says[spoke], np.array(rho, np.float64)[spoke], sources)
+    spoke = [i for i in range(len(passages)) if of[i + 1] is not None]
+    rho = [reliability(passages[i]) if callable(reliability) else reliability for i in spoke]
+    says, rho = once(np.exp(normalised(gain))[spoke], np.array(rho), independent([passages[i] for i in spoke]))
+    retrieved = posterior(says, rho)
+    both = posterior(np.stack([own, retrieved]), np.array([certain, trust if spoke else 0.0]))
+    p = both[:-1]  # the rest is the probability of none of them
     order = np.argsort(-p, kind="stable")
     out.groups = [_group(candidates[g], g, of, out, float(p[g])) for g in order]
     for place, group in enumerate(out.groups):
         group.conflicts = [i for i in range(len(out.groups)) if i != place]
     out.irrelevant = [e.number for e in out.evidence if e.passage is not None and of[e.number] is None]
     best = float(p[order[0]])
-    out.confidence = best - max([none, *(float(p[g]) for g in order[1:])])
+    out.confidence = best - max([0.0, *(float(p[g]) for g in order[1:])])
     if out.confidence >= least:
         out.text, out.chosen = candidates[order[0]], 0
     else:
@@ -99,33 +100,31 @@ def scored(
     return out
 
 
-def posterior(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple[np.ndarray, float]:
-    """(p of each answer, p of none of them).
+def posterior(says: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """p of each answer, "none of them" last: [answers + 1].
 
     Args:
-        says: [sources, answers + 1] vₛ(g), memory first, "none of them" last; rows add up to 1.
-        rho: [sources] how reliable each is.
-        source: of each passage the number of its source, so that passages of one count once.
+        says: [speakers, answers + 1] v(g) of each, rows that add up to 1.
+        rho: [speakers] how likely each is right.
 
     Example:
-        >>> p, none = posterior(np.array([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), np.array([0.0, 0.6]), [0])
-        >>> p.round(3).tolist(), round(none, 3)   # a passage of reliability 0.6, alone
-        ([0.604, 0.004], 0.392)
+        >>> posterior(np.array([[1.0, 0.0, 0.0]]), np.array([0.6])).round(3).tolist()   # one, right three times of five
+        [0.604, 0.004, 0.392]
     """
     if not ((rho >= 0) & (rho <= 1)).all():
         raise ValueError(f"weigh.posterior: reliabilities and certainties are in [0, 1], got {rho.tolist()}.")
-    rows, trust = [says[0]], [rho[0]]
-    for number in dict.fromkeys(source):
-        members = [i + 1 for i, s in enumerate(source) if s == number]
-        rows.append(says[members].mean(0))
-        trust.append(rho[members].max())
-    rows, trust = np.array(rows), np.array(trust)[:, None]
-    rest = max(ALTERNATIVES - rows.shape[1] + 1, 1)  # answers that nobody gave
-    rows[:, -1] /= rest
-    logs = np.log(trust * rows + (1 - trust) / ALTERNATIVES + 1e-12).sum(0)
+    rest = max(ALTERNATIVES - says.shape[1] + 1, 1)  # answers that nobody gave
+    each = np.append(says[:, :-1], says[:, -1:] / rest, axis=1)
+    logs = np.log(rho[:, None] * each + (1 - rho[:, None]) / ALTERNATIVES + 1e-12).sum(0)
     logs[-1] += np.log(rest)
-    p = np.exp(normalised(logs))
-    return p[:-1], float(p[-1])
+    return np.exp(normalised(logs))
+
+
+def once(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(v, ρ) of sources rather than of passages: of each the mean v and the largest ρ of its passages."""
+    groups = [[i for i, s in enumerate(source) if s == number] for number in dict.fromkeys(source)]
+    mean = np.array([says[of].mean(0) for of in groups]).reshape(len(groups), says.shape[1])
+    return mean, np.array([rho[of].max() for of in groups])
 
 
 def clusters(said: Sequence[str]) -> tuple[list[str], list[int | None]]:

@@ -37,6 +37,18 @@ INSTRUCT = (
     "write a last line that begins with Answer: and holds the answer alone, in a few words."
 )  # fmt: skip
 
+# For models that are read by likelihood: lines that go on as the ones before them, which any language model does. What
+# marks a text here is its line: line breaks in it become spaces, so that it cannot begin another.
+SHOWN = (
+    ("The bridge of Tarn was built by Ada Holm, an engineer, in 1871.", "Who built the bridge of Tarn?", "Ada Holm"),
+    ("Ferries leave from the old harbour every morning.", "What is the highest mountain of Quen?", UNKNOWN),
+    ("In 1902 the observatory moved from Leiden to Ulm.", "To which city did the observatory move?", "Ulm"),
+)
+KNOWN = (
+    ("Who wrote Hamlet?", "William Shakespeare"), ("On which river is Cologne?", "Rhine"),
+    ("What is the middle name of the mayor of Tarn?", UNKNOWN), ("Which metal has the symbol Fe?", "Iron"),
+)  # fmt: skip
+
 # Astute RAG: memory written down, evidence set side by side, one answer a group.
 REMEMBER = (
     "Write a short document that answers the question below with correct and detailed facts, from what you know alone. "
@@ -109,6 +121,15 @@ def filled(llm: LLM, question: str, evidence: Sequence[Evidence]) -> Callable[[s
     """Template to prompt, with all evidence in it."""
     tag, asked, texts = quoted(llm, question, [e.text for e in evidence])
     return lambda template: template.format(tag=tag, texts=show(tag, evidence, texts), question=asked)
+
+
+def lines(llm: LLM, question: str, text: str | None = None) -> str:
+    """A question, with a text or none, after examples of such; the model goes on with the answer's line."""
+    flat = lambda said: " ".join(inert(llm, said).split())
+    if text is None:
+        return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in KNOWN) + f"Question: {flat(question)}\nAnswer:"
+    shown = "".join(f"Text: {t}\nQuestion: {q}\nAnswer: {a}\n\n" for t, q, a in SHOWN)
+    return f"{shown}Text: {flat(text)}\nQuestion: {flat(question)}\nAnswer:"
 
 
 def one_by_one(llm: LLM, question: str, evidence: Sequence[Evidence]) -> list[list[chat.Message]]:
