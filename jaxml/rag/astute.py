@@ -113,8 +113,7 @@ def _decide(llm: LLM, out: Answer, max_new_tokens: int) -> Steps[None]:
     tag, asked, claims = wording.quoted(llm, out.question, [g.claim for g in out.groups])
     shown = "\n".join(f"<{tag} number={i}>\n{claim}\n</{tag}>" for i, claim in enumerate(claims, 1))
     reply = yield from _ask(out, "fallback", wording.PLAIN.format(tag=tag, texts=shown, question=asked), 64)
-    said = wording.brief(reply)
-    out.text = "" if wording.unknown(said) else said
+    out.text = wording.settled(reply)
 
 
 def _strictly(llm: LLM, out: Answer, name: str, text: str, read, max_new_tokens: int):

@@ -234,7 +234,7 @@ class _Files:
             self.changes.removed += 1
 
     def read(self, path: Path, limits: read.Limits) -> None:
-        name, keys, before = str(path.resolve()), [], None
+        name, keys, before, mine = str(path.resolve()), [], None, 0  # how many of its passages are not in the store
         try:
             hash_ = _hash(path)
             before = self.known.get(name)
@@ -244,11 +244,13 @@ class _Files:
             for passage in chunk(read.read(path, limits), str(path), self.index.chunking):
                 keys.append(passage.key)
                 self.passages.append(passage)
+                mine += 1
                 if len(self.passages) >= PART:
                     self._note({"file": name, "hash": "", "keys": list({*keys, *(before or {"keys": ()})["keys"]})})
                     self.flush()
+                    mine = 0
         except (ValueError, OSError) as error:
-            self.passages = self.passages[: len(self.passages) - len(keys)] if keys else self.passages
+            del self.passages[len(self.passages) - mine :]
             if self.known.get(name) is not before:
                 self._note(before or {"file": name, "hash": "", "keys": None})
             self.changes.refused.append(str(error).encode("utf-8", "replace").decode())

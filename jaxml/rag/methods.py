@@ -46,7 +46,7 @@ def consistent(
     for seed in range(samples):
         [reply] = yield Ask([prompt], BRIEF_TOKENS, temperature, seed=seed)
         out.steps.append(Step(f"sample {seed + 1}", prompt, reply.text))
-        said.append(_said(reply.text))
+        said.append(wording.settled(reply.text))
     _vote(out, said, None)
     return out
 
@@ -62,7 +62,7 @@ def isolated(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answ
     prompts = wording.one_by_one(llm, question, out.evidence)
     replies = yield Ask(prompts, BRIEF_TOKENS)
     out.steps = [Step(f"text {e.number}", p, r.text) for e, p, r in zip(out.evidence, prompts, replies)]
-    _vote(out, [_said(reply.text) for reply in replies], [e.number for e in out.evidence])
+    _vote(out, [wording.settled(reply.text) for reply in replies], [e.number for e in out.evidence])
     return out
 
 
@@ -191,12 +191,7 @@ def _brief(out: Answer, name: str, text: str, max_new_tokens: int = BRIEF_TOKENS
     prompt = wording.said(text)
     [reply] = yield Ask([prompt], max_new_tokens)
     out.steps.append(Step(name, prompt, reply.text))
-    out.text = _said(reply.text)
-
-
-def _said(reply: str) -> str:
-    text = wording.brief(reply)
-    return "" if wording.unknown(text) else text
+    out.text = wording.settled(reply.text)
 
 
 def _vote(out: Answer, said: Sequence[str], numbers: Sequence[int] | None) -> None:

@@ -64,8 +64,7 @@ def scored(
     replies = yield Ask(prompts, max_new_tokens, stop=("\n",))
     names = ["memory", *(f"text {e.number}" for e in out.evidence)]
     out.steps = [Step(name, prompt, reply.text) for name, prompt, reply in zip(names, prompts, replies)]
-    said = [wording.brief(reply.text) for reply in replies]
-    said = ["" if wording.unknown(text) else text for text in said]
+    said = [wording.settled(reply.text) for reply in replies]
     if not any(said):
         out.notes.append("neither the passages nor memory gave an answer.")
         return out

@@ -180,6 +180,12 @@ def brief(reply: str) -> str:
     return line.strip().strip("*").strip().rstrip(".").strip("\"'“”`* ").rstrip(".")
 
 
+def settled(reply: str) -> str:
+    """The answer in a reply, or nothing where the model says that it does not know."""
+    text = brief(reply)
+    return "" if unknown(text) else text
+
+
 ANSWER = re.compile(
     r"^[^\w\n]{0,20}(?:the\s+)?(?:final\s+)?answer[*_]{0,3}(?:\s+is)?[ \t]*:[*_]{0,3}\s{0,20}(\S[^\n]*)",
     re.IGNORECASE | re.MULTILINE,

@@ -203,6 +203,18 @@ def test_an_update_that_was_stopped_goes_on(tmp_path, docs, words, monkeypatch):
     assert index.update(docs).unchanged == 2
 
 
+def test_a_broken_file_after_a_whole_one_leaves_nothing_of_itself(tmp_path, words, monkeypatch):
+    monkeypatch.setattr("jaxml.rag.index.PART", 4)
+    (folder := tmp_path / "docs").mkdir()
+    line = lambda name, i: json.dumps({"text": f"{name} {i}"}) + "\n"
+    (folder / "a.jsonl").write_text("".join(line("whole", i) for i in range(3)))
+    (folder / "b.jsonl").write_text("".join(line("broken", i) for i in range(4)) + "{")
+    index = Index.create(tmp_path / "index", words)
+    changes = index.update(folder)
+    assert changes.added == 1 and len(changes.refused) == 1
+    assert sorted(p.text for p in index.store.passages()) == ["whole 0", "whole 1", "whole 2"]
+
+
 def test_a_passage_stays_while_a_file_holds_it(tmp_path, words):
     index, folder = Index.create(tmp_path / "index", words), tmp_path / "docs"
     folder.mkdir()
