@@ -111,6 +111,11 @@ def load(args: argparse.Namespace):
     return model
 
 
+def given(args: argparse.Namespace) -> list[str]:
+    """The options that are not as usual (`args.usual`: name → default)."""
+    return [name for name, usual in args.usual.items() if getattr(args, name) != usual]
+
+
 def llm(args: argparse.Namespace, batch_size: int = 16):
     """That model as `prompts.LLM`, or the one at an endpoint (http://host/v1#name)."""
     from jaxml import prompts

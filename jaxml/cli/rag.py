@@ -28,7 +28,7 @@ astute     Astute RAG: --mode prompt, the paper's; score, by likelihoods; auto, 
 import json
 from pathlib import Path
 
-from jaxml.cli.main import FORMATS, is_address, llm
+from jaxml.cli.main import FORMATS, given, is_address, llm
 
 METHODS = ("none", "plain", "consistent", "isolated", "generated", "routed", "instructed", "astute")
 
@@ -190,7 +190,7 @@ def _options(args, method: str) -> dict:
 
 def _check(args) -> None:
     """Refuses, before anything is read or asked, options out of range or that the action does not take."""
-    changed = [name for name, usual in args.usual.items() if getattr(args, name) != usual]
+    changed = given(args)
     if other := [name for name in changed if name not in TAKEN[args.action]]:
         raise ValueError(f"rag {args.action}: --{other[0]} is not of {args.action}. Leave it out.")
     for name, good, rule in (

@@ -28,7 +28,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxml.cli.main import FORMATS
+from jaxml.cli.main import FORMATS, given
 
 METHODS = {"lora": 1e-3, "qlora": 1e-3, "dora": 1e-3, "full": 5e-5, "prompt": 0.02}  # with their learning rates
 SCALES = ("sure", "words", "numbers")
@@ -354,7 +354,7 @@ def _finished(args):
     if not args.given:
         raise ValueError(f"rtune {args.action}: a finished run is given, got none.")
     taken = ("data",) if args.action == "evaluate" else ()
-    if other := [name for name, usual in args.usual.items() if name not in taken and getattr(args, name) != usual]:
+    if other := [name for name in given(args) if name not in taken]:
         raise ValueError(
             f"rtune {args.action}: the finished run has its own options, got --{other[0].replace('_', '-')} as well."
         )
