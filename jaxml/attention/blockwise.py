@@ -58,14 +58,13 @@ class _Problem:
             ends = Lengths(jnp.full((1,), T, jnp.int32), jnp.full((1,), S, jnp.int32))
             mask = ends if mask is None else mask & ends
         self.kind = None
-        self.mask = None
-        if mask is not None:
+        self.mask = None if mask is None else mask.pad(grid)
+        if mask is not None and self.R * self.C > 1:
             some, every = mask.blocks(grid)
             row, column = jnp.arange(self.R)[None, None, :, None], jnp.arange(self.C)[None, None, None]
             every &= ((row + 1) * grid.rows <= T) & ((column + 1) * grid.columns <= S)
             spread = lambda a, f: jnp.broadcast_to(f(a, axis=(0, 1)), (self.R, self.C))
             self.kind = spread(some, jnp.any).astype(jnp.int32) + spread(some & every, jnp.all)
-            self.mask = mask.pad(grid)
         self.query, self.key, self.value = self.rows(x.query), self.columns(x.key), self.columns(x.value)
         self.bias, self.data, self.dropout_key = self.both(x.bias), x.data, x.dropout_key
 
@@ -111,9 +110,12 @@ class _Problem:
         return None if self.rules.dropout_rate == 0 else tiles.keep(self.rules, self.dropout_key, self.where(i, j))
 
     def by_kind(self, i, j, compute, skip):
-        """`skip()`, `compute(visible)` or `compute(None)`, as the tile is empty, crossed by the mask, or whole."""
+        """`skip()`, `compute(visible)` or `compute(None)`, as the tile is empty, crossed by the mask, or whole.
+
+        A call's only tile is taken as one that is crossed: a choice would cost more than it saves.
+        """
         if self.kind is None:
-            return compute(None)
+            return compute(None if self.mask is None else self.visible(i, j))
         return jax.lax.switch(self.kind[i, j], [skip, lambda: compute(self.visible(i, j)), lambda: compute(None)])
 
 

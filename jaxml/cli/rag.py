@@ -25,11 +25,14 @@ astute     Astute RAG: --mode prompt, the paper's; score, by likelihoods; auto, 
 ========== ==================================================================================
 """
 
+import functools
 import json
 from pathlib import Path
 
 from jaxml.cli.main import FORMATS, given, is_address, llm
 
+FORMS = ("chat", "lines")
+OF_FORM = ("none", "plain", "isolated")
 METHODS = ("none", "plain", "consistent", "isolated", "generated", "routed", "instructed", "astute")
 
 
@@ -56,6 +59,12 @@ def add(sub):
     sub.add_argument("--mode", choices=("auto", "prompt", "score"), default="auto", help="of astute")
     sub.add_argument("--rounds", type=int, help="of astute by prompts: consolidations")
     sub.add_argument("--least", type=float, help="of astute by scores: confidence below which nothing is answered")
+    sub.add_argument("--trust", type=float, help="of astute by scores: how likely retrieval as a whole is right (0.5)")
+    sub.add_argument("--reliability", type=float, help="of astute by scores: how likely a passage is, if so (0.9)")
+    sub.add_argument(
+        "--sure", metavar="RUN", help="of astute by scores: a run of jaxml rtune, whose model says how sure memory is"
+    )
+    sub.add_argument("--form", choices=FORMS, default="chat", help="of none, plain, isolated: how they ask")
     sub.add_argument("--trace", metavar="FILE.html", help="of ask: all that led to the answers, as a page")
     sub.add_argument("--data", metavar="DATA", help="of evaluate: JSONL, or ramdocs:FILE")
     sub.add_argument("--limit", type=int, help="of evaluate: the first questions")
@@ -63,7 +72,8 @@ def add(sub):
     sub.set_defaults(usual={name: sub.get_default(name) for of in TAKEN.values() for name in of})
 
 
-MODEL = ("model", "adapter", "dtype", "quantize", "mode", "rounds", "least")
+SCORES = ("least", "trust", "reliability", "sure")
+MODEL = ("model", "adapter", "dtype", "quantize", "mode", "rounds", *SCORES, "form")
 FOUND = ("index", "encoder", "k", "how", "trade")
 TAKEN = {
     "index": ("out", "encoder", "size", "overlap", "codes"),
@@ -158,7 +168,14 @@ def _evaluate(args):
                 memory=memory,
             )  # fmt: skip
     name = args.model if is_address(args.model) else Path(args.model).name
-    about = {"model": name, "data": Path(args.data).name, "questions": len(rows), "k": args.k, "mode": args.mode}
+    about = {
+        "model": name,
+        "data": Path(args.data).name,
+        "questions": len(rows),
+        "k": args.k,
+        "mode": args.mode,
+        **{option: getattr(args, option) for option in (*SCORES, "form")},
+    }
     log.write_text(out / "report.json", json.dumps({"about": about, "methods": report}, indent=1))
     page = f"# {len(rows)} questions, {name}\n\n{metrics.markdown(report)}"
     log.write_text(out / "report.md", page)
@@ -184,8 +201,25 @@ def _found(args, questions: list[str]):
 
 
 def _options(args, method: str) -> dict:
-    given = {name: getattr(args, name) for name in ("rounds", "least") if getattr(args, name) is not None}
-    return {"mode": args.mode, **given} if method == "astute" else {}
+    """What the method is told."""
+    if method in OF_FORM:
+        return {"form": args.form}
+    if method != "astute":
+        return {}
+    told = {name: getattr(args, name) for name in ("rounds", *SCORES) if getattr(args, name) is not None}
+    if args.sure is not None:
+        told["sure"] = _certainty(args.sure)
+    return {"mode": args.mode, **told}
+
+
+@functools.cache
+def _certainty(run: str):
+    """How sure the model of a run of rtune says that it is."""
+    from jaxml.cli.rtune import finished
+    from jaxml.tune import r_tuning
+
+    _, model, form, policy = finished(run)
+    return r_tuning.sure(model, policy, form)
 
 
 def _check(args) -> None:
@@ -195,14 +229,20 @@ def _check(args) -> None:
         raise ValueError(f"rag {args.action}: --{other[0]} is not of {args.action}. Leave it out.")
     for name, good, rule in (
         ("k", args.k >= 1, "at least 1"), ("limit", args.limit is None or args.limit >= 1, "at least 1"),
-        ("trade", args.trade is None or 0 <= args.trade <= 1, "in [0, 1]"),
         ("rounds", args.rounds is None or args.rounds >= 0, "at least 0"),
-        ("least", args.least is None or 0 <= args.least <= 1, "in [0, 1]"),
+        *(
+            (name, getattr(args, name) is None or 0 <= getattr(args, name) <= 1, "in [0, 1]")
+            for name in ("trade", "least", "trust", "reliability")
+        ),
     ):  # fmt: skip
         if not good:
             raise ValueError(f"rag {args.action}: --{name} is {rule}, got {getattr(args, name)}.")
-    for name, mode in (("rounds", "prompt"), ("least", "score")):
+    for name, mode in (("rounds", "prompt"), *((name, "score") for name in SCORES)):
         if getattr(args, name) is not None and args.mode != mode:
             raise ValueError(f"rag: --{name} is of --mode {mode}, got --mode {args.mode}.")
-    if args.action == "ask" and args.method != "astute" and (wrong := {"mode", "rounds", "least"} & set(changed)):
-        raise ValueError(f"rag ask: --{min(wrong)} is of --method astute, got --method {args.method}.")
+    if args.action != "ask":
+        return
+    of_astute, of_form = {"mode", "rounds", *SCORES}, {"form"}
+    takes = of_astute if args.method == "astute" else of_form if args.method in OF_FORM else set()
+    if wrong := ((of_astute | of_form) - takes) & set(changed):
+        raise ValueError(f"rag ask: --{min(wrong)} is not of --method {args.method}. Leave it out.")

@@ -345,12 +345,7 @@ def _device() -> str:
 
 
 def _finished(args):
-    """(its options, model, form, policy)."""
-    import argparse
-
-    from jaxml import lm
-    from jaxml.tune import adapters, r_tuning
-
+    """What `finished` finds, of the run that was given."""
     if not args.given:
         raise ValueError(f"rtune {args.action}: a finished run is given, got none.")
     taken = ("data",) if args.action == "evaluate" else ()
@@ -358,7 +353,21 @@ def _finished(args):
         raise ValueError(
             f"rtune {args.action}: the finished run has its own options, got --{other[0].replace('_', '-')} as well."
         )
-    folder = Path(args.given[0])
+    return finished(args.given[0])
+
+
+def finished(folder: str | Path):
+    """(its options, model, form, policy) of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: no run, one that is not finished, or a damaged one.
+    """
+    import argparse
+
+    from jaxml import lm
+    from jaxml.tune import adapters, r_tuning
+
+    folder = Path(folder)
     if not (folder / "policy.json").is_file():
         raise FileNotFoundError(f"{folder}: no finished run (policy.json is missing).")
     policy = r_tuning.Policy.load(folder / "policy.json")

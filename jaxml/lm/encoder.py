@@ -19,6 +19,8 @@ from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import hf, tokenizer, zoo
 from jaxml.lm.tokenizer import Tokenizer
 
+TOKENS = {True: 1024, False: 2**14}  # of a batch: on a CPU few, whose activations stay in its cache; elsewhere many
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -46,7 +48,7 @@ class Encoder:
     config: EncoderConfig = dataclasses.field(metadata=dict(static=True))
     tokenizer: Tokenizer = dataclasses.field(metadata=dict(static=True))
 
-    def __call__(self, texts: Sequence[str], *, batch_size: int = 64) -> Float[Array, "n D"]:
+    def __call__(self, texts: Sequence[str], *, batch_size: int | None = None) -> Float[Array, "n D"]:
         """A vector for each text, as `encode` makes them."""
         return encode(self, texts, batch_size=batch_size)
 
@@ -173,38 +175,42 @@ def pooled(
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if config.normalize else x
 
 
-def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int = 64) -> Float[Array, "n D"]:
+def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = None) -> Float[Array, "n D"]:
     """A vector for each text; the product of two says how alike they are.
 
     Texts longer than the encoder's `max_length` are cut there, as sentence-transformers does.
+
+    Args:
+        batch_size: texts in a batch; where None, as many of that length as suit the device.
 
     Raises:
         ValueError: no texts, or a single string instead of a list.
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"encoder.encode: texts are a list of at least one text, got {texts!r}.")
-    rows = [_ids(encoder, text) for text in texts]
+    rows = _ids(encoder, texts)
     out = np.zeros((len(rows), encoder.config.width), np.float32)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for first in range(0, len(rows), batch_size):
-        part = order[first : first + batch_size]
-        size = batch_size if len(rows) > batch_size else len(part)
-        width = -(-max(len(rows[i]) for i in part) // 32) * 32
-        tokens = np.full((size, width), encoder.tokenizer.pad_id, np.int32)
-        lengths = np.ones(size, np.int32)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    first, step = 0, 32 if len(rows) < 256 else 16  # few texts: few widths to compile for
+    while first < len(rows):
+        width = min(-(-len(rows[order[first]]) // step) * step, encoder.config.max_length)
+        size = batch_size or max(1, TOKENS[jax.default_backend() == "cpu"] // width)
+        part = order[first : first + size]
+        tokens = np.full((min(size, len(rows)), width), encoder.tokenizer.pad_id, np.int32)
+        lengths = np.ones(len(tokens), np.int32)
         for place, i in enumerate(part):
             tokens[place, : len(rows[i])], lengths[place] = rows[i], len(rows[i])
-        width = min(width, encoder.config.max_length)
-        vectors = pooled(encoder.params, encoder.config, tokens[:, :width], lengths)
+        vectors = pooled(encoder.params, encoder.config, tokens, lengths)
         out[part] = np.asarray(vectors)[: len(part)]
+        first += size
     return jnp.asarray(out)
 
 
-def _ids(encoder: Encoder, text: str) -> list[int]:
-    """[CLS] text [SEP], cut to the longest text."""
-    ids = encoder.tokenizer.backend.encode(text, add_special_tokens=True).ids
+def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    """[CLS] text [SEP] of each, cut to the longest text."""
     longest = encoder.config.max_length
-    return ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]]
+    rows = [of.ids for of in encoder.tokenizer.backend.encode_batch(list(texts), add_special_tokens=True)]
+    return [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in rows]
 
 
 def _norm(x, weight, bias, config: EncoderConfig):

@@ -6,6 +6,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from jaxml.lm.generate import Prompt
 from jaxml.prompts.llm import LLM
 from jaxml.prompts.store import Store
 from jaxml.rag import wording
@@ -17,19 +18,30 @@ from jaxml.rag.weigh import clusters, scored
 
 BRIEF_TOKENS = 24
 MODES = ("prompt", "score", "auto")
+STOP: dict[str, tuple[str, ...]] = {"chat": (), "lines": ("\n",)}  # form of a prompt → where its reply ends
 
 
-def closed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
-    """No retrieval: what the model knows."""
+def closed(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = "chat") -> Steps[Answer]:
+    """No retrieval: what the model knows.
+
+    Args:
+        form: "chat", a turn that says what is wanted, or "lines", lines after examples, as likelihoods are read from
+            (`wording.lines`).
+    """
     out = Answer(question, "none")
-    yield from _brief(out, "memory", wording.CLOSED.format(question=wording.inert(llm, question)))
+    yield from _brief(out, "memory", _in(form, _alone(llm, question), wording.lines(llm, question)))
     return out
 
 
-def plain(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
-    """All passages in one prompt."""
+def plain(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = "chat") -> Steps[Answer]:
+    """All passages in one prompt.
+
+    Args:
+        form: as in `closed`.
+    """
     out, asked = _before(llm, question, passages, "plain")
-    yield from _brief(out, "texts", asked(wording.PLAIN))
+    lines = wording.lines(llm, question, *(e.text for e in out.evidence))
+    yield from _brief(out, "texts", _in(form, asked(wording.PLAIN), lines))
     return out
 
 
@@ -42,7 +54,7 @@ def consistent(
         Wang et al. 2023, "Self-Consistency Improves Chain of Thought Reasoning in Language Models".
     """
     out, asked = _before(llm, question, passages, "consistent")
-    prompt, said = wording.said(asked(wording.PLAIN)), []
+    prompt, said = asked(wording.PLAIN), []
     for seed in range(samples):
         [reply] = yield Ask([prompt], BRIEF_TOKENS, temperature, seed=seed)
         out.steps.append(Step(f"sample {seed + 1}", prompt, reply.text))
@@ -51,16 +63,20 @@ def consistent(
     return out
 
 
-def isolated(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
+def isolated(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = "chat") -> Steps[Answer]:
     """Isolate, then aggregate: each passage is answered from alone, and the answers vote.
+
+    Args:
+        form: as in `closed`.
 
     Reference:
         Xiang et al. 2024, "Certifiably Robust RAG against Retrieval Corruption" (RobustRAG), with whole answers in the
         place of keywords.
     """
     out, _ = _before(llm, question, passages, "isolated")
-    prompts = wording.one_by_one(llm, question, out.evidence)
-    replies = yield Ask(prompts, BRIEF_TOKENS)
+    chats = wording.one_by_one(llm, question, out.evidence)
+    prompts = [_in(form, chat, wording.lines(llm, question, e.text)) for chat, e in zip(chats, out.evidence)]
+    replies = yield Ask(prompts, BRIEF_TOKENS, stop=STOP[form])
     out.steps = [Step(f"text {e.number}", p, r.text) for e, p, r in zip(out.evidence, prompts, replies)]
     _vote(out, [wording.settled(reply.text) for reply in replies], [e.number for e in out.evidence])
     return out
@@ -96,7 +112,7 @@ def routed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer
     yield from _brief(out, "texts", asked(wording.ROUTE))
     if not out.text:
         out.notes.append("the passages do not answer, says the model: it was asked without them.")
-        yield from _brief(out, "memory", wording.CLOSED.format(question=wording.inert(llm, question)))
+        yield from _brief(out, "memory", _alone(llm, question))
     return out
 
 
@@ -187,9 +203,19 @@ def _before(llm: LLM, question: str, passages: Sequence[Passage], name: str):
     return out, wording.filled(llm, question, out.evidence)
 
 
-def _brief(out: Answer, name: str, text: str, max_new_tokens: int = BRIEF_TOKENS):
-    prompt = wording.said(text)
-    [reply] = yield Ask([prompt], max_new_tokens)
+def _alone(llm: LLM, question: str) -> list:
+    return wording.said(wording.CLOSED.format(question=wording.inert(llm, question)))
+
+
+def _in(form: str, chat: list, lines: str) -> Prompt:
+    """The prompt of that form."""
+    if form not in STOP:
+        raise ValueError(f"rag: form is one of {', '.join(STOP)}, got {form!r}.")
+    return {"chat": chat, "lines": lines}[form]
+
+
+def _brief(out: Answer, name: str, prompt: Prompt, max_new_tokens: int = BRIEF_TOKENS):
+    [reply] = yield Ask([prompt], max_new_tokens, stop=STOP["lines" if isinstance(prompt, str) else "chat"])
     out.steps.append(Step(name, prompt, reply.text))
     out.text = wording.settled(reply.text)
 

@@ -61,7 +61,10 @@ def scored(
     out = Answer(question, "astute, by scores")
     out.evidence = [Evidence(i, p.whole, p) for i, p in enumerate(passages, 1)]
     prompts = [wording.lines(llm, question), *(wording.lines(llm, question, e.text) for e in out.evidence)]
-    replies = yield Ask(prompts, max_new_tokens, stop=("\n",))
+    alike = [prompts[:1], prompts[1:]]  # put apart: what all prompts of a batch begin with is read once
+    replies = []
+    for some in alike:
+        replies += yield Ask(some, max_new_tokens, stop=("\n",))
     names = ["memory", *(f"text {e.number}" for e in out.evidence)]
     out.steps = [Step(name, prompt, reply.text) for name, prompt, reply in zip(names, prompts, replies)]
     said = [wording.settled(reply.text) for reply in replies]
@@ -71,7 +74,9 @@ def scored(
     if said[0]:
         out.evidence.append(Evidence(len(passages) + 1, said[0]))
     candidates, of = clusters(said)
-    scores = yield Weigh(prompts, [[f" {text}" for text in candidates]] * len(prompts))
+    scores = []
+    for some in alike:
+        scores += yield Weigh(some, [[f" {text}" for text in candidates]] * len(some))
     logs = np.array([s.log_probs for s in scores])  # [1 + passages, candidates]
     certain = 0.0
     if said[0]:

@@ -117,19 +117,19 @@ def show(tag: str, evidence: Sequence[Evidence], texts: Sequence[str]) -> str:
     )
 
 
-def filled(llm: LLM, question: str, evidence: Sequence[Evidence]) -> Callable[[str], str]:
+def filled(llm: LLM, question: str, evidence: Sequence[Evidence]) -> Callable[[str], list[chat.Message]]:
     """Template to prompt, with all evidence in it."""
     tag, asked, texts = quoted(llm, question, [e.text for e in evidence])
-    return lambda template: template.format(tag=tag, texts=show(tag, evidence, texts), question=asked)
+    return lambda template: said(template.format(tag=tag, texts=show(tag, evidence, texts), question=asked))
 
 
-def lines(llm: LLM, question: str, text: str | None = None) -> str:
-    """A question, with a text or none, after examples of such; the model goes on with the answer's line."""
+def lines(llm: LLM, question: str, *texts: str) -> str:
+    """A question, with texts or none, after examples of such; the model goes on with the answer's line."""
     flat = lambda said: " ".join(inert(llm, said).split())
-    if text is None:
+    if not texts:
         return "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a in KNOWN) + f"Question: {flat(question)}\nAnswer:"
     shown = "".join(f"Text: {t}\nQuestion: {q}\nAnswer: {a}\n\n" for t, q, a in SHOWN)
-    return f"{shown}Text: {flat(text)}\nQuestion: {flat(question)}\nAnswer:"
+    return shown + "".join(f"Text: {flat(text)}\n" for text in texts) + f"Question: {flat(question)}\nAnswer:"
 
 
 def one_by_one(llm: LLM, question: str, evidence: Sequence[Evidence]) -> list[list[chat.Message]]:

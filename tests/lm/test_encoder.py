@@ -43,6 +43,13 @@ def test_neighbours_in_the_batch_change_nothing(minilm):
     np.testing.assert_allclose(jnp.linalg.norm(together, axis=1), 1.0, atol=1e-5)
 
 
+def test_batches_of_any_size_give_the_same(minilm):
+    texts = [" ".join(TEXTS[i % len(TEXTS)].split()[: 1 + i % 40]) for i in range(30)] * 9  # 270: many widths
+    want = minilm(texts)
+    np.testing.assert_allclose(minilm(texts, batch_size=100), want, atol=1e-5)
+    np.testing.assert_allclose(minilm(texts[:7]), want[:7], atol=1e-5)
+
+
 def test_what_is_no_such_encoder_is_refused(minilm, tmp_path):
     with pytest.raises(ValueError, match=r"lm\.encoder\.load"):
         lm.load("minilm")

@@ -221,6 +221,55 @@ def test_memory_is_believed_where_it_is_surer_than_retrieval_is_trusted():
         by_scores(Told("two"), [TEXTS["one"]], least=7)
 
 
+def test_memory_weighs_what_a_tuned_model_says_of_its_answer():
+    from jaxml.tune import r_tuning
+
+    model = tiny_model(max_length=2048)
+    sure = r_tuning.sure(model, r_tuning.Policy(weight=1.0), r_tuning.Form())
+    want = r_tuning.certainty(model, [r_tuning.Item("who?")], ["two"], r_tuning.Form()).sure[0]
+    asked = []
+    keep = lambda question, answer: asked.append(sure(question, answer)) or asked[-1]
+    by_scores(Told("two"), [TEXTS["one"]], sure=keep)
+    assert asked == [want] and 0 < want < 1
+
+
+def test_all_prompts_of_a_request_begin_alike():
+    class Watched(Told):
+        def generate(self, asked, **how):
+            seen.append(("ask", {p.split("\n")[0] for p in asked}))
+            return super().generate(asked, **how)
+
+        def score(self, asked, choices):
+            seen.append(("weigh", {p.split("\n")[0] for p in asked}))
+            return super().score(asked, choices)
+
+    seen: list = []
+    rag.answer(Watched("two"), ["who?", "whom?"], [list(TEXTS.values())] * 2, mode="score")
+    assert [name for name, _ in seen] == ["ask", "ask", "weigh", "weigh"] and all(len(first) == 1 for _, first in seen)
+
+
+@pytest.mark.parametrize("form", ["chat", "lines"])
+@pytest.mark.parametrize(("method", "texts"), [("none", [""]), ("plain", ["one two"]), ("isolated", ["one", "two"])])
+def test_methods_ask_in_both_forms(method, texts, form):
+    asked = []
+
+    class Watched(Told):
+        def generate(self, prompts, **how):
+            asked.extend((p, how["stop"]) for p in prompts)
+            return [Reply(" one", 1, 1)] * len(prompts)
+
+    [found] = rag.answer(Watched(), ["who?"], [list(TEXTS.values())], method, form=form)
+    assert found.text == "one" and len(asked) == len(texts)
+    for (prompt, stop), words in zip(sorted(asked, key=str), texts):
+        lines = "".join(f"Text: {TEXTS[w].text}\n" for w in words.split()) + "Question: who?\nAnswer:"
+        assert (stop == ("\n",) and prompt.endswith(f"\n\n{lines}")) == (form == "lines")
+
+
+def test_a_form_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="form is one of chat, lines, got 'essay'"):
+        rag.answer(Told(), ["who?"], [[]], "none", form="essay")
+
+
 def test_probabilities_are_those_of_bayes():
     says = np.array([[0.7, 0.3, 0.0], [0.8, 0.1, 0.1], [0.1, 0.6, 0.3]])
     rho = np.array([0.5, 0.6, 0.4])
@@ -288,7 +337,9 @@ def test_a_passage_cannot_close_its_marks_or_open_a_turn(order):
     passages, asked = [Passage(f"The answer is gold0. {order}", "a"), Passage("x", "b")], f"who? {order}"
     tag, question, texts = wording.quoted(llm, asked, [p.text for p in passages])
     assert not any(tag in text for text in (*texts, question))
-    prompt = wording.filled(llm, asked, [rag.Evidence(i, p.text, p) for i, p in enumerate(passages, 1)])(wording.PLAIN)
+    evidence = [rag.Evidence(i, p.text, p) for i, p in enumerate(passages, 1)]
+    [turn] = wording.filled(llm, asked, evidence)(wording.PLAIN)
+    prompt = turn["content"]
     assert prompt.count(f"</{tag}>") == 2
     assert not wording.CONTROL.search(prompt)
     special = {llm.model.tokenizer.bos_id, *llm.model.tokenizer.eos_ids}

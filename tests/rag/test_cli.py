@@ -49,7 +49,10 @@ def test_documents_are_indexed_and_asked(docs, tmp_path, capsys):
     for options, message in (
         (["--rounds", 2], "--rounds is of --mode prompt"), (["--k", 0], "--k is at least 1, got 0"),
         (["--mode", "score", "--least", 7], "in [0, 1]"), (["--limit", 3], "--limit is not of ask"),
-        (["--method", "plain", "--mode", "score"], "--mode is of --method astute"),
+        (["--method", "plain", "--mode", "score"], "--mode is not of --method plain"),
+        (["--form", "lines"], "--form is not of --method astute"), (["--trust", 0.7], "--trust is of --mode score"),
+        (["--mode", "score", "--reliability", 2], "--reliability is in [0, 1], got 2.0"),
+        (["--mode", "score", "--sure", docs], "no finished run"),
     ):  # fmt: skip
         assert message in refused(capsys, *ask, *options)
     assert "searched without codes" in refused(capsys, *index, "--codes")

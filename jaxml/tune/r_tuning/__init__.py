@@ -13,7 +13,7 @@ from jaxml.tune.r_tuning.items import Item, Split, read, split
 from jaxml.tune.r_tuning.job import PUBLISHED, Made, Recipe, r_tune
 from jaxml.tune.r_tuning.judge import right
 from jaxml.tune.r_tuning.labels import Labels
-from jaxml.tune.r_tuning.policy import Policy, Said, answer_or_refuse, calibrate, threshold
+from jaxml.tune.r_tuning.policy import Policy, Said, answer_or_refuse, calibrate, sure, threshold
 from jaxml.tune.r_tuning.report import Method, compare, evaluate
 from jaxml.tune.r_tuning.sources import countries, invented, pararel
 
@@ -22,5 +22,5 @@ __all__ = [
     "Labels", "Made", "Method", "Policy", "Recipe", "Said", "Scale", "Split", "answer", "answer_or_refuse", "ask",
     "calibrate", "certainty", "compare", "countries", "evaluate", "examples", "form", "invented", "items", "job",
     "judge", "labels", "metrics", "pararel", "policy", "r_tune", "read", "report", "right", "sources", "split",
-    "threshold",
+    "sure", "threshold",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +207,22 @@ def threshold(
 
 
 RANKS = 10
+
+
+def sure(model: Model, policy: Policy, form: Form = PLAIN) -> Callable[[str, str], float]:
+    """(question, answer) → how sure the tuned model is of that answer, by the policy's weights: what
+    `jaxml.rag.astute` takes as the weight of memory.
+
+    Example:
+        >>> from jaxml import testing
+        >>> 0 <= sure(testing.tiny_model(), Policy())("who? ", "me") <= 1
+        True
+    """
+
+    def of(question: str, answer: str) -> float:
+        return float(policy.confidence(ask.certainty(model, [Item(question)], [answer], form))[0])
+
+    return of
 
 
 def _check_risk(risk: float, delta: float) -> None:
