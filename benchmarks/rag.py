@@ -15,6 +15,7 @@ object of the same relation.
 
 import argparse
 import datetime
+import functools
 import json
 import tempfile
 import time
@@ -24,6 +25,7 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("encoding", "search", "words", "scripted", "conflict")
+SEEN = 200  # facts that were looked at while the method was made: not asked here
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -31,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--pararel", help="folder of ParaRel, for conflict")
-    parser.add_argument("--questions", type=int, default=100, help="of conflict")
+    parser.add_argument("--questions", type=int, default=200, help="of conflict")
+    parser.add_argument("--sure", help="of conflict: a run of jaxml rtune on OUT/rest.jsonl, which conflict writes")
     parser.add_argument("--rows", nargs="+", type=int, default=(100_000, 1_000_000), help="of search")
     parser.add_argument("--out", default="runs/benchmark-rag", help="replies that are kept, of conflict")
     parser.add_argument("--table", action="store_true", help="print the tables of the newest results and stop")
@@ -174,17 +177,32 @@ def scripted(options) -> dict:
 
 
 METHODS = {
-    "none": {}, "plain": {}, "isolated": {}, "routed": {}, "astute, prompts": {"mode": "prompt"},
+    "none": {}, "none, lines": {"form": "lines"}, "plain": {}, "plain, lines": {"form": "lines"}, "isolated": {},
+    "isolated, lines": {"form": "lines"}, "routed": {}, "astute, prompts": {"mode": "prompt"},
     "astute, scores": {"mode": "score", "least": 0.0},
+    "astute, scores and p(sure)": {"mode": "score", "least": 0.0},
 }  # fmt: skip
 
 
 def conflict(options) -> dict:
-    from jaxml import lm, prompts, rag
+    from jaxml import lm, log, prompts, rag
     from jaxml.prompts.store import Store
     from jaxml.rag import metrics
+    from jaxml.tune import r_tuning
 
-    asked, right, wrong, patterns = _facts(Path(options.pararel), options.questions)
+    items, (asked, right, wrong, patterns) = _facts(Path(options.pararel), options.questions)
+    rest = items[SEEN + options.questions :][:400]
+    Path(options.out).mkdir(parents=True, exist_ok=True)
+    log.write_text(Path(options.out) / "rest.jsonl", "".join(json.dumps(r_tuning.items.row(i)) + "\n" for i in rest))
+    methods = dict(METHODS)
+    if options.sure:
+        from jaxml.cli.rtune import finished
+
+        _, tuned, form, policy = finished(options.sure)
+        sure = functools.cache(r_tuning.sure(tuned, policy, form))
+        methods["astute, scores and p(sure)"] |= {"sure": sure}
+    else:
+        del methods["astute, scores and p(sure)"]
     llm = prompts.Local(lm.load("smollm2-135m"))
     out: dict = {"questions": len(asked)}
     with Store(Path(options.out) / "replies.jsonl") as store:
@@ -195,29 +213,37 @@ def conflict(options) -> dict:
                 [rag.Passage(p.replace("[Y]", w if b else r), f"source {j}") for j, p in enumerate(of)]
                 for of, r, w, b in zip(patterns, right, wrong, bad)
             ]  # fmt: skip
-            for name, how in METHODS.items():
+            by: dict[str, np.ndarray] = {}
+            for name, how in methods.items():
                 found = rag.answer(llm, asked, passages, name.split(",")[0], store=store, **how)
-                values = [metrics.contains(a.text, [r]) for a, r in zip(found, right)]
+                by[name] = np.array([metrics.contains(a.text, [r]) for a, r in zip(found, right)], float)
                 out[f"{share} {name}"] = {
-                    "right": float(np.mean(values)),
-                    "interval": list(metrics.metrics.interval(np.mean, np.array(values, float))),
+                    "right": float(np.mean(by[name])),
+                    "interval": list(metrics.metrics.interval(np.mean, by[name])),
                     "wrong": float(np.mean([metrics.contains(a.text, [w]) for a, w in zip(found, wrong)])),
                     "fallbacks": float(np.mean([any("could not be read" in note for note in a.notes) for a in found])),
                 }  # fmt: skip
+                for other in ("none", "none, lines", "plain", "plain, lines"):
+                    if other in by:
+                        more = by[name] - by[other]
+                        out[f"{share} {name}"][f"more than {other}"] = [
+                            float(more.mean()), *metrics.metrics.interval(np.mean, more)
+                        ]  # fmt: skip
                 print(share, name, out[f"{share} {name}"], flush=True)
     return out
 
 
 def _facts(folder: Path, count: int):
-    """Questions, right and wrong objects, and for each question two sentences with [Y] for the object."""
+    """(all items, of which those after `SEEN` are asked; questions, right and wrong objects, and for each question two
+    sentences with [Y] for the object)."""
     from jaxml.tune import r_tuning
 
     items = r_tuning.pararel(folder, ["P36", "P17", "P103", "P495", "P30", "P364"])
     rng = np.random.default_rng(0)
-    chosen = [items[i] for i in rng.permutation(len(items))[:count]]
+    mixed = [items[i] for i in rng.permutation(len(items))]
     objects = {g: sorted({i.answers[0] for i in items if i.group == g}) for g in {i.group for i in items}}
     asked, right, wrong, patterns = [], [], [], []
-    for item in chosen:
+    for item in mixed[SEEN : SEEN + count]:
         template = r_tuning.sources.PARAREL[item.group]
         before, after = template.split("{}")
         subject = item.question.removeprefix(before).removesuffix(after)
@@ -228,7 +254,7 @@ def _facts(folder: Path, count: int):
         right.append(item.answers[0])
         wrong.append(str(rng.choice([o for o in objects[item.group] if o not in item.answers])))
         patterns.append([forms[i].replace("[X]", subject) for i in two])
-    return asked, right, wrong, patterns
+    return mixed, (asked, right, wrong, patterns)
 
 
 # ---- table ------------------------------------------------------------------------------------------
@@ -277,7 +303,7 @@ def table() -> str:
             f"| {of['questions']} facts, SmolLM2-135M: right (wrong) | no passage wrong | half | all |",
             "|---|---|---|---|",
         ]  # fmt: skip
-        for name in METHODS:
+        for name in (m for m in METHODS if f"0.5 {m}" in of):
             cells = [f"{of[f'{s} {name}']['right']:.0%} ({of[f'{s} {name}']['wrong']:.0%})" for s in (0.0, 0.5, 1.0)]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")

@@ -1,7 +1,8 @@
 """Astute RAG by likelihood: who says what is read off the model's scores, and told together by Bayes' rule.
 
-Each passage alone, and memory alone, gives an answer; every answer is then scored under every passage and under none,
-in one pass. A passage speaks for an answer as far as it makes it likelier than it was without the passage.
+Each passage alone, and memory alone, gives an answer; every answer is then scored under every passage and under none.
+A passage speaks for an answer as far as it makes it likelier than it was without the passage; memory has a belief in
+each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from jaxml.rag.trace import Answer, Evidence, Group, Step
 from jaxml.tune.facts import normalise
 
 ALTERNATIVES = 100  # answers that there might be to a question
+DOUBT = 0.15  # share of memory's belief that is spread evenly over them
 
 
 def scored(
@@ -27,27 +29,33 @@ def scored(
     sure: float | Callable[[str, str], float] | None = None,
     trust: float = 0.5,
     reliability: float | Callable[[Passage], float] = 0.9,
-    least: float = 0.1,
+    least: float = 0.05,
     max_new_tokens: int = 24,
 ) -> Steps[Answer]:
     """The answer that memory and retrieval, taken together, support best.
 
-    Beforehand, one of `ALTERNATIVES` answers is as likely as another: those that were given, and all the others, "none
-    of them". Someone who is right with probability ρ says an answer g with v(g), and otherwise says anything; so
+    Among the passages: one that is right with probability ρ says an answer g with v(g), and otherwise says any of
+    `ALTERNATIVES` answers, so that they come to
 
-        p(g) ∝ Π (ρ v(g) + (1 − ρ) / ALTERNATIVES)
+        r(g) ∝ Π (ρ v(g) + (1 − ρ) / ALTERNATIVES)
 
-    over those who speak. This is done twice. Among the passages: v(g) is in proportion to p(g | question, passage) /
-    p(g | question), "none of them" having 1, so that what a passage does not make likelier it does not say; one that
-    gave no answer does not speak; those of one document, or of nearly the same words, speak once (their v averaged, the
-    largest ρ). Then between retrieval, which says what its passages came to and is right with the probability `trust`,
-    and memory, which says its answer and is as sure as `sure`: however many passages agree, they were found by one
-    search, and what misled one may have misled all.
+    v(g) is in proportion to exp(gain / √tokens), gain = log p(g | question, passage) − log p(g | question); "none of
+    them" has a gain of 0, so that what a passage does not make likelier it does not say. (By the root of its tokens a
+    long sentence that is copied, which gains at each of them, does not outweigh a short answer.) A passage that gave no
+    answer does not speak; those of one document, or of nearly the same words, speak once (their v averaged, the largest
+    ρ).
+
+    Then with memory, which has a belief m(g) in every answer, in those too that it would not have given (`believed`):
+
+        p(g) ∝ m(g) (trust r(g) + (1 − trust) / ALTERNATIVES)
+
+    However many passages agree, they were found by one search, and what misled one may have misled all; and an answer
+    that memory finds implausible needs a search that is trusted the more.
 
     Args:
-        sure: ρ of memory, or (question, answer) → it: R-Tuning's p(sure). Where None, the geometric mean probability of
-            the tokens of memory's answer. A model that says it does not know has none.
-        trust: ρ of retrieval as a whole. Memory is believed against it where it is surer than that.
+        sure: how sure memory is of its own answer, or (question, answer) → it: R-Tuning's p(sure). Where None, the
+            answer's probability. A model that says it does not know has none.
+        trust: how likely retrieval as a whole is right.
         reliability: ρ of a passage where retrieval is right, or passage → it: what is thought of a source beforehand.
         least: confidence below which the evidence is insufficient. Confidence is the margin: the probability of the
             best answer less that of the next.
@@ -78,17 +86,14 @@ def scored(
     for some in alike:
         scores += yield Weigh(some, [[f" {text}" for text in candidates]] * len(some))
     logs = np.array([s.log_probs for s in scores])  # [1 + passages, candidates]
-    certain = 0.0
-    if said[0]:
-        own_p = float(np.exp(logs[0, of[0]] / scores[0].tokens[of[0]]))
-        certain = own_p if sure is None else float(sure(question, said[0]) if callable(sure) else sure)
-    own = np.arange(len(candidates) + 1) == (len(candidates) if of[0] is None else of[0])
-    gain = np.pad(logs[1:] - logs[:1], ((0, 0), (0, 1)))  # of none of them: 0
+    tokens = np.sqrt(scores[0].tokens)
+    gain = np.pad((logs[1:] - logs[:1]) / tokens, ((0, 0), (0, 1)))  # of none of them: 0
     spoke = [i for i in range(len(passages)) if of[i + 1] is not None]
     rho = [reliability(passages[i]) if callable(reliability) else reliability for i in spoke]
     says, rho = once(np.exp(normalised(gain))[spoke], np.array(rho), independent([passages[i] for i in spoke]))
-    retrieved = posterior(says, rho)
-    both = posterior(np.stack([own, retrieved]), np.array([certain, trust if spoke else 0.0]))
+    if callable(sure):
+        sure = sure(question, said[0]) if said[0] else None
+    both = combined(believed(np.exp(logs[0]), of[0], sure), posterior(says, rho), trust if spoke else 0.0)
     p = both[:-1]  # the rest is the probability of none of them
     order = np.argsort(-p, kind="stable")
     out.groups = [_group(candidates[g], g, of, out, float(p[g])) for g in order]
@@ -122,6 +127,45 @@ def posterior(says: np.ndarray, rho: np.ndarray) -> np.ndarray:
     logs = np.log(rho[:, None] * each + (1 - rho[:, None]) / ALTERNATIVES + 1e-12).sum(0)
     logs[-1] += np.log(rest)
     return np.exp(normalised(logs))
+
+
+def believed(p: np.ndarray, own: int | None = None, sure: float | None = None) -> np.ndarray:
+    """What memory holds of each answer, "none of them" last: [answers + 1].
+
+    Args:
+        p: [answers] their probabilities without a passage. `DOUBT` of the whole is spread evenly over `ALTERNATIVES`:
+            memory's likelihoods are not taken at their word.
+        own: the answer that memory gave, and
+        sure: how likely that one is, if known; the others share what is left.
+
+    Example:
+        >>> believed(np.array([0.4, 0.0]), 0, 0.9).round(3).tolist()
+        [0.9, 0.0, 0.1]
+    """
+    if sure is not None and not 0 <= sure <= 1:
+        raise ValueError(f"weigh.believed: certainties are in [0, 1], got {sure}.")
+    given = (1 - DOUBT) * p / max(p.sum(), 1.0) + DOUBT / max(ALTERNATIVES, len(p))
+    m = np.append(given, max(1 - given.sum(), 0.0))
+    if own is None or sure is None:
+        return m
+    left = 1 - m[own]
+    m = m * (1 - sure) / left
+    m[own] = sure
+    return m
+
+
+def combined(memory: np.ndarray, retrieved: np.ndarray, trust: float) -> np.ndarray:
+    """p of each answer, "none of them" last, when retrieval is right with the probability `trust`: [answers + 1].
+
+    Example:
+        >>> combined(np.array([0.3, 0.01, 0.69]), np.array([0.0, 1.0, 0.0]), 0.5).round(2).tolist()
+        [0.15, 0.5, 0.35]
+    """
+    if not 0 <= trust <= 1:
+        raise ValueError(f"weigh.combined: trust is in [0, 1], got {trust}.")
+    rest = max(ALTERNATIVES - len(memory) + 1, 1)
+    each = np.append(retrieved[:-1], retrieved[-1] / rest)
+    return np.exp(normalised(np.log(memory + 1e-12) + np.log(trust * each + (1 - trust) / ALTERNATIVES + 1e-12)))
 
 
 def once(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -176,7 +176,7 @@ class Told:
         for prompt, of in zip(asked, choices):
             said = f" {self._says(prompt)}"
             alone = "\nText:" not in prompt
-            p = [self.certainty if alone and c == said else 0.9 if c == said else 0.02 for c in of]
+            p = [self.certainty if alone and c == said else 0.9 if c == said else 0.002 for c in of]
             out.append(Scores(np.log(p), np.ones(len(of), int), 1))
         return out
 
@@ -215,7 +215,7 @@ def test_memory_is_believed_where_it_is_surer_than_retrieval_is_trusted():
     )  # where none is given, the answer's own probability
     assert by_scores(Told("two", certainty=0.2), many).text == "one"
     for wrong in (dict(sure=2.0), dict(trust=-1.0), dict(reliability=1.5)):
-        with pytest.raises(ValueError, match=r"are in \[0, 1\]"):
+        with pytest.raises(ValueError, match=r"(trust is|certainties are) in \[0, 1\], got"):
             by_scores(Told("two"), [TEXTS["one"]], **wrong)
     with pytest.raises(ValueError, match="least is in"):
         by_scores(Told("two"), [TEXTS["one"]], least=7)
@@ -285,6 +285,32 @@ def test_probabilities_are_those_of_bayes():
     v, r = weigh.once(says, rho, [0, 1, 0])
     np.testing.assert_allclose(v, [(says[0] + says[2]) / 2, says[1]])
     np.testing.assert_allclose(r, [0.5, 0.6])
+
+
+def test_memory_has_a_belief_in_answers_that_it_would_not_give():
+    m = weigh.believed(np.array([0.4, 0.2]))
+    np.testing.assert_allclose(m, [0.85 * 0.4 + 0.0015, 0.85 * 0.2 + 0.0015, 1 - 0.85 * 0.6 - 0.003])
+    np.testing.assert_allclose(weigh.believed(np.array([0.4, 0.2]), 0, 0.1), [0.1, *0.9 * m[1:] / (1 - m[0])])
+    assert weigh.believed(np.array([0.9, 0.9])).sum() == pytest.approx(1)  # more than all there is
+    assert weigh.believed(np.full(300, 1e-9)).sum() == pytest.approx(1)  # more answers than were reckoned with
+    with pytest.raises(ValueError, match=r"certainties are in \[0, 1\], got 7"):
+        weigh.believed(np.array([0.5]), 0, 7)
+    r, n = np.array([0.0, 0.9, 0.1]), 98
+    want = m * (0.6 * np.array([0, 0.9, 0.1 / n]) + 0.4 / 100)
+    np.testing.assert_allclose(weigh.combined(m, r, 0.6), want / want.sum(), rtol=1e-6)
+    np.testing.assert_allclose(weigh.combined(m, r, 0.0), m, rtol=1e-6)  # a search that is not trusted changes nothing
+
+    class Plausible(Told):  # the same answer of a text, likely and unlikely without it
+        def score(self, asked, choices):
+            out = super().score(asked, choices)
+            for prompt, of, scores in zip(asked, choices, out):
+                if "\nText:" not in prompt:
+                    scores.log_probs[:] = np.log([0.4 if c == " two" else self.certainty for c in of])
+            return out
+
+    passages = [TEXTS["one"]]
+    assert by_scores(Plausible("two", 0.05), passages).text == "one"
+    assert by_scores(Plausible("two", 1e-6), passages).text == "two"
 
 
 def test_texts_that_say_nothing_make_nothing_certain():
