@@ -33,6 +33,7 @@ step adapters_qlora python3 benchmarks/adapters_gpu.py --methods qlora
 step adapters_lora python3 benchmarks/adapters_gpu.py --methods lora
 step prompts python3 benchmarks/prompts.py --subjects choices starts
 step prompts_methods python3 benchmarks/prompts.py --subjects methods
+step rag python3 benchmarks/rag.py --subjects encoding search words
 step r_tuning python3 benchmarks/r_tuning.py --subjects proof
 step r_tuning_variants python3 benchmarks/r_tuning.py --subjects variants --seeds 0
 step optim_training python3 benchmarks/optim_training.py --minutes 8

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxml.axes import Array, Float, Int
 
 BLOCK = 65536  # rows whose scores exist at the same time
+NARROW = 4096  # of narrower numbers on a CPU, where they become float32 first: what its cache holds
 AXIS = "rows"
 
 
@@ -48,7 +49,7 @@ def place(
         vectors: [n, D], float32 or narrower, or int8 codes with their `scales`; a memory map is read once.
         dead: [n] bool, rows that are not to be found.
         scales: [n], of codes (`quantize`).
-        block: rows whose scores exist at the same time (about `BLOCK` where None).
+        block: rows whose scores exist at the same time (where None about `BLOCK`, of narrow ones on a CPU `NARROW`).
         devices: over which each block's rows are spread; the default one where None.
 
     Raises:
@@ -63,7 +64,10 @@ def place(
         raise ValueError(f"dense.place: scales are given with int8 codes and only then, got {vectors.dtype}.")
     count = len(vectors)
     over = len(devices) if devices else 1
-    block = min(BLOCK // over * over if block is None else block, -(-count // over) * over)
+    if block is None:
+        usual = NARROW if vectors.dtype != np.float32 and jax.default_backend() == "cpu" else BLOCK
+        block = usual // over * over
+    block = min(block, -(-count // over) * over)
     if block % over:
         raise ValueError(f"dense.place: a block divides over {over} devices, got {block} rows.")
     mesh = Mesh(np.array(devices), (AXIS,)) if devices else None
