@@ -1,6 +1,7 @@
 """The command line: one file a verb, each with `add` (its arguments) and `run` (what it does)."""
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
@@ -116,8 +117,9 @@ def given(args: argparse.Namespace) -> list[str]:
     return [name for name, usual in args.usual.items() if getattr(args, name) != usual]
 
 
-def llm(args: argparse.Namespace, batch_size: int = 16):
-    """That model as `prompts.LLM`, or the one at an endpoint (http://host/v1#name)."""
+def llm(args: argparse.Namespace, batch_size: int = 16, cache: Path | None = None):
+    """That model as `prompts.LLM`, or the one at an endpoint (http://host/v1#name), whose answers are kept in the file
+    `cache` as they come: what was paid for is not lost where it fails in the middle of a batch."""
     from jaxml import prompts
 
     if not is_address(args.model):
@@ -127,7 +129,12 @@ def llm(args: argparse.Namespace, batch_size: int = 16):
             raise ValueError(
                 f"{args.verb}: --{option} is for a model in this process, MODEL is an endpoint. Leave it out."
             )
-    return endpoint(args.model)
+    return endpoint(args.model, cache=cache)
+
+
+def closing(model):
+    """Closes an endpoint's file and connections at the end; a model in this process has none."""
+    return contextlib.closing(model) if hasattr(model, "close") else contextlib.nullcontext()
 
 
 def is_address(name: str) -> bool:

@@ -17,7 +17,7 @@ same command.
 
 from pathlib import Path
 
-from jaxml.cli.main import endpoint, is_address, llm, load, model_arguments
+from jaxml.cli.main import closing, endpoint, is_address, llm, load, model_arguments
 
 
 def add(sub):
@@ -195,16 +195,19 @@ def _search(args):
     task = prompts.Task(pool, ask=prompts.Template(ask), metric=args.metric)
     if args.proposer and not args.propose:
         raise ValueError("prompt search: --proposer is asked in the rounds of --propose, got none. Add --propose 1.")
-    model, proposer = llm(args, args.batch_size), None
+    if is_address(args.model):
+        out.mkdir(parents=True, exist_ok=True)
+    model, proposer = llm(args, args.batch_size, out / "endpoint.jsonl"), None
     if args.propose:
         writer = _other(args.proposer) if args.proposer else model
         proposer = prompts.propose(writer, [(e["prompt"], e["response"]) for e in pool[:4]], seed=args.seed)
     shots = [int(n) for n in args.shots.split(",")]
-    report = prompts.search(
-        model, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
-        budget=args.budget, proposer=proposer, rounds=1 + args.propose, folder=out, seed=args.seed,
-        progress=not args.no_progress,
-    )  # fmt: skip
+    with closing(model):
+        report = prompts.search(
+            model, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
+            budget=args.budget, proposer=proposer, rounds=1 + args.propose, folder=out, seed=args.seed,
+            progress=not args.no_progress,
+        )  # fmt: skip
     print(report.markdown())
     print(f"{out / 'report.md'}, {out / 'search.png'}")
     return 0

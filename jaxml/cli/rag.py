@@ -29,7 +29,7 @@ import functools
 import json
 from pathlib import Path
 
-from jaxml.cli.main import FORMATS, given, is_address, llm
+from jaxml.cli.main import FORMATS, closing, given, is_address, llm
 
 FORMS = ("chat", "lines")
 OF_FORM = ("none", "plain", "isolated")
@@ -146,12 +146,14 @@ def _evaluate(args):
     passages = [row.passages for row in rows]
     for i, found in zip(missing, _found(args, [rows[i].question for i in missing]) if missing else ()):
         passages[i] = found
-    model, out = llm(args), Path(args.out)
+    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    model = llm(args, cache=out / "endpoint.jsonl")
     supports = [metrics.supporting(of, row.answers) for of, row in zip(passages, rows)]
     methods = list(dict.fromkeys(("none", *args.methods)))  # what memory knows decides the classes
     report, answers = {}, {}
     with (
+        closing(model),
         Store(out / "replies.jsonl") as store,
         log.progress("asking", enabled=not args.no_progress, fields=("method", "prompts")) as bar,
     ):

@@ -6,6 +6,7 @@ import pytest
 
 from jaxml.cli.main import main
 from jaxml.rag.scripted import Scripted
+from tests.prompts.server import Script, serve
 from tests.rag.conftest import Words
 
 
@@ -13,7 +14,7 @@ from tests.rag.conftest import Words
 def instant(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr("jaxml.lm.encoder.load", lambda name: Words())
-    monkeypatch.setattr("jaxml.cli.rag.llm", lambda args: Scripted({"who?": "ada"}, sure=frozenset({"who?"})))
+    monkeypatch.setattr("jaxml.cli.rag.llm", lambda args, **how: Scripted({"who?": "ada"}, sure=frozenset({"who?"})))
 
 
 @pytest.fixture
@@ -83,6 +84,26 @@ def test_methods_are_evaluated_and_an_evaluation_goes_on(docs, tmp_path, capsys)
     assert main([str(a) for a in command]) == 0 and (tmp_path / "run" / "replies.jsonl").stat().st_size == size
     data.write_text('{"question": "who?", "answer": "ada"}\n')
     assert "an --index is given" in refused(capsys, *command)
+
+
+def test_an_endpoint_that_fails_in_the_middle_is_not_paid_twice(tmp_path, capsys, monkeypatch):
+    monkeypatch.undo()  # the real `llm`
+    answer = {"choices": [{"message": {"content": "ada"}}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    script = Script(*["ok"] * 7, 401, answer=lambda path, body: answer)
+    data = tmp_path / "q.jsonl"
+    rows = [{"question": f"who {i}?", "answer": "ada", "passages": [f"{i}: ada", "bob"]} for i in range(4)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serve(script) as url:
+        command = ["rag", "evaluate", "--data", data, "--out", tmp_path / "run", "--model", f"{url}#m", "--no-progress"]
+        command += ["--methods", "plain", "isolated"]
+        assert "401" in refused(capsys, *command)
+        failed = len(script.requests) - 7
+        script.steps = ["ok"]
+        assert main([str(a) for a in command]) == 0
+    # 4 without passages, 4 with both, 8 with one
+    assert failed > 0 and len(script.requests) - failed == 16
+    report = json.loads((tmp_path / "run" / "report.json").read_text())["methods"]
+    assert report["isolated"]["exact"] == 1.0
 
 
 def test_what_cannot_be_done_is_said(tmp_path, capsys):
