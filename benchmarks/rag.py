@@ -176,6 +176,7 @@ def scripted(options) -> dict:
     return out
 
 
+FIRST = {"astute, prompts": 60}  # questions of a method that writes much; the others answer all
 METHODS = {
     "none": {}, "none, lines": {"form": "lines"}, "plain": {}, "plain, lines": {"form": "lines"}, "isolated": {},
     "isolated, lines": {"form": "lines"}, "routed": {}, "astute, prompts": {"mode": "prompt"},
@@ -215,9 +216,11 @@ def conflict(options) -> dict:
             ]  # fmt: skip
             by: dict[str, np.ndarray] = {}
             for name, how in methods.items():
-                found = rag.answer(llm, asked, passages, name.split(",")[0], store=store, **how)
+                n = FIRST.get(name)
+                found = rag.answer(llm, asked[:n], passages[:n], name.split(",")[0], store=store, **how)
                 by[name] = np.array([metrics.contains(a.text, [r]) for a, r in zip(found, right)], float)
                 out[f"{share} {name}"] = {
+                    "questions": len(found),
                     "right": float(np.mean(by[name])),
                     "interval": list(metrics.metrics.interval(np.mean, by[name])),
                     "wrong": float(np.mean([metrics.contains(a.text, [w]) for a, w in zip(found, wrong)])),
@@ -225,7 +228,7 @@ def conflict(options) -> dict:
                 }  # fmt: skip
                 for other in ("none", "none, lines", "plain", "plain, lines"):
                     if other in by:
-                        more = by[name] - by[other]
+                        more = by[name] - by[other][:n]
                         out[f"{share} {name}"][f"more than {other}"] = [
                             float(more.mean()), *metrics.metrics.interval(np.mean, more)
                         ]  # fmt: skip
@@ -305,7 +308,8 @@ def table() -> str:
         ]  # fmt: skip
         for name in (m for m in METHODS if f"0.5 {m}" in of):
             cells = [f"{of[f'{s} {name}']['right']:.0%} ({of[f'{s} {name}']['wrong']:.0%})" for s in (0.0, 0.5, 1.0)]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            first = f" (the first {of[f'0.5 {name}']['questions']})" if name in FIRST else ""
+            lines.append(f"| {name}{first} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
