@@ -176,11 +176,12 @@ def scripted(options) -> dict:
     return out
 
 
-FIRST = {"astute, prompts": 60}  # questions of a method that writes much; the others answer all
+FIRST = {"astute, prompts": 24}  # questions of a method that writes much; the others answer all
 METHODS = {
     "none": {}, "none, lines": {"form": "lines"}, "plain": {}, "plain, lines": {"form": "lines"}, "isolated": {},
-    "isolated, lines": {"form": "lines"}, "routed": {}, "astute, prompts": {"mode": "prompt"},
+    "isolated, lines": {"form": "lines"}, "routed": {}, "astute, prompts": {"mode": "prompt", "max_new_tokens": 256},
     "astute, scores": {"mode": "score", "least": 0.0},
+    "astute, scores, trust 0.2": {"mode": "score", "least": 0.0, "trust": 0.2},
     "astute, scores and p(sure)": {"mode": "score", "least": 0.0},
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ examples:
   jaxml rag index docs/ --out runs/index                         (and again, when files have changed)
   jaxml rag ask "Who keeps the lighthouse?" --index runs/index --trace answer.html
   jaxml rag ask "Who?" --index runs/index --method plain --model http://host/v1#name
+  jaxml rag ask "Who?" --index runs/index --mode score --trust 0.8 --sure runs/rtune     (a run of jaxml rtune)
   jaxml rag evaluate --data ramdocs:path/to/RAMDocs_test.jsonl --methods none plain astute --limit 40 --out runs/rag
 
 index reads text, Markdown, HTML, PDF and JSONL files (an object a line: text, title, source); hidden ones and links are
@@ -12,6 +13,9 @@ left out. ask prints the answer with what it rests on; --trace writes all that l
 evaluate takes JSONL with the keys question, answers, and where there is one wrong (answers that are known to be) and
 passages (texts, or objects with text and source); questions without passages are searched for in --index. Replies are
 kept: an evaluation that was stopped goes on with the same command.
+
+By scores, the answers of the passages and what memory believes are weighed against each other: --trust is how likely
+retrieval is right, and --sure takes memory's certainty from a model that was tuned to know it.
 
 ========== ==================================================================================
 none       what the model knows
