@@ -19,8 +19,6 @@ from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import hf, tokenizer, zoo
 from jaxml.lm.tokenizer import Tokenizer
 
-TOKENS = {True: 1024, False: 2**14}  # of a batch: on a CPU few, whose activations stay in its cache; elsewhere many
-
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
@@ -192,9 +190,10 @@ def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = N
     out = np.zeros((len(rows), encoder.config.width), np.float32)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     first, step = 0, 32 if len(rows) < 256 else 16  # few texts: few widths to compile for
+    most = 1024 if jax.default_backend() == "cpu" else 2**14  # tokens: a CPU's cache holds the activations of few
     while first < len(rows):
         width = min(-(-len(rows[order[first]]) // step) * step, encoder.config.max_length)
-        size = batch_size or max(1, TOKENS[jax.default_backend() == "cpu"] // width)
+        size = batch_size or max(1, most // width)
         part = order[first : first + size]
         tokens = np.full((min(size, len(rows)), width), encoder.tokenizer.pad_id, np.int32)
         lengths = np.ones(len(tokens), np.int32)
