@@ -1,8 +1,8 @@
 """Astute RAG by likelihood: who says what is read off the model's scores, and told together by Bayes' rule.
 
-Each passage alone, and memory alone, gives an answer; every answer is then scored under every passage and under none.
-A passage speaks for an answer as far as it makes it likelier than it was without the passage; memory has a belief in
-each of them.
+Each passage alone, and memory alone, gives an answer; every answer is then scored under every passage, under a text
+that says nothing, and under none. A passage speaks for an answer as far as it makes it likelier than the text that says
+nothing does; memory has a belief in each of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,8 +39,9 @@ def scored(
 
         r(g) ∝ Π (ρ v(g) + (1 − ρ) / ALTERNATIVES)
 
-    v(g) is in proportion to exp(gain / √tokens), gain = log p(g | question, passage) − log p(g | question); "none of
-    them" has a gain of 0, so that what a passage does not make likelier it does not say. (By the root of its tokens a
+    v(g) is in proportion to exp(gain / √tokens), gain = log p(g | question, passage) − log p(g | question, a text that
+    says that nothing was found); "none of them" has a gain of 0, so that what a passage does not make likelier it does
+    not say, nor what the form of the question brings about. (By the root of its tokens a
     long sentence that is copied, which gains at each of them, does not outweigh a short answer.) A passage that gave no
     answer does not speak; those of one document, or of nearly the same words, speak once (their v averaged, the largest
     ρ).
@@ -68,11 +69,12 @@ def scored(
         raise ValueError(f"weigh.scored: least is in [0, 1], got {least}.")
     out = Answer(question, "astute, by scores")
     out.evidence = [Evidence(i, p.whole, p) for i, p in enumerate(passages, 1)]
-    prompts = [wording.lines(llm, question), *(wording.lines(llm, question, e.text) for e in out.evidence)]
-    alike = [prompts[:1], prompts[1:]]  # put apart: what all prompts of a batch begin with is read once
-    replies = []
-    for some in alike:
-        replies += yield Ask(some, max_new_tokens, stop=("\n",))
+    # Memory is asked apart from the passages: what all prompts of a request begin with is read once.
+    memory, without = wording.lines(llm, question), wording.lines(llm, question, wording.NOTHING)
+    prompts = [memory, *(wording.lines(llm, question, e.text) for e in out.evidence)]
+    replies = yield Ask(prompts[:1], max_new_tokens, stop=("\n",))
+    if passages:
+        replies += yield Ask(prompts[1:], max_new_tokens, stop=("\n",))
     names = ["memory", *(f"text {e.number}" for e in out.evidence)]
     out.steps = [Step(name, prompt, reply.text) for name, prompt, reply in zip(names, prompts, replies)]
     said = [wording.settled(reply.text) for reply in replies]
@@ -82,18 +84,17 @@ def scored(
     if said[0]:
         out.evidence.append(Evidence(len(passages) + 1, said[0]))
     candidates, of = clusters(said)
-    scores = []
-    for some in alike:
-        scores += yield Weigh(some, [[f" {text}" for text in candidates]] * len(some))
+    follow = [f" {text}" for text in candidates]
+    [alone] = yield Weigh([memory], [follow])
+    scores = yield Weigh([without, *prompts[1:]], [follow] * len(prompts))
     logs = np.array([s.log_probs for s in scores])  # [1 + passages, candidates]
-    tokens = np.sqrt(scores[0].tokens)
-    gain = np.pad((logs[1:] - logs[:1]) / tokens, ((0, 0), (0, 1)))  # of none of them: 0
+    gain = np.pad((logs[1:] - logs[:1]) / np.sqrt(alone.tokens), ((0, 0), (0, 1)))  # of none of them: 0
     spoke = [i for i in range(len(passages)) if of[i + 1] is not None]
     rho = [reliability(passages[i]) if callable(reliability) else reliability for i in spoke]
     says, rho = once(np.exp(normalised(gain))[spoke], np.array(rho), independent([passages[i] for i in spoke]))
     if callable(sure):
         sure = sure(question, said[0]) if said[0] else None
-    both = combined(believed(np.exp(logs[0]), of[0], sure), posterior(says, rho), trust if spoke else 0.0)
+    both = combined(believed(np.exp(alone.log_probs), of[0], sure), posterior(says, rho), trust if spoke else 0.0)
     p = both[:-1]  # the rest is the probability of none of them
     order = np.argsort(-p, kind="stable")
     out.groups = [_group(candidates[g], g, of, out, float(p[g])) for g in order]

@@ -44,6 +44,7 @@ SHOWN = (
     ("Ferries leave from the old harbour every morning.", "What is the highest mountain of Quen?", UNKNOWN),
     ("In 1902 the observatory moved from Leiden to Ulm.", "To which city did the observatory move?", "Ulm"),
 )
+NOTHING = "No text was found."
 KNOWN = (
     ("Who wrote Hamlet?", "William Shakespeare"), ("On which river is Cologne?", "Rhine"),
     ("What is the middle name of the mayor of Tarn?", UNKNOWN), ("Which metal has the symbol Fe?", "Iron"),

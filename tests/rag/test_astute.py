@@ -248,6 +248,15 @@ def test_all_prompts_of_a_request_begin_alike():
     assert [name for name, _ in seen] == ["ask", "ask", "weigh", "weigh"] and all(len(first) == 1 for _, first in seen)
 
 
+def test_what_any_text_brings_about_is_no_evidence():
+    class Habitual(Told):  # says "one" wherever a text stands before the question, whatever it says
+        def _says(self, prompt):
+            return "one" if prompt.rsplit("\n\n", 1)[-1].startswith("Text:") else super()._says(prompt)
+
+    besides = [Passage(f"{i} boats are cheap.", f"ads {i}") for i in range(4)]
+    assert by_scores(Habitual("two", 0.4), besides, trust=0.9).text == "two"
+
+
 @pytest.mark.parametrize("form", ["chat", "lines"])
 @pytest.mark.parametrize(("method", "texts"), [("none", [""]), ("plain", ["one two"]), ("isolated", ["one", "two"])])
 def test_methods_ask_in_both_forms(method, texts, form):
