@@ -10,7 +10,8 @@ beside numpy and faiss's flat index; and among int8 codes, eighty candidates ran
 are found. words: bm25s as the index builds and asks it. scripted: a model that is sure of 60 % of the answers, mistaken
 about 10 % and ignorant of the rest, four passages of which a share misleads. conflict: SmolLM2-135M on ParaRel's facts,
 two passages in the words of ParaRel's own patterns from two sources, which for a share of the questions say another
-object of the same relation.
+object of the same relation. p(sure) is of a model that `jaxml rtune --data OUT/rest.jsonl --new-groups ''` has tuned on
+other facts: conflict writes that file, and is run again with --sure RUN (replies are kept).
 """
 
 import argparse
@@ -196,15 +197,13 @@ def conflict(options) -> dict:
     rest = items[SEEN + options.questions :][:400]
     Path(options.out).mkdir(parents=True, exist_ok=True)
     log.write_text(Path(options.out) / "rest.jsonl", "".join(json.dumps(r_tuning.items.row(i)) + "\n" for i in rest))
-    methods = dict(METHODS)
+    methods, tuned = dict(METHODS), "astute, scores and p(sure)"
+    how = methods.pop(tuned)
     if options.sure:
         from jaxml.cli.rtune import finished
 
-        _, tuned, form, policy = finished(options.sure)
-        sure = functools.cache(r_tuning.sure(tuned, policy, form))
-        methods["astute, scores and p(sure)"] |= {"sure": sure}
-    else:
-        del methods["astute, scores and p(sure)"]
+        _, model, form, policy = finished(options.sure)
+        methods[tuned] = how | {"sure": functools.cache(r_tuning.sure(model, policy, form))}
     llm = prompts.Local(lm.load("smollm2-135m"))
     out: dict = {"questions": len(asked)}
     with Store(Path(options.out) / "replies.jsonl") as store:

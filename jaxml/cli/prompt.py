@@ -195,8 +195,6 @@ def _search(args):
     task = prompts.Task(pool, ask=prompts.Template(ask), metric=args.metric)
     if args.proposer and not args.propose:
         raise ValueError("prompt search: --proposer is asked in the rounds of --propose, got none. Add --propose 1.")
-    if is_address(args.model):
-        out.mkdir(parents=True, exist_ok=True)
     model, proposer = llm(args, args.batch_size, out / "endpoint.jsonl"), None
     if args.propose:
         writer = _other(args.proposer) if args.proposer else model

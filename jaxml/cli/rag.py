@@ -29,7 +29,6 @@ astute     Astute RAG: --mode prompt, the paper's; score, by likelihoods; auto, 
 ========== ==================================================================================
 """
 
-import functools
 import json
 from pathlib import Path
 
@@ -214,18 +213,12 @@ def _options(args, method: str) -> dict:
         return {}
     told = {name: getattr(args, name) for name in ("rounds", *SCORES) if getattr(args, name) is not None}
     if args.sure is not None:
-        told["sure"] = _certainty(args.sure)
+        from jaxml.cli.rtune import finished
+        from jaxml.tune import r_tuning
+
+        _, model, form, policy = finished(args.sure)
+        told["sure"] = r_tuning.sure(model, policy, form)
     return {"mode": args.mode, **told}
-
-
-@functools.cache
-def _certainty(run: str):
-    """How sure the model of a run of rtune says that it is."""
-    from jaxml.cli.rtune import finished
-    from jaxml.tune import r_tuning
-
-    _, model, form, policy = finished(run)
-    return r_tuning.sure(model, policy, form)
 
 
 def _check(args) -> None:

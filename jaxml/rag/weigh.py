@@ -123,10 +123,8 @@ def posterior(says: np.ndarray, rho: np.ndarray) -> np.ndarray:
     """
     if not ((rho >= 0) & (rho <= 1)).all():
         raise ValueError(f"weigh.posterior: reliabilities and certainties are in [0, 1], got {rho.tolist()}.")
-    rest = max(ALTERNATIVES - says.shape[1] + 1, 1)  # answers that nobody gave
-    each = np.append(says[:, :-1], says[:, -1:] / rest, axis=1)
-    logs = np.log(rho[:, None] * each + (1 - rho[:, None]) / ALTERNATIVES + 1e-12).sum(0)
-    logs[-1] += np.log(rest)
+    logs = _of_each(says, rho[:, None]).sum(0)
+    logs[-1] += np.log(_others(says))
     return np.exp(normalised(logs))
 
 
@@ -164,9 +162,18 @@ def combined(memory: np.ndarray, retrieved: np.ndarray, trust: float) -> np.ndar
     """
     if not 0 <= trust <= 1:
         raise ValueError(f"weigh.combined: trust is in [0, 1], got {trust}.")
-    rest = max(ALTERNATIVES - len(memory) + 1, 1)
-    each = np.append(retrieved[:-1], retrieved[-1] / rest)
-    return np.exp(normalised(np.log(memory + 1e-12) + np.log(trust * each + (1 - trust) / ALTERNATIVES + 1e-12)))
+    return np.exp(normalised(np.log(memory + 1e-12) + _of_each(retrieved, trust)))
+
+
+def _of_each(says: np.ndarray, rho: np.ndarray | float) -> np.ndarray:
+    """log(ρ v(g) + (1 − ρ) / ALTERNATIVES): [..., answers + 1], last of a single one of those that nobody gave."""
+    each = np.append(says[..., :-1], says[..., -1:] / _others(says), axis=-1)
+    return np.log(rho * each + (1 - rho) / ALTERNATIVES + 1e-12)
+
+
+def _others(says: np.ndarray) -> int:
+    """How many answers there are that nobody gave."""
+    return max(ALTERNATIVES - says.shape[-1] + 1, 1)
 
 
 def once(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
