@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
-def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any) -> Any:
+def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any, name: str = "") -> Any:
     """``forward(residuals, tangents)``, linear in `tangents`, whose transpose is ``transpose(residuals, ct)``.
 
     Args:
@@ -22,6 +22,7 @@ def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any
             are differentiated as they stand.
         residuals: a pytree of what the linear function depends on.
         tangents: a pytree of floating arrays.
+        name: what a policy of `jax.checkpoint` can tell it by (a parameter of the primitive).
 
     Returns:
         A pytree of floating arrays. `transpose` is given the same pytree and returns one like `tangents`.
@@ -45,7 +46,7 @@ def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any
         out = transpose(residuals_tree.unflatten(args[:n]), out_tree.unflatten(args[n:]))
         return tangents_tree.flatten_up_to(out)
 
-    out = _linear.bind(*flat_residuals, *flat_tangents, forward=flat_forward, transpose=flat_transpose, n=n)
+    out = _linear.bind(*flat_residuals, *flat_tangents, forward=flat_forward, transpose=flat_transpose, n=n, name=name)
     return out_tree.unflatten(out)
 
 
@@ -69,28 +70,28 @@ _linear.multiple_results = True
 
 
 @_linear.def_impl
-def _impl(*args, forward, transpose, n):
+def _impl(*args, forward, transpose, n, name):
     return jax.jit(forward)(*args)
 
 
 @_linear.def_abstract_eval
-def _abstract(*avals, forward, transpose, n):
+def _abstract(*avals, forward, transpose, n, name):
     return jax.make_jaxpr(forward)(*avals).out_avals
 
 
 mlir.register_lowering(
-    _linear, mlir.lower_fun(lambda *args, forward, transpose, n: forward(*args), multiple_results=True)
+    _linear, mlir.lower_fun(lambda *args, forward, transpose, n, name: forward(*args), multiple_results=True)
 )
 
 
-def _jvp(primals, dots, *, forward, transpose, n):
+def _jvp(primals, dots, *, forward, transpose, n, name):
     residuals, tangents = primals[:n], primals[n:]
-    out = _linear.bind(*primals, forward=forward, transpose=transpose, n=n)
+    out = _linear.bind(*primals, forward=forward, transpose=transpose, n=n, name=name)
     zero = lambda d: isinstance(d, ad.Zero)
     parts = []
     if not all(map(zero, dots[n:])):
         dense = [ad.instantiate_zeros(d) for d in dots[n:]]
-        parts.append(_linear.bind(*residuals, *dense, forward=forward, transpose=transpose, n=n))
+        parts.append(_linear.bind(*residuals, *dense, forward=forward, transpose=transpose, n=n, name=name))
     moving = [i for i in range(n) if not zero(dots[i])]
     if moving:
 
@@ -110,7 +111,7 @@ def _jvp(primals, dots, *, forward, transpose, n):
 ad.primitive_jvps[_linear] = _jvp
 
 
-def _transpose_rule(cts, *args, forward, transpose, n):
+def _transpose_rule(cts, *args, forward, transpose, n, name):
     residuals = args[:n]
     dense = [ad.instantiate_zeros(ct) for ct in cts]
     return [None] * n + list(transpose(*residuals, *dense))
@@ -119,7 +120,7 @@ def _transpose_rule(cts, *args, forward, transpose, n):
 ad.primitive_transposes[_linear] = _transpose_rule
 
 
-def _batch(args, axes, *, forward, transpose, n):
+def _batch(args, axes, *, forward, transpose, n, name):
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     residuals, residual_axes = args[:n], axes[:n]
     # Every tangent carries the axis, so that its transpose does.
@@ -134,6 +135,7 @@ def _batch(args, axes, *, forward, transpose, n):
         forward=jax.vmap(forward, in_axes=(*residual_axes, *[0] * len(tangents)), out_axes=0),
         transpose=jax.vmap(transpose, in_axes=(*residual_axes, *[0] * count), out_axes=0),
         n=n,
+        name=name,
     )
     return out, [0] * len(out)
 

@@ -203,6 +203,34 @@ def zigzag_order(length: int, devices: int) -> Int[Array, "length"]:
     return pieces[jnp.stack([front, back], axis=1).reshape(-1)].reshape(-1)
 
 
+def into_zigzag(x: Array, axis_name: str) -> Array:
+    """A device's part [B, T, ...] of a sequence in the order of `zigzag_order`; call it inside `jax.shard_map`.
+
+    Of the 2n pieces a device has two neighbours, and is given a piece from the front and its mirror from the back.
+    """
+    n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    sent = [jax.lax.ppermute(half, axis_name, way) for half, way in zip(jnp.split(x, 2, axis=1), _ways(n))]
+    even = me % 2 == 0  # then the piece from the front has an even number
+    front, back = (jnp.where(even, sent[i], sent[1 - i]) for i in (0, 1))
+    return jnp.concatenate([front, back], axis=1)
+
+
+def out_of_zigzag(x: Array, axis_name: str) -> Array:
+    """The inverse of `into_zigzag`."""
+    n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
+    front, back = jnp.split(x, 2, axis=1)
+    even = me % 2 == 0
+    halves = jnp.where(even, front, back), jnp.where(even, back, front)
+    home = [[(to, at) for at, to in way] for way in _ways(n)]
+    return jnp.concatenate([jax.lax.ppermute(half, axis_name, way) for half, way in zip(halves, home)], axis=1)
+
+
+def _ways(n: int) -> list[list[tuple[int, int]]]:
+    """Whither the first half of each device's part goes, and the second."""
+    to = lambda piece: piece if piece < n else 2 * n - 1 - piece
+    return [[(device, to(2 * device + half)) for device in range(n)] for half in (0, 1)]
+
+
 def _positions(device: Array, n: int, length: int, zigzag: bool) -> Int[Array, "1 length"]:
     """Where a device's places are in the whole sequence."""
     place = jnp.arange(length, dtype=jnp.int32)[None]

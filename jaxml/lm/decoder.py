@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml import weights
-from jaxml.attention import Causal, Mask, Segments, flash_attention
+from jaxml.attention import Causal, Mask, Segments, spread
 from jaxml.attention import Prefix as PrefixMask
 from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import cache as caches
 from jaxml.lm import feed_forward
 from jaxml.lm.cache import EMPTY, Cache
 from jaxml.lm.config import DecoderConfig, RopeScaling
+from jaxml.parallel import rules
 from jaxml.weights import Weight, dot, is_node
 
 
@@ -150,18 +151,24 @@ def hidden(
     if positions is None:
         positions = jnp.arange(tokens.shape[1])[None]
     past = prefix(params, config) if past is None else past
+    turned = past is None and ends is None and spread.can_zigzag(tokens.shape[1])
+    if turned:
+        positions, segment_ids, x = spread.into_zigzag((positions, segment_ids, x))
     if past is None and ends is None:
-        attend = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
+        attend = dict(q_segment_ids=segment_ids, kv_segment_ids=segment_ids, zigzag=turned)
     else:
         positions, attend = _visible(tokens, positions, segment_ids, ends, past)
     params = params if past is None else params | {"layers": _with_past(params["layers"], past)}
     x, _ = _layers(params, config, x, positions, attend, None, None, remat=remat)
-    return _norm(x, params["norm"], config)
+    x = _norm(x, params["norm"], config)
+    return spread.out_of_zigzag(x) if turned else x
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What goes into the first layer."""
-    x = weights.take(params["embed"], tokens)
+    # Every row is looked up by every device in its own part of the width, which then goes where its row is.
+    x = rules.hint(weights.take(params["embed"], rules.hint(tokens, "replica", "length")), "replica", "length", "width")
+    x = rules.hint(x, "batch", "length", None)
     return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
@@ -246,12 +253,13 @@ def _layers(params, config, x, positions, attend, kv, length, remat=False, keep=
     def run(x, kv, layer, i, kind):
         """Layer number i (may be traced), whose kind is known."""
         with jax.named_scope("layer"):
-            x, new = _layer(layer, config, x, rotary, attend, kv, i, length, kind)
-        return x, None if kv is None and not keep else new
+            x, new = _layer(rules.whole(layer), config, x, rotary, attend, kv, i, length, kind)
+        return rules.hint(x, "batch", "length", None), None if kv is None and not keep else new
 
-    run = jax.checkpoint(run, static_argnums=(4,)) if remat else run
+    scanned = not isinstance(layers, tuple)
+    run = jax.checkpoint(run, static_argnums=(4,)) if remat else rules.gathering(run, scanned, static_argnums=(4,))
     stack = lambda made: jax.tree.map(lambda *a: jnp.stack(a), *made)
-    if isinstance(layers, tuple):
+    if not scanned:
         made = []
         for i, layer in enumerate(layers):
             x, new = run(x, kv, layer, i, kinds[i])
@@ -310,7 +318,7 @@ def _attention(layer, config, x, rotary, attend, kv, i, length, kind):
     if "past_key" in layer:
         before = (layer[name].swapaxes(1, 2).astype(x.dtype) for name in ("past_key", "past_value"))
         k, v = (jnp.concatenate([jnp.broadcast_to(a, (B, *a.shape[1:])), n], 1) for a, n in zip(before, (k, v)))
-    out = flash_attention(
+    out = spread.attend(
         q,
         k,
         v,

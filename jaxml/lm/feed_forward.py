@@ -17,6 +17,7 @@ from jaxml.axes import Array, Float, Params
 from jaxml.kan import layer as layers
 from jaxml.kan import rational
 from jaxml.lm.config import DecoderConfig
+from jaxml.parallel import rules
 
 LIMIT = 3.0  # standard deviations of normalised inputs that the grids reach
 
@@ -71,7 +72,7 @@ def apply(layer: Params, config: DecoderConfig, x: Float[Array, "... D"], dense:
         return x
     gate = dense(layer, "gate", x)
     gate = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return dense(layer, "down", gate * dense(layer, "up", x))
+    return dense(layer, "down", rules.hint(gate * dense(layer, "up", x), "batch", "length", "hidden"))
 
 
 def _spec(config: DecoderConfig) -> layers.Spec:

@@ -1,7 +1,9 @@
 """One training loop: any trainable tree, interrupted at any moment, resumed to the same bits."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,12 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxml import log
+from jaxml import log, parallel
 from jaxml.axes import Array, Params
 from jaxml.lm import decoder
 from jaxml.lm.config import DecoderConfig
 from jaxml.lm.model import Model
+from jaxml.optim.sharding import state_sharding
+from jaxml.parallel import RULES, hosts
+from jaxml.parallel.mesh import live
 from jaxml.tune import adapters, data
 from jaxml.tune.loss import cross_entropy, divergence
 from jaxml.tune.run import Run, State, Stopped, signals
@@ -100,6 +107,7 @@ def fit(
     folder: str | Path | None = None,
     progress: bool = True,
     about: dict[str, Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Trains a model: its adapters where it has any (`adapters.attach`), all of its parameters otherwise.
 
@@ -117,9 +125,11 @@ def fit(
             that it would have reached undisturbed. Nothing is written where None.
         progress: show the progress bar.
         about: what else a run in the folder must agree in to be gone on with (of `tx`, perhaps); JSON.
+        mesh: of `jaxml.parallel.mesh`: rows, weights, states and places of the sequence are spread over it, and the
+            numbers are those of one device to the rounding of sums. It may be another one when a run goes on.
 
     Returns:
-        The trained model, and a dictionary: steps, loss (of the last step), eval_loss, tokens, seconds.
+        The trained model, where the mesh has it, and a dictionary: steps, loss (of the last step), eval_loss, tokens, seconds.
 
     Raises:
         ValueError: no examples, one longer than a row, anchors without adapters, or a folder with a run of
@@ -150,6 +160,7 @@ def fit(
     steps = o.steps or max(1, round(o.epochs * batches.per_epoch / o.accumulate))
     tx = optimizer(o, steps) if tx is None else tx(steps) if callable(tx) else tx
 
+    _check_mesh(mesh, o, kept is not None)
     given, untouched = adapters.split(model.params)
     if kept and not untouched:
         raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
@@ -157,11 +168,11 @@ def fit(
     trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), given)
     frozen = decoder.cast(untouched, o.dtype) if o.dtype else untouched
     frozen = decoder.unstack(frozen) if o.unroll and frozen else frozen
-    state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    state, frozen, shardings, place = _begun(trainable, frozen, tx, mesh)
     counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
-    train_step, evaluate = make_step(model.config, tx, o), make_evaluate(model.config, o)
+    train_step, evaluate = make_step(model.config, tx, o, shardings), make_evaluate(model.config, o, place)
 
-    with Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:
+    with _over(mesh), Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:
         state = run.restore(state)
         info: dict[str, Any] = {"steps": steps, "loss": None, "eval_loss": None, "tokens": 0}
         started, first = time.perf_counter(), int(state.step)
@@ -171,7 +182,7 @@ def fit(
             for step in range(first + 1, steps + 1):
                 numbers = range((step - 1) * o.accumulate, step * o.accumulate)
                 batch = _stack([_with_anchors(batches(n), kept and kept(n)) for n in numbers])
-                state, metrics = train_step(state, frozen, batch)
+                state, metrics = train_step(state, frozen, place(batch))
                 info["loss"] = float(metrics["loss"])  # waits for the step
                 info["tokens"] += int((batch["segment_ids"] > 0).sum())
                 speed = info["tokens"] / (time.perf_counter() - started)
@@ -211,26 +222,19 @@ def optimizer(options: Options, steps: int, around=lambda adamw: adamw) -> optax
     return optax.chain(*clip, around(optax.adamw(rate, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay)))
 
 
-def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: Options):
-    """The jitted step: (state, frozen, batch [accumulate, B, T] each) → (state, metrics); consumes the state."""
+def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: Options, shardings: Any = None):
+    """The jitted step: (state, frozen, batch [accumulate, B, T] each) → (state, metrics); consumes the state.
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    Args:
+        shardings: of the state that it returns; where XLA puts it, if None.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings and (shardings, None))
     def step(state: State, frozen: Params, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
         grad = jax.value_and_grad(functools.partial(batch_loss, config=config, options=options), has_aux=True)
 
         key = jax.random.fold_in(jax.random.key(options.seed), state.step)  # of dropout
-
-        def micro(sums, numbered):
-            number, part = numbered
-            (total, count), grads = grad(state.trainable, frozen, part, key=jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, sums, (total, count, grads)), None
-
-        if options.accumulate == 1:
-            (total, count), grads = grad(state.trainable, frozen, jax.tree.map(lambda a: a[0], batch), key=key)
-        else:
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), state.trainable)
-            zeros = (jnp.zeros(()), jnp.zeros(()), zeros)
-            (total, count, grads), _ = jax.lax.scan(micro, zeros, (jnp.arange(options.accumulate), batch))
+        (total, count), grads = _summed(grad, state.trainable, frozen, batch, key)
         count = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -241,12 +245,42 @@ def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: 
     return step
 
 
-def make_evaluate(config: DecoderConfig, options: Options):
-    """(trainable, frozen, batches) → mean loss of a learnt token over one pass."""
+def _summed(grad: Callable, trainable: Params, frozen: Params, batch: dict[str, Array], key: Array):
+    """((Σ loss, Σ weights), gradients) over all batches of a step.
+
+    Devices that have the weights whole add up their own rows' gradients first, and each other's once: where batches
+    are accumulated and rows have nothing in common (dropout's numbers and anchors are of a whole batch).
+    """
+    accumulate = batch["tokens"].shape[0]
+    if accumulate == 1:
+        return grad(trainable, frozen, jax.tree.map(lambda a: a[0], batch), key=key)
+
+    def over_batches(trainable, frozen, batch):
+        def micro(sums, numbered):
+            number, part = numbered
+            more = grad(trainable, frozen, part, key=jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, sums, more), None
+
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), trainable)
+        zeros = ((jnp.zeros(()), jnp.zeros(())), zeros)
+        return jax.lax.scan(micro, zeros, (jnp.arange(accumulate), batch))[0]
+
+    rows = tuple(axis for axis in ("data", "expert") if axis in live())
+    if not rows or "anchors" in batch or any(getattr(w, "dropout", 0) for w in adapters.tree.of(frozen).values()):
+        return over_batches(trainable, frozen, batch)
+
+    # Without the check gradients inside are a device's own.
+    own = lambda *given: jax.lax.psum(over_batches(*given), rows)
+    specs = dict(in_specs=(P(), P(), P(None, rows)), out_specs=P())
+    return jax.shard_map(own, **specs, axis_names=set(rows), check_vma=False)(trainable, frozen, batch)
+
+
+def make_evaluate(config: DecoderConfig, options: Options, place: Callable = lambda batch: batch):
+    """(trainable, frozen, batches) → mean loss of a learnt token over one pass; `place` puts a batch on devices."""
     loss = jax.jit(functools.partial(batch_loss, config=config, options=options))
 
     def evaluate(trainable: Params, frozen: Params, batches: data.Batches) -> float:
-        sums = [loss(trainable, frozen, batches(i)) for i in range(batches.per_epoch)]
+        sums = [loss(trainable, frozen, place(batches(i))) for i in range(batches.per_epoch)]
         total, count = (float(sum(float(s[i]) for s in sums)) for i in (0, 1))
         return total / max(count, 1.0)
 
@@ -303,6 +337,39 @@ def batch_loss(
         base, x[-options.anchor_rows :], head, batch["anchors"], base_head=decoder.head(kept), soft_cap=soft_cap
     )
     return total + options.anchor_weight * count * distance / jnp.maximum(places, 1.0), count
+
+
+def _begun(trainable: Params, frozen: Params, tx: optax.GradientTransformation, mesh: Mesh | None):
+    """(state, frozen, shardings of the state, what places a batch): on the mesh, if there is one."""
+    zero = jnp.zeros((), jnp.int32)
+    if mesh is None:
+        return State(trainable, tx.init(trainable), zero), frozen, None, lambda batch: batch
+    trainable, frozen = parallel.shard(trainable, mesh), parallel.shard(frozen, mesh)
+    everywhere = NamedSharding(mesh, P())
+    shardings = State(jax.tree.map(lambda a: a.sharding, trainable), state_sharding(tx, trainable), everywhere)
+    with jax.set_mesh(mesh):
+        opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
+    state = State(trainable, opt_state, parallel.put(np.zeros((), np.int32), everywhere))
+    return state, frozen, shardings, functools.partial(hosts.place, on=mesh)
+
+
+def _over(mesh: Mesh | None):
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def _check_mesh(mesh: Mesh | None, o: Options, anchored: bool) -> None:
+    if mesh is None:
+        return
+    if missing := [axis for axis in parallel.AXES if axis not in mesh.shape]:
+        raise ValueError(f"fit: the mesh has the axes {', '.join(parallel.AXES)}, got none called {missing[0]}.")
+    rows, parts = o.batch_size + anchored * o.anchor_rows, math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if rows % parts:
+        raise ValueError(
+            f"fit: rows of a batch are a multiple of data · fsdp · expert = {parts} of the mesh, got {rows}"
+            f"{' with anchor_rows' if anchored else ''}. Change batch_size, or spread over tensor or context."
+        )
+    if o.length % mesh.shape["context"]:
+        raise ValueError(f"fit: length is a multiple of context = {mesh.shape['context']}, got {o.length}.")
 
 
 def _prepare(model: Model, o: Options) -> Callable[..., data.Batches]:

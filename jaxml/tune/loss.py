@@ -4,9 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxml.axes import Array, Float, Int
 from jaxml.linear import vary, varying_axes
+from jaxml.parallel.mesh import automatic, live
+from jaxml.parallel.rules import spec
 from jaxml.target import platform
 from jaxml.weights import Weight, einsum, is_node
 
@@ -43,16 +46,53 @@ def cross_entropy(
         >>> round(float(total / count), 4), float(count)   # log 10
         (2.3026, 2.0)
     """
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+    sizes = live()
+    if not automatic() or is_node(head):
+        return _over_tokens(_sum, (hidden, targets, weights), head, soft_cap, chunk), jnp.sum(weights)
+    table = spec(("vocabulary", "width"), head.shape, sizes)
+
+    def part(hidden, targets, weights, head, *rest):
+        if table[1] is not None:  # gradients are scattered over it again
+            head = jax.lax.all_gather(head, table[1], axis=1, tiled=True)
+        return _sum(hidden, targets, weights, head, *rest, split=table[0])
+
+    return _over_tokens(part, (hidden, targets, weights), head, soft_cap, chunk, table), jnp.sum(weights)
+
+
+def _over_tokens(part, tokens, heads, soft_cap, chunk, of_heads=P()) -> Float[Array, ""]:
+    """Σ part(tokens …, heads, soft_cap, chunk); on the mesh that is set each device has tokens of its own.
+
+    Args:
+        of_heads: how the heads are spread; whole on each device where not given.
+    """
+    sizes = live()
+    if not automatic():
+        return part(*tokens, heads, soft_cap, chunk)
+    row = spec(("batch", "length"), tokens[-1].shape, sizes)
+    along = tuple(jax.tree.leaves(tuple(row)))
+    specs = [P(*row, *[None] * (a.ndim - 2)) for a in tokens]
+
+    def run(tokens, heads):
+        total = part(*tokens, heads, soft_cap, chunk)
+        return jax.lax.psum(total, along) if along else total
+
+    over = jax.shard_map(run, in_specs=(specs, of_heads), out_specs=P(), axis_names=automatic())
+    return over(list(tokens), heads)
+
+
+def _sum(hidden, targets, weights, head, soft_cap, chunk, split: str | None = None) -> Float[Array, ""]:
+    """The sum over these tokens; with `split`, of a head whose rows lie along that mesh axis."""
     x = hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = jnp.asarray(targets).reshape(-1), jnp.asarray(weights, jnp.float32).reshape(-1)
+    targets, weights = targets.reshape(-1), weights.reshape(-1)
     chunk = min(chunk or _chunk(), x.shape[0])
     more = -x.shape[0] % chunk
     order = jnp.argsort(weights == 0, stable=True)  # weighted places first
     x = jnp.pad(x[order], ((0, more), (0, 0)))
     targets, weights = jnp.pad(targets[order], (0, more)), jnp.pad(weights[order], (0, more))
     if is_node(head):
-        return _total_of_node(x, head, targets, weights, soft_cap, chunk), jnp.sum(weights)
-    return _total(x, head, targets, weights, soft_cap, chunk), jnp.sum(weights)
+        return _total_of_node(x, head, targets, weights, soft_cap, chunk)
+    return _total(x, head, targets, weights, soft_cap, chunk, split)
 
 
 def divergence(
@@ -82,13 +122,18 @@ def divergence(
         >>> round(float(total), 4), float(count)
         (0.0, 3.0)
     """
+    base, base_head = jax.lax.stop_gradient((base, head if base_head is None else base_head))
+    total = _over_tokens(_divergence, (base, hidden, weights), (base_head, head), soft_cap, chunk)
+    return total, jnp.sum(weights)
+
+
+def _divergence(base, hidden, weights, heads, soft_cap, chunk) -> Float[Array, ""]:
     rows = lambda a: a.reshape(-1, a.shape[-1])
-    base, hidden, weights = rows(jax.lax.stop_gradient(base)), rows(hidden), weights.reshape(-1)
+    (base_head, head), base, hidden, weights = heads, rows(base), rows(hidden), weights.reshape(-1)
     chunk = min(chunk or _chunk(), hidden.shape[0])
     more = -hidden.shape[0] % chunk
     parts = lambda a: jnp.pad(a, ((0, more),) + ((0, 0),) * (a.ndim - 1)).reshape(-1, chunk, *a.shape[1:])
 
-    base_head = jax.lax.stop_gradient(head if base_head is None else base_head)
     log_probabilities = lambda x, head: jax.nn.log_softmax(_logits(x, head, soft_cap))
 
     @jax.checkpoint
@@ -97,8 +142,7 @@ def divergence(
         p, q = log_probabilities(base, base_head), log_probabilities(hidden, head)
         return jnp.sum(weights * jnp.sum(jnp.exp(p) * (p - q), axis=-1))
 
-    total = jnp.sum(jax.lax.map(one, (parts(base), parts(hidden), parts(weights))))
-    return total, jnp.sum(weights)
+    return jnp.sum(jax.lax.map(one, (parts(base), parts(hidden), parts(weights))))
 
 
 def _logits(x: Float[Array, "C D"], head, soft_cap: float | None) -> Float[Array, "C V"]:
@@ -126,19 +170,19 @@ def _chunk() -> int:
     return 128 if platform() == "cpu" else 1024
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _total(x, head, targets, weights, soft_cap, chunk):
-    return _scan(x, head, targets, weights, soft_cap, chunk, False, False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _total(x, head, targets, weights, soft_cap, chunk, split):
+    return _scan(x, head, targets, weights, soft_cap, chunk, split, False, False)[0]
 
 
-def _forward(x, head, targets, weights, soft_cap, chunk):
+def _forward(x, head, targets, weights, soft_cap, chunk, split):
     total, nll, dx, dhead = _scan(
-        x.value, head.value, targets.value, weights.value, soft_cap, chunk, x.perturbed, head.perturbed
+        x.value, head.value, targets.value, weights.value, soft_cap, chunk, split, x.perturbed, head.perturbed
     )
-    return total, (nll, dx, dhead, jnp.zeros((0,), head.value.dtype))
+    return total, (nll, dx, dhead, head.value[:0])
 
 
-def _backward(soft_cap, chunk, residuals, ct):
+def _backward(soft_cap, chunk, split, residuals, ct):
     nll, dx, dhead, like_head = residuals
     if isinstance(ct, jax.custom_derivatives.SymbolicZero):
         ct = jnp.zeros((), jnp.float32)
@@ -155,21 +199,33 @@ def _backward(soft_cap, chunk, residuals, ct):
 _total.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _scan(x, head, targets, weights, soft_cap, chunk, want_dx: bool, want_dhead: bool):
+def _scan(x, head, targets, weights, soft_cap, chunk, split, want_dx: bool, want_dhead: bool):
     """(total, each place's loss, gradient of x or None, gradient of head in float32 or None)."""
     parts = lambda a: a.reshape(-1, chunk, *a.shape[1:])
+    first = 0 if split is None else jax.lax.axis_index(split) * head.shape[0]  # of this device's rows of the head
+
+    def pick(logits, norm, targets):
+        """(−log softmax at the targets, the norm) over all rows of the head."""
+        if split is None:
+            return norm - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0], norm
+        top = jax.lax.pmax(jax.lax.stop_gradient(norm), split)
+        norm = top + jnp.log(jax.lax.psum(jnp.exp(norm - top), split))
+        here = (targets >= first) & (targets < first + logits.shape[-1])
+        at = jnp.where(here, targets - first, 0)
+        own = jnp.where(here, jnp.take_along_axis(logits, at[:, None], axis=-1)[:, 0], 0.0)
+        return norm - jax.lax.psum(own, split), norm
 
     def compute(x, targets, weights, dhead):
         logits = jnp.einsum("CD,VD->CV", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         if soft_cap is not None:
             tanh = jnp.tanh(logits / soft_cap)
             logits = soft_cap * tanh
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        nll = norm - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        nll, norm = pick(logits, jax.nn.logsumexp(logits, axis=-1), targets)
         if not (want_dx or want_dhead):
             return nll, None, None
         g = jnp.exp(logits - norm[:, None])
-        g = g.at[jnp.arange(chunk), targets].add(-1.0) * weights[:, None]
+        own = jnp.where(targets >= first, targets - first, head.shape[0])  # past the end: no row, nothing is added
+        g = g.at[jnp.arange(chunk), own].add(-1.0, mode="drop") * weights[:, None]
         if soft_cap is not None:
             g = g * (1.0 - tanh * tanh)
         g = g.astype(x.dtype)
@@ -179,10 +235,11 @@ def _scan(x, head, targets, weights, soft_cap, chunk, want_dx: bool, want_dhead:
         return nll, dx, dhead
 
     axes = varying_axes(x, head, targets, weights)  # of a mesh, inside `jax.shard_map`
+    same = axes - {split}  # all devices along `split` know a token's loss
 
     def skip(x, targets, weights, dhead):
-        nothing = (jnp.zeros(chunk, jnp.float32), jnp.zeros_like(x) if want_dx else None)
-        return (*vary(nothing, axes), dhead)
+        nothing = jnp.zeros_like(x) if want_dx else None
+        return vary(jnp.zeros(chunk, jnp.float32), same), vary(nothing, axes), dhead
 
     def body(dhead, part):
         x, targets, weights = part
@@ -192,4 +249,7 @@ def _scan(x, head, targets, weights, soft_cap, chunk, want_dx: bool, want_dhead:
     dhead = vary(jnp.zeros(head.shape, jnp.float32), axes) if want_dhead else None
     dhead, (nll, dx) = jax.lax.scan(body, dhead, (parts(x), parts(targets), parts(weights)))
     nll = nll.reshape(-1)
-    return jnp.sum(nll * weights), nll, None if dx is None else dx.reshape(x.shape), dhead
+    if dx is not None:
+        dx = dx.reshape(x.shape)
+        dx = dx if split is None else jax.lax.psum(dx, split)
+    return jnp.sum(nll * weights), nll, dx, dhead

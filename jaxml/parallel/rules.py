@@ -1,0 +1,198 @@
+"""What is spread over which axis of a mesh: one table of logical axes, one of weights by name.
+
+An array's spec is read off its name and its shape; an axis whose length the mesh does not divide is not spread. The
+weights of a layer are whole (over fsdp) only while the layer runs, forwards and backwards: `whole`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxml.axes import Array
+from jaxml.linear import linear
+from jaxml.parallel.mesh import live
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),
+    "replica": ("data", "expert"),  # rows that are gathered over fsdp
+    "length": ("context",),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocabulary": ("tensor",),
+    "experts": ("expert",),
+}
+
+# Matrices [..., in, out] of a decoder. Tables are [V, D]; an adapter of the head leads from D to V.
+MATRICES: dict[str, tuple[str, str]] = {
+    "q": ("width", "heads"),
+    "k": ("width", "heads"),
+    "v": ("width", "heads"),
+    "o": ("heads", "width"),
+    "gate": ("width", "hidden"),
+    "up": ("width", "hidden"),
+    "down": ("hidden", "width"),
+    "up_base": ("width", "hidden"),
+    "up_coef": ("width", "hidden"),
+    "down_base": ("hidden", "width"),
+    "down_coef": ("hidden", "width"),
+    "embed": ("vocabulary", "width"),
+    "head": ("vocabulary", "width"),
+}
+TURNED = ("head",)
+WHOLE = "whole"  # of gathered weights: they are gathered again backwards, not kept
+
+
+def logical(path: str, ndim: int, names: Mapping[str, tuple[str | None, ...]] = MATRICES) -> tuple[str | None, ...]:
+    """The logical axes of an array by its path in a tree of parameters; of an unknown one, none.
+
+    Axes in front that the table does not speak of (layers, functions of a basis) are not spread.
+
+    Example:
+        >>> logical("layers/q", 3), logical("layers/q/b", 3), logical("layers/o_bias", 2)
+        ((None, 'width', 'heads'), (None, None, 'heads'), (None, 'width'))
+    """
+    nothing = (None,) * ndim
+    parts = path.split("/")
+    found = [i for i, part in enumerate(parts) if part.removesuffix("_bias") in names]
+    if not found:
+        return nothing
+    name, rest = parts[found[-1]], [part for part in parts[found[-1] + 1 :] if part not in ("base", "value")]
+    axes = names[name.removesuffix("_bias")]
+    field = rest[-1] if rest else ""
+    if len(axes) != 2:
+        return _right(axes, ndim) if not field else nothing
+    first, last = axes[::-1] if name in TURNED else axes  # from inputs to outputs
+    of = {
+        "": (last,) if name.endswith("_bias") else axes,
+        "a": (first, None),
+        "b": (None, last),
+        "inner": (first,),
+        "outer": (last,),
+        "magnitude": (last,),
+        "squares": (last,),
+        # Of a quantised matrix the outputs lie in rows, along which its blocks run; of a table the rows are its own.
+        "codes": axes if name in ("embed", "head") else axes[::-1],
+    }
+    of["scales"] = of["codes"] if "nested" not in rest else ()
+    return _right(of.get(field, ()), ndim)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], without: str = "") -> P:
+    """Logical axes as mesh axes: of each as many of its row in the table as divide the length."""
+    taken = {without}
+
+    def one(axis: str | None, length: int):
+        found: list[str] = []
+        for name in RULES.get(axis, ()) if axis else ():
+            if sizes.get(name, 1) > 1 and name not in taken:
+                if length % math.prod([sizes[n] for n in (*found, name)]):
+                    break
+                found.append(name)
+        taken.update(found)
+        return tuple(found) if len(found) > 1 else found[0] if found else None
+
+    return P(*(one(axis, length) for axis, length in zip(axes, shape, strict=True)))
+
+
+def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] | None = None) -> Any:
+    """A tree like `tree` with a `NamedSharding` for each array (shapes are enough).
+
+    Args:
+        tree: parameters of a decoder, with adapters and quantised weights anywhere, or the trainable part of them.
+        names: logical axes of matrices of one's own, by the last part of their paths that is in the table.
+
+    Example:
+        >>> from jaxml import parallel, testing
+        >>> on = parallel.mesh(fsdp=-1)
+        >>> shardings(testing.tiny_model().params, on)["layers"]["q"].spec
+        PartitionSpec(None, 'fsdp', None)
+    """
+    sizes = dict(on.shape)
+    place = lambda axes, a: NamedSharding(on, spec(axes, jnp.shape(a), sizes))
+    return _with_axes(place, tree, MATRICES | dict(names or {}))
+
+
+def shard(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] | None = None) -> Any:
+    """The same arrays, each spread over the devices of a mesh as `shardings` says.
+
+    Where several processes make up the mesh, each is given the whole arrays and keeps the parts of its own devices.
+    """
+    return jax.tree.map(put, tree, shardings(tree, on, names))
+
+
+def put(a: Any, sharding: NamedSharding) -> Array:
+    """An array that this process has whole, on the devices of all processes."""
+    if isinstance(a, jax.Array) and a.sharding == sharding:
+        return a
+    if sharding.is_fully_addressable or (isinstance(a, jax.Array) and not a.is_fully_addressable):
+        return jax.device_put(a, sharding)
+    return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+
+# ---- within a program -------------------------------------------------------------------------------
+
+
+def hint(x: Array, *axes: str | None) -> Array:
+    """The same array, spread by its logical axes over the mesh that is set; as it is where there is none.
+
+    Example:
+        >>> hint(jnp.ones((4, 8)), "batch", None).shape
+        (4, 8)
+    """
+    sizes = live()
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes)) if sizes else x
+
+
+def whole(layer: Any) -> Any:
+    """A layer's weights without their spread over fsdp, to be used and let go.
+
+    Their gradients come back spread. Of quantised weights it is the codes that are gathered.
+    """
+    sizes = live()
+    if "fsdp" not in sizes:
+        return layer
+
+    def one(axes, w):
+        spread, gathered = spec(axes, w.shape, sizes), spec(axes, w.shape, sizes, without="fsdp")
+        return w if spread == gathered else _gather(w, gathered, spread)
+
+    return _with_axes(one, layer, MATRICES)
+
+
+def gathering(run: Any, scanned: bool, static_argnums: tuple[int, ...] = ()) -> Any:
+    """A layer whose gathered weights are gathered again for its backward pass, so that none is kept."""
+    if "fsdp" not in live():
+        return run
+    kept = lambda primitive, *_, **how: primitive.name != "sharding_constraint" and how.get("name") != WHOLE
+    return jax.checkpoint(run, policy=kept, prevent_cse=not scanned, static_argnums=static_argnums)
+
+
+def _gather(w: Array, gathered: P, spread: P) -> Array:
+    constrain = jax.lax.with_sharding_constraint
+    if not jnp.issubdtype(w.dtype, jnp.floating):
+        return constrain(w, gathered)
+    return linear(lambda _, w: constrain(w, gathered), lambda _, ct: constrain(ct, spread), (), w, name=WHOLE)
+
+
+def _with_axes(function: Any, tree: Any, names: Mapping[str, tuple[str | None, ...]]) -> Any:
+    """function(logical axes, array) of every array."""
+    in_one_run = lambda w: not getattr(w, "in_rows", True)  # a quantised matrix without rows: nothing to cut along
+
+    def one(path, leaf):
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        if in_one_run(leaf):
+            return jax.tree.map(lambda a: function((None,) * jnp.ndim(a), a), leaf)
+        return function(logical(path, jnp.ndim(leaf), names), leaf)
+
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=in_one_run)
+
+
+def _right(axes: tuple[str | None, ...], ndim: int) -> tuple[str | None, ...]:
+    """These axes as the last ones of an array."""
+    return (None,) * (ndim - len(axes)) + axes if len(axes) <= ndim else (None,) * ndim
