@@ -140,12 +140,12 @@ def _peak() -> float:
 
 def ours(method: str, folder: Path) -> dict:
     import jax
-    import jax.numpy as jnp
 
     from jaxml import lm, tune
     from jaxml.lm import decoder
     from jaxml.tune import adapters
-    from jaxml.tune.fit import State, make_step, optimizer
+    from jaxml.tune.fit import make_step, optimizer
+    from jaxml.tune.run import begin
 
     model = lm.load(folder / ("nf4" if method == "qlora" else "dense"))
     config = model.config
@@ -159,7 +159,7 @@ def ours(method: str, folder: Path) -> dict:
     )
     tx = optimizer(options, STEPS)
     step = make_step(config, tx, options)
-    state, losses, times = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32)), [], []
+    state, losses, times = begin(trainable, tx), [], []
     for x in _tokens()[:, None]:
         batch = _batch(x)
         started = time.perf_counter()
@@ -391,12 +391,12 @@ def _step(config, params, batch: int, length: int, rows: int):
     from jaxml import tune
     from jaxml.tune import adapters
     from jaxml.tune.fit import make_step, optimizer
-    from jaxml.tune.run import State
+    from jaxml.tune.run import begin
 
     options = tune.Options(steps=100, batch_size=rows, length=length, remat=True, dtype="bfloat16")
     tx = optimizer(options, 100)
     trainable, frozen = adapters.split(params)
-    state = jax.eval_shape(lambda t: State(t, tx.init(t), jnp.zeros((), jnp.int32)), trainable)
+    state = jax.eval_shape(lambda t: begin(t, tx), trainable)
     of = lambda dtype: jax.ShapeDtypeStruct((1, batch, length), dtype)
     names = ("tokens", "targets", "segment_ids", "positions")
     return options, tx, make_step(config, tx, options), state, frozen, (
@@ -433,7 +433,6 @@ def _on_a_slice(size: str, length: int) -> dict:
     from jaxml import quant
     from jaxml.target import target
     from jaxml.tune.fit import batch_loss
-    from jaxml.tune.run import State
 
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(name, "1")
@@ -455,7 +454,8 @@ def _on_a_slice(size: str, length: int) -> dict:
         value, grads = jax.value_and_grad(spread)(state.trainable, frozen, batch)
         grads = jax.lax.with_sharding_constraint(grads, jax.tree.map(layers, grads))
         updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        return State(optax.apply_updates(state.trainable, updates), opt_state, state.step + 1), value
+        trainable = optax.apply_updates(state.trainable, updates)
+        return state._replace(trainable=trainable, opt_state=opt_state, step=state.step + 1), value
 
     # Adapters of stacked layers: some layers' on each chip, gathered for the step.
     layers = lambda a: NamedSharding(mesh, rows_of if a.ndim and a.shape[0] % 16 == 0 else same)

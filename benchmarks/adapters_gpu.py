@@ -116,10 +116,9 @@ def _times(step, case: dict) -> dict:
 
 def ours(case: dict) -> dict:
     import jax
-    import jax.numpy as jnp
     from adapters import _abstract, _batch, _step
 
-    from jaxml.tune.run import State
+    from jaxml.tune.run import begin
 
     started = time.perf_counter()
     config, shapes = _abstract(case["size"], case["rank"], quantised=case["method"] == "qlora")
@@ -130,7 +129,7 @@ def ours(case: dict) -> dict:
     from jaxml.tune import adapters
 
     trainable, frozen = adapters.split(params)
-    state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    state = begin(trainable, tx)
     del params, trainable
 
     def one(tokens):

@@ -8,13 +8,13 @@ import optax
 import pytest
 
 from jaxml import checkpoint
-from jaxml.tune.fit import State
+from jaxml.tune.run import begin
 
 
 def tree(x=0.0):
     params = {"a": {"w": jnp.arange(6.0).reshape(2, 3) + x}, "b": [jnp.ones(2, jnp.bfloat16) * x]}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(1.0, 0.0, 5)))
-    return State(params, tx.init(params), jnp.int32(x))
+    return begin(params, tx)._replace(step=jnp.int32(x))
 
 
 def test_restores_structure_dtype_and_bits(tmp_path):

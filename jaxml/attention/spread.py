@@ -4,7 +4,6 @@ its own rows and heads, and its own places of the sequence where it goes round a
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxml.attention import ring
@@ -38,7 +37,7 @@ def attend(
         return flash_attention(query, key, value, mask=mask, **options)
     rows = {name: a for name, a in options.items() if hasattr(a, "shape")}
     static = {name: a for name, a in options.items() if name not in rows}
-    N, K = query.shape[2], key.shape[2]
+    K = key.shape[2]
     in_ring = zigzag or (
         CONTEXT in sizes and query.shape[1] == key.shape[1] and query.shape[1] % sizes[CONTEXT] == 0
         and mask is None and "q_positions" not in rows

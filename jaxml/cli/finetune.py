@@ -7,6 +7,8 @@ examples:
   jaxml finetune smollm2-135m train.jsonl --out runs/small --method qlora --rank 16 --compute bfloat16
   jaxml finetune smollm2-135m train.jsonl --out runs/dora --method dora --start pissa --dropout 0.05
   jaxml finetune smollm2-135m train.jsonl --out runs/low --method galore --rank 128 --eight-bit
+  jaxml finetune path/to/model train.jsonl --out runs/wide --method full --mesh fsdp=4,tensor=2
+  jaxml finetune path/to/model train.jsonl --out runs/wide --coordinator host0:1234 --processes 2 --process 0
 
 ======= ================================================================
 lora    two thin factors around every matrix (--start, --rslora, --lora-plus)
@@ -26,11 +28,12 @@ The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints
 import fnmatch
 from pathlib import Path
 
-from jaxml.cli.main import load, model_arguments
+from jaxml.cli.main import join, load, mesh_arguments, model_arguments
 
 
 def add(sub):
     model_arguments(sub)
+    mesh_arguments(sub)
     sub.add_argument("data", metavar="DATA", help="JSONL to learn from")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
@@ -63,11 +66,15 @@ def add(sub):
     sub.add_argument("--save-every", type=int, default=100)
     sub.add_argument("--eval-every", type=int, default=0)
     sub.add_argument("--keep", type=int, default=3)
+    sub.add_argument("--spike", type=float, help="skip a gradient of more than this many times the usual norm")
     sub.add_argument("--no-progress", action="store_true")
 
 
 def run(args):
+    import jax
+
     from jaxml import lm, log, tune
+    from jaxml.parallel import hosts
     from jaxml.tune import adapters, data
 
     options = tune.Options(
@@ -88,6 +95,7 @@ def run(args):
         save_every=args.save_every,
         eval_every=args.eval_every,
         keep=args.keep,
+        spike=args.spike,
     )
     _check(args)
     examples = data.read_jsonl(args.data)
@@ -96,12 +104,13 @@ def run(args):
     result = out / ("model" if args.method in ("full", "galore") else "adapter")
     if result.exists():
         raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
-    model = _adapted(args)
+    mesh = join(args)
+    model = _adapted(args, mesh)
     if (quantised := _quantised(model)) and adapters.starts.moves(args.start):
         # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
         if not (out / "base").exists():
             lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
-        print(f"what is left of the weights, in {quantised}: {out / 'base'}")
+        hosts.say(f"what is left of the weights, in {quantised}: {out / 'base'}")
     elif adapters.starts.moves(args.start) and args.start not in adapters.starts.FOUND_AGAIN:
         raise ValueError(
             f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
@@ -110,16 +119,23 @@ def run(args):
     tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw, steps))
     model, info = tune.fit(
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
-        about=_method(args),
+        about=_method(args), mesh=mesh,
     )  # fmt: skip
     if result.name == "adapter":
         base = str(out / "base") if (out / "base").exists() else args.model
-        adapters.save_peft(result, model.params, model.config, base_model=base)
+        trained, rest = adapters.split(model.params)
+        trained = jax.tree.map(hosts.to_host, trained)
+        if hosts.is_main():
+            adapters.save_peft(result, adapters.combine(trained, rest), model.config, base_model=base)
     else:
         lm.save(model, result)
-    log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
+    if hosts.is_main():
+        log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
     shown = "" if info["eval_loss"] is None else f", held-out loss {info['eval_loss']:.4f}"
-    print(f"{info['steps']} steps, loss {info['loss']:.4f}{shown}: {result}" if info["loss"] is not None else result)
+    hosts.say(
+        f"{info['steps']} steps, loss {info['loss']:.4f}{shown}: {result}" if info["loss"] is not None else result
+    )
+    hosts.meet("a run ends")
     return 0
 
 
@@ -159,18 +175,19 @@ def _method(args) -> dict:
     return {k: getattr(args, k) for k in ("method", *OPTIONS, "targets", "eight_bit")}
 
 
-def _adapted(args):
+def _adapted(args, mesh):
     """The model with what is going to be trained on it."""
     import jax
     from rich.console import Console
 
     from jaxml import paths
+    from jaxml.parallel import hosts
     from jaxml.tune import adapters
 
     format = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
     moving = adapters.starts.moves(args.start)
     args.quantize = None if moving else format  # such a start needs the weights as they were
-    model = load(args)
+    model = load(args, mesh)
     if args.method in ("full", "galore"):
         paths.match(paths.matrices(model.params), args.targets.split(","), "finetune --targets")
         return model.replace(params=adapters.merge(model.params))
@@ -189,7 +206,7 @@ def _adapted(args):
         dropout=args.dropout or 0.0,
         whole=args.whole.split(",") if args.whole else (),
         quantize=format if moving else None,
-        show=lambda plan: Console().print(plan, highlight=False),
+        show=lambda plan: hosts.is_main() and Console().print(plan, highlight=False),
     )
     return model.replace(params=params)
 

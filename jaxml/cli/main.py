@@ -101,12 +101,50 @@ def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
     sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read")
 
 
-def load(args: argparse.Namespace):
+def mesh_arguments(sub: argparse.ArgumentParser) -> None:
+    """--mesh, and what finds the other processes of the same program."""
+    sub.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="devices by axis, as data=2,fsdp=4 or tensor=-1 (of data, fsdp, tensor, context, expert; default: fsdp=-1)",
+    )
+    sub.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="of process 0 (auto, and the default on TPU slices and in SLURM: found)",
+    )
+    sub.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    sub.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
+    sub.add_argument(
+        "--heartbeat", type=int, default=100, metavar="S", help="seconds after which a silent process is lost"
+    )
+
+
+def join(args: argparse.Namespace):
+    """The mesh that the arguments ask for, once all processes have found each other; None on one device."""
+    import jax
+
+    from jaxml import parallel
+    from jaxml.parallel import hosts
+
+    if args.coordinator or hosts.called():
+        hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat)
+    elif args.processes is not None or args.process is not None:
+        raise ValueError(f"{args.verb}: --processes and --process need --coordinator HOST:PORT.")
+    if args.mesh is None and jax.device_count() == 1:
+        return None
+    mesh = parallel.parse(args.mesh or "fsdp=-1")
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    hosts.say(f"{jax.device_count()} devices{processes}: {parallel.spell(mesh.shape)}")
+    return mesh
+
+
+def load(args: argparse.Namespace, mesh=None):
     """The model that `model_arguments` named."""
     from jaxml import lm
     from jaxml.tune import adapters
 
-    model = lm.load(args.model, args.dtype, quantize=args.quantize)
+    model = lm.load(args.model, args.dtype, quantize=args.quantize, mesh=mesh)
     if args.adapter:
         model = model.replace(params=adapters.load_peft(args.adapter, model.params, model.config))
     return model

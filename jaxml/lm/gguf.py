@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxml.axes import Params
 from jaxml.extras import need
@@ -17,7 +18,7 @@ QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
 def read(
-    path: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None
+    path: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None, mesh: Mesh | None = None
 ) -> tuple[Params, DecoderConfig, dict[str, Any]]:
     """Parameters, config and metadata of a GGUF file.
 
@@ -25,7 +26,7 @@ def read(
         path: the file.
         dtype: of the parameters; float32 where None, since a quantised tensor has no dtype of its own
             (F16 and BF16 tensors are widened as well).
-        quantize: as in `tensors.assemble`.
+        quantize, mesh: as in `tensors.assemble`.
 
     Raises:
         ValueError: not a GGUF file, truncated, an unknown architecture, key or quantisation, or tensors
@@ -59,6 +60,7 @@ def read(
         dtype=jnp.float32 if dtype is None else dtype,
         ignore=lambda name: name == "rope_freqs.weight",
         quantize=quantize,
+        mesh=mesh,
     )
     return params, config, metadata
 

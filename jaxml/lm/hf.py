@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxml import paths
 from jaxml.axes import Params
 from jaxml.extras import need
 from jaxml.lm import tensors
 from jaxml.lm.config import DecoderConfig
+from jaxml.parallel import hosts
 from jaxml.quant import QArray, bnb
 from jaxml.weights import is_node
 
@@ -37,14 +39,14 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
 
 def read(
-    folder: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None
+    folder: str | Path, dtype=None, quantize: Callable[[str, np.ndarray], Any] | None = None, mesh: Mesh | None = None
 ) -> tuple[Params, DecoderConfig]:
     """Parameters and config of a model folder; weights that bitsandbytes quantised stay so (`quant.QArray`).
 
     Args:
         folder: with config.json and model.safetensors, or shards with their index.
         dtype: of the parameters; each tensor's own where None.
-        quantize: as in `tensors.assemble`.
+        quantize, mesh: as in `tensors.assemble`.
 
     Raises:
         FileNotFoundError, ValueError: files missing or truncated, tensors missing or left over, by name.
@@ -73,6 +75,7 @@ def read(
         # A tied head is sometimes written twice; old files hold the rotary frequencies.
         ignore=lambda n: n.endswith("rotary_emb.inv_freq") or (config.tied_embeddings and n == "lm_head.weight"),
         quantize=quantize,
+        mesh=mesh,
     )
     return params, config
 
@@ -80,7 +83,7 @@ def read(
 def write(
     folder: str | Path, params: Params, config: DecoderConfig, tokenizer, *, shard_bytes: int = 5 * 2**30
 ) -> Path:
-    """Writes the folder under a temporary name and renames it when it is whole.
+    """Writes the folder under a temporary name and renames it when it is whole; of several processes one writes.
 
     Quantised matrices of layers are written as bitsandbytes' tensors, with `quantization_config` in config.json.
 
@@ -96,6 +99,11 @@ def write(
             "Merge adapters, dequantise, or save with Orbax."
         )
     config = untied(params, config)
+    if not hosts.is_main():
+        for _ in tensors.disassemble(params, config):  # its share of the arrays
+            pass
+        hosts.meet("a model is written")
+        return folder
     with whole_folder(folder) as temporary:
         _write_shards(temporary, params, config, shard_bytes)
         about = config_json(params, config)
@@ -104,6 +112,7 @@ def write(
         (temporary / "config.json").write_text(json.dumps(about, indent=2))
         if tokenizer is not None:
             tokenizer.save(temporary)
+    hosts.meet("a model is written")
     return folder
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxml import checkpoint, paths
+from jaxml import checkpoint, parallel, paths
 from jaxml.axes import Params
 from jaxml.lm import decoder, gguf, hf, tokenizer, zoo
 from jaxml.lm.config import DecoderConfig
@@ -37,7 +38,12 @@ class Model:
 
 
 def load(
-    source: str | Path, dtype=None, *, quantize: str | None = None, targets: Sequence[str] = paths.ALL_LINEAR
+    source: str | Path,
+    dtype=None,
+    *,
+    quantize: str | None = None,
+    targets: Sequence[str] = paths.ALL_LINEAR,
+    mesh: Mesh | None = None,
 ) -> Model:
     """A model by name or by path.
 
@@ -48,6 +54,8 @@ def load(
         quantize: "nf4", "fp4", "int4" or "int8": matrices are quantised one by one as they are read, so that the dense
             model is never held. What a folder holds in that format stays as it is; in another one it is refused.
         targets: which (`quant.quantize_params`).
+        mesh: of `jaxml.parallel.mesh`: the parameters are spread over it, one tensor after the other, so that no device
+            ever holds the whole model.
 
     Raises:
         FileNotFoundError: no such file, folder or name.
@@ -59,17 +67,17 @@ def load(
         raise ValueError(f"lm.load: {source} is an {entry.kind} ({entry.about}). Read it with lm.encoder.load.")
     path = zoo.find(str(source)) if entry else Path(source)
     if (path / ORBAX).is_dir():
-        model = _load_orbax(path, dtype)
+        model = _load_orbax(path, dtype, mesh)
         return (
             model
             if quantize is None
             else model.replace(params=quantize_params(model.params, quantize, targets=targets))
         )
     if path.is_dir():
-        params, config = hf.read(path, dtype, convert)
+        params, config = hf.read(path, dtype, convert, mesh)
         return Model(params, config, tokenizer.from_folder(path, eos_ids=config.eos_ids, pad_id=config.pad_id))
     if path.is_file():
-        params, config, metadata = gguf.read(path, dtype, convert)
+        params, config, metadata = gguf.read(path, dtype, convert, mesh)
         return Model(params, config, tokenizer.from_gguf(metadata))
     raise FileNotFoundError(
         f"lm.load: no file, folder or known model is called {str(source)!r}. Known models: {', '.join(zoo.NAMES)}."
@@ -83,7 +91,7 @@ def _convert(format: str, targets: Sequence[str]) -> Callable[[str, Any], Any]:
     return lambda path, w: quantized(make, path, w, {}) if path in chosen and not done(w) else w
 
 
-def _load_orbax(folder: Path, dtype) -> Model:
+def _load_orbax(folder: Path, dtype, mesh: Mesh | None) -> Model:
     config, about = hf.read_config(folder), hf.read_json(folder / "config.json")
     saved, here = jnp.dtype(about.get("dtype", "float32")), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
@@ -91,8 +99,10 @@ def _load_orbax(folder: Path, dtype) -> Model:
     )
     how = hf.read_json(folder / QUANTISED) if (folder / QUANTISED).is_file() else {}
     nodes = {path: abstract(paths.named(template)[path].shape, **of) for path, of in how.items()}
-    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here)
-    params = checkpoint.restore(folder / ORBAX, jax.tree.map(place, paths.replaced(template, nodes)))
+    template = paths.replaced(template, nodes)
+    where = jax.tree.map(lambda a: here, template) if mesh is None else parallel.shardings(template, mesh)
+    place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    params = checkpoint.restore(folder / ORBAX, jax.tree.map(place, template, where))
     params = params if dtype is None else decoder.cast(params, dtype)
     return Model(params, config, tokenizer.from_folder(folder, eos_ids=config.eos_ids, pad_id=config.pad_id))
 
@@ -102,8 +112,10 @@ def save_orbax(model: Model, folder: str | Path) -> Path:
 
     Raises:
         FileExistsError: the folder exists and is not empty.
-        ValueError: adapters in the tree (they are saved alone, or merged).
+        ValueError: adapters in the tree (they are saved alone, or merged), or several processes.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f"save_orbax: one process writes, got {jax.process_count()}. Take lm.save.")
     nodes = {path: w for path, w in paths.named(model.params).items() if is_node(w)}
     for path, w in nodes.items():
         if not isinstance(w, QArray):

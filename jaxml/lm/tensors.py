@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxml.axes import Params
 from jaxml.lm import decoder
 from jaxml.lm.config import DecoderConfig
+from jaxml.parallel import rules
+from jaxml.parallel.hosts import to_host
 from jaxml.paths import MATRICES
 from jaxml.quant import bnb
 from jaxml.weights import is_node
@@ -70,6 +73,7 @@ def assemble(
     dtype=None,
     ignore: Callable[[str], bool] = lambda name: False,
     quantize: Callable[[str, np.ndarray], Any] | None = None,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Reads every tensor into the stacked tree; beside the result, one stacked parameter is held at a time.
 
@@ -80,6 +84,7 @@ def assemble(
         dtype: of the result; each tensor's own where None.
         ignore: names that may be left over.
         quantize: (path, matrix [in, out]) → a weight node, or the matrix: so that the model is never held dense.
+        mesh: where the parameters are spread, each tensor as it is read; a process holds one whole tensor at a time.
 
     Raises:
         ValueError: a tensor missing, left over or of another shape, by name.
@@ -103,15 +108,38 @@ def assemble(
         tensor = tensor.T if matrix and not is_node(tensor) else tensor
         return tensor if quantize is None else _named(name, lambda: quantize("/".join(path), tensor))
 
+    def placed(name, array):
+        return jax.tree.map(jnp.asarray, array) if mesh is None else rules.shard({name: array}, mesh)[name]
+
     params: Params = {"layers": {}}
     for path, name in names.items():
         if path[0] != "layers":
-            params[path[0]] = jax.tree.map(jnp.asarray, fetch(path, name, tree[path[0]], False))
+            params[path[0]] = placed(path[0], fetch(path, name, tree[path[0]], False))
             continue
         shape, matrix = tree["layers"][path[1]], path[1] in MATRICES
-        stacked = _stack((fetch(path, name.format(i), shape[1:], matrix) for i in layers), len(layers), source, name)
-        params["layers"][path[1]] = jax.tree.map(jnp.asarray, stacked)
+        parts = (fetch(path, name.format(i), shape[1:], matrix) for i in layers)
+        if mesh is None:
+            params["layers"][path[1]] = placed(path[1], _stack(parts, len(layers), source, name))
+        else:
+            params["layers"][path[1]] = _stack_on(
+                mesh, path[1], [placed(path[1], part) for part in parts], source, name
+            )
     return params
+
+
+def _stack_on(mesh: Mesh, weight: str, parts: list[Any], source: str, name: str) -> Any:
+    """Equal trees that lie on a mesh stacked there."""
+    for i, part in enumerate(parts):
+        _check_alike(parts[0], part, i, source, name)
+    stack = lambda *parts: jax.tree.map(lambda *a: jnp.stack(a), *parts)
+    shardings = rules.shardings({weight: jax.eval_shape(stack, *parts)}, mesh)[weight]
+    return jax.jit(stack, out_shardings=shardings)(*parts)
+
+
+def _check_alike(first: Any, part: Any, i: int, source: str, name: str) -> None:
+    describe = lambda part: (jax.tree.structure(part), [leaf.shape for leaf in jax.tree.leaves(part)])
+    if describe(part) != describe(first):
+        raise ValueError(f"{source}: {name} is quantised alike in all layers, layer {i} is not as layer 0.")
 
 
 def _stack(parts: Iterator[Any], count: int, source: str, name: str) -> Any:
@@ -119,12 +147,11 @@ def _stack(parts: Iterator[Any], count: int, source: str, name: str) -> Any:
     for i, part in enumerate(parts):
         leaves, structure = jax.tree.flatten(part)
         if i == 0:
-            first, out = structure, [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves]
-        if structure != first or any(o.shape[1:] != leaf.shape for o, leaf in zip(out, leaves)):
-            raise ValueError(f"{source}: {name} is quantised alike in all layers, layer {i} is not as layer 0.")
+            first, out = part, [np.empty((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+        _check_alike(first, part, i, source, name)
         for o, leaf in zip(out, leaves):
             o[i] = leaf
-    return first.unflatten(out)
+    return structure.unflatten(out)
 
 
 def _named(name: str, make: Callable[[], Any]) -> Any:
@@ -135,19 +162,21 @@ def _named(name: str, make: Callable[[], Any]) -> Any:
 
 
 def disassemble(params: Params, config: DecoderConfig, layout: str = "hf") -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor under the file's name and in its layout, layer by layer; quantised ones as bitsandbytes has them."""
+    """Every tensor under the file's name and in its layout, layer by layer; quantised ones as bitsandbytes has them.
+
+    Where the parameters are spread over several processes, all of them iterate together.
+    """
     names = tensor_names(config, layout)
     for path, name in names.items():
         if path[0] != "layers":
-            yield name, np.asarray(params[path[0]])
+            yield name, to_host(params[path[0]])
     for i in range(config.num_layers):
         for path, name in names.items():
             if path[0] == "layers":
-                tensor = jax.tree.map(lambda a: a[i], params["layers"][path[1]])
+                tensor = jax.tree.map(lambda a: to_host(a[i]), params["layers"][path[1]])
                 if is_node(tensor):
                     yield from bnb.write(name.format(i), tensor).items()
                     continue
-                tensor = np.asarray(tensor)
                 yield name.format(i), np.ascontiguousarray(tensor.T) if path[1] in MATRICES else tensor
 
 

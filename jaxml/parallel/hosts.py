@@ -53,6 +53,12 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def say(text: Any) -> None:
+    """Prints, once for all processes."""
+    if is_main():
+        print(text)
+
+
 def meet(where: str) -> None:
     """Waits until all processes are there; `where` tells places apart."""
     if jax.process_count() > 1:

@@ -92,4 +92,6 @@ def automatic() -> set[str]:
     ambient = jax.sharding.get_abstract_mesh()
     if ambient.empty:
         return set()
-    return {axis for axis, kind in zip(ambient.axis_names, ambient.axis_types) if axis in AXES and kind == AxisType.Auto}
+    return {
+        axis for axis, kind in zip(ambient.axis_names, ambient.axis_types) if axis in AXES and kind == AxisType.Auto
+    }

@@ -26,7 +26,7 @@ from jaxml.parallel import RULES, hosts
 from jaxml.parallel.mesh import live
 from jaxml.tune import adapters, data
 from jaxml.tune.loss import cross_entropy, divergence
-from jaxml.tune.run import Run, State, Stopped, signals
+from jaxml.tune.run import Diverged, Guard, Run, State, Stopped, begin, signals
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -57,6 +57,10 @@ class Options:
         seed: of the order of the data.
         save_every, eval_every, log_every: in steps (0: at the end only).
         keep: checkpoints to keep, beside the best by held-out loss.
+        spike: a gradient whose norm is more than this many times the median of the last 64 is skipped, as one that is
+            not finite always is (None: only those). Its batch is passed over, and nothing of the state changes.
+        patience: so many skipped steps in a row, and the run goes back to its last checkpoint and on with the batches
+            that follow; at most `rollbacks` times.
     """
 
     steps: int | None = None
@@ -83,15 +87,20 @@ class Options:
     eval_every: int = 0
     log_every: int = 1
     keep: int = 3
+    spike: float | None = None
+    patience: int = 5
+    rollbacks: int = 3
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "length", "keep", "anchor_rows"):
+        for name in ("batch_size", "accumulate", "length", "keep", "anchor_rows", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Options: {name} is at least 1, got {getattr(self, name)}.")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"Options: steps is at least 1, got {self.steps}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"Options: spike is above 1, got {self.spike}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"Options: warmup is in [0, 1), got {self.warmup}.")
 
@@ -129,11 +138,13 @@ def fit(
             numbers are those of one device to the rounding of sums. It may be another one when a run goes on.
 
     Returns:
-        The trained model, where the mesh has it, and a dictionary: steps, loss (of the last step), eval_loss, tokens, seconds.
+        The trained model, where the mesh has it, and a dictionary: steps, loss (of the last step), eval_loss, tokens,
+        seconds, skipped (steps), rollbacks.
 
     Raises:
-        ValueError: no examples, one longer than a row, anchors without adapters, or a folder with a run of
-            other options.
+        ValueError: no examples, one longer than a row, anchors without adapters, a folder with a run of other
+            options, or a batch that the mesh does not divide.
+        Diverged: steps were skipped again and again.
         Stopped: SIGINT or SIGTERM came; the state was saved.
 
     Example:
@@ -175,29 +186,47 @@ def fit(
     with _over(mesh), Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:
         state = run.restore(state)
         info: dict[str, Any] = {"steps": steps, "loss": None, "eval_loss": None, "tokens": 0}
+        info |= {"skipped": 0, "rollbacks": 0}
         started, first = time.perf_counter(), int(state.step)
         fields = dict(loss="–", speed="–")
-        with log.progress("training", enabled=progress, fields=("loss", "speed")) as bar, signals() as caught:
+        shown = progress and hosts.is_main()
+        with log.progress("training", enabled=shown, fields=("loss", "speed")) as bar, signals() as asked:
             task = bar.add_task("train", total=steps, completed=first, **fields)
-            for step in range(first + 1, steps + 1):
-                numbers = range((step - 1) * o.accumulate, step * o.accumulate)
+            step, passed = first, int(state.guard.passed)
+            while step < steps:
+                step += 1
+                numbers = [(step - 1 + passed) * o.accumulate + i for i in range(o.accumulate)]
                 batch = _stack([_with_anchors(batches(n), kept and kept(n)) for n in numbers])
                 state, metrics = train_step(state, frozen, place(batch))
                 info["loss"] = float(metrics["loss"])  # waits for the step
                 info["tokens"] += int((batch["segment_ids"] > 0).sum())
                 speed = info["tokens"] / (time.perf_counter() - started)
-                bar.update(task, advance=1, loss=f"{info['loss']:.3f}", speed=f"{speed:,.0f} tokens/s")
-                last = step == steps
+                bar.update(task, completed=step, loss=f"{info['loss']:.3f}", speed=f"{speed:,.0f} tokens/s")
+                last, norm = step == steps, float(metrics["grad_norm"])
                 if last or step % o.log_every == 0:
-                    run.write(step=step, loss=info["loss"], grad_norm=float(metrics["grad_norm"]), tokens_per_s=speed)
+                    run.write(step=step, loss=info["loss"], grad_norm=norm, tokens_per_s=speed)
+                if bad := int(metrics["bad"]):
+                    info["skipped"] += 1
+                    why = f"step {step} was skipped, its loss is {info['loss']:.4g} and its gradient's norm {norm:.4g}"
+                    bar.console.print(why, highlight=False) if shown else None
+                    run.write(step=step, skipped=why)
+                    if bad >= o.patience:
+                        info["rollbacks"] += 1
+                        why = f"{bad} steps up to {step} were skipped in a row"
+                        if info["rollbacks"] > o.rollbacks:
+                            raise Diverged(f"fit: {why}, after {o.rollbacks} rollbacks. Lower the learning rate.")
+                        state = run.rolled_back(state, why)
+                        step, passed = int(state.step), int(state.guard.passed)
+                        continue
                 if held and (last or (o.eval_every and step % o.eval_every == 0)):
                     info["eval_loss"] = evaluate(state.trainable, frozen, held)
                     run.write(step=step, eval_loss=info["eval_loss"])
-                if last or (o.save_every and step % o.save_every == 0) or caught:
+                signum = asked.asked(step)
+                if last or (o.save_every and step % o.save_every == 0) or signum:
                     run.save(step, state, info["eval_loss"])
-                if caught and not last:
+                if signum and not last:
                     run.wait()
-                    raise Stopped(caught[0], step)
+                    raise Stopped(signum, step)
         info["seconds"] = time.perf_counter() - started
     trained = jax.tree.map(lambda new, old: new.astype(old.dtype), state.trainable, given)
     return model.replace(params=adapters.combine(trained, untouched)), info
@@ -237,12 +266,29 @@ def make_step(config: DecoderConfig, tx: optax.GradientTransformation, options: 
         (total, count), grads = _summed(grad, state.trainable, frozen, batch, key)
         count = jnp.maximum(count, 1.0)
         grads = jax.tree.map(lambda g, p: (g / count).astype(p.dtype), grads, state.trainable)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        metrics = {"loss": total / count, "grad_norm": optax.tree.norm(grads)}
-        return State(trainable, opt_state, state.step + 1), metrics
+        loss, norm = total / count, optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~_spikes(state.guard, norm, options.spike)
+
+        def update(trainable, opt_state):
+            updates, opt_state = tx.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state
+
+        keep = lambda trainable, opt_state: (trainable, opt_state)
+        trainable, opt_state = jax.lax.cond(good, update, keep, state.trainable, state.opt_state)
+        norms = jnp.where(good, jnp.roll(state.guard.norms, 1).at[0].set(norm), state.guard.norms)
+        bad = jnp.where(good, 0, state.guard.bad + 1)
+        metrics = {"loss": loss, "grad_norm": norm, "bad": bad}
+        return State(trainable, opt_state, state.step + 1, Guard(norms, bad, state.guard.passed)), metrics
 
     return step
+
+
+def _spikes(guard: Guard, norm: Array, spike: float | None) -> Array:
+    """Whether a gradient is far above the last ones, once there are enough of them to know."""
+    if spike is None:
+        return jnp.zeros((), bool)
+    known = jnp.sum(jnp.isfinite(guard.norms))
+    return (known >= 16) & (norm > spike * jnp.nanmedian(guard.norms))
 
 
 def _summed(grad: Callable, trainable: Params, frozen: Params, batch: dict[str, Array], key: Array):
@@ -341,15 +387,18 @@ def batch_loss(
 
 def _begun(trainable: Params, frozen: Params, tx: optax.GradientTransformation, mesh: Mesh | None):
     """(state, frozen, shardings of the state, what places a batch): on the mesh, if there is one."""
-    zero = jnp.zeros((), jnp.int32)
     if mesh is None:
-        return State(trainable, tx.init(trainable), zero), frozen, None, lambda batch: batch
+        return begin(trainable, tx), frozen, None, lambda batch: batch
     trainable, frozen = parallel.shard(trainable, mesh), parallel.shard(frozen, mesh)
-    everywhere = NamedSharding(mesh, P())
-    shardings = State(jax.tree.map(lambda a: a.sharding, trainable), state_sharding(tx, trainable), everywhere)
+    whole = NamedSharding(mesh, P())
+    shardings = jax.tree.map(lambda a: whole, jax.eval_shape(lambda t: begin(t, tx), trainable))
+    shardings = shardings._replace(
+        trainable=jax.tree.map(lambda a: a.sharding, trainable), opt_state=state_sharding(tx, trainable)
+    )
     with jax.set_mesh(mesh):
-        opt_state = jax.jit(tx.init, out_shardings=shardings.opt_state)(trainable)
-    state = State(trainable, opt_state, parallel.put(np.zeros((), np.int32), everywhere))
+        without = lambda state: state._replace(trainable=None)
+        rest = jax.jit(lambda t: without(begin(t, tx)), out_shardings=without(shardings))(trainable)
+    state = rest._replace(trainable=trainable)
     return state, frozen, shardings, functools.partial(hosts.place, on=mesh)
 
 

@@ -60,11 +60,11 @@ def cross_entropy(
     return _over_tokens(part, (hidden, targets, weights), head, soft_cap, chunk, table), jnp.sum(weights)
 
 
-def _over_tokens(part, tokens, heads, soft_cap, chunk, of_heads=P()) -> Float[Array, ""]:
+def _over_tokens(part, tokens, heads, soft_cap, chunk, of_heads: P | None = None) -> Float[Array, ""]:
     """Σ part(tokens …, heads, soft_cap, chunk); on the mesh that is set each device has tokens of its own.
 
     Args:
-        of_heads: how the heads are spread; whole on each device where not given.
+        of_heads: how the heads are spread; whole on each device where None.
     """
     sizes = live()
     if not automatic():
@@ -77,7 +77,7 @@ def _over_tokens(part, tokens, heads, soft_cap, chunk, of_heads=P()) -> Float[Ar
         total = part(*tokens, heads, soft_cap, chunk)
         return jax.lax.psum(total, along) if along else total
 
-    over = jax.shard_map(run, in_specs=(specs, of_heads), out_specs=P(), axis_names=automatic())
+    over = jax.shard_map(run, in_specs=(specs, of_heads or P()), out_specs=P(), axis_names=automatic())
     return over(list(tokens), heads)
 
 

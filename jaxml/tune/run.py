@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxml import log
-from jaxml.axes import Array, Params
+from jaxml.axes import Array, Float, Params
 from jaxml.checkpoint import Checkpoints
+from jaxml.parallel import hosts
+
+
+class Guard(NamedTuple):
+    """What is remembered of steps that went well, to tell those that do not."""
+
+    norms: Float[Array, "64"]  # of the last gradients that were taken; NaN where there was none yet
+    bad: Array  # int32, steps in a row that were skipped
+    passed: Array  # int32, steps whose batches were passed over when the run was rolled back
 
 
 class State(NamedTuple):
@@ -22,7 +33,14 @@ class State(NamedTuple):
 
     trainable: Params
     opt_state: Any
-    step: Array  # int32, optimizer steps done
+    step: Array  # int32, optimizer steps done, skipped ones among them
+    guard: Guard
+
+
+def begin(trainable: Params, tx: optax.GradientTransformation) -> State:
+    """The state before the first step; steps consume it, so that none of its arrays is another's."""
+    number = lambda: jnp.zeros((), jnp.int32)
+    return State(trainable, tx.init(trainable), number(), Guard(jnp.full(64, jnp.nan, jnp.float32), number(), number()))
 
 
 class Stopped(Exception):
@@ -35,8 +53,12 @@ class Stopped(Exception):
         self.signum, self.step = signum, step
 
 
+class Diverged(ArithmeticError):
+    """Steps were skipped one after the other, and going back did not help."""
+
+
 class Run:
-    """The folder of a run, or nothing where there is none."""
+    """The folder of a run, or nothing where there is none. Of several processes one writes, but all save."""
 
     def __init__(self, folder, options: Any, steps: int, counts: dict[str, int], best: str | None):
         self.folder = None if folder is None else Path(folder)
@@ -47,6 +69,7 @@ class Run:
         if self.folder is None:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
+        hosts.meet("a run begins")
         agree(self.folder / "run.json", self.about, "fit")
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
         return self
@@ -56,11 +79,28 @@ class Run:
             return state
         if self.checkpoints.steps():
             state = self.checkpoints.restore(state)
-        self.log = log.JSONL(self.folder / "log.jsonl", resume_from=int(state.step))
+        if hosts.is_main():
+            self.log = log.JSONL(self.folder / "log.jsonl", resume_from=int(state.step))
         return state
 
-    def write(self, **row) -> None:
+    def rolled_back(self, state: State, why: str) -> State:
+        """The last checkpoint, whose next batches are those after the present one.
+
+        Raises:
+            Diverged: there is none.
+        """
+        step = int(state.step)
         if self.folder is not None:
+            self.wait()
+        if self.folder is None or not self.checkpoints.steps():
+            raise Diverged(f"fit: {why}, and there is no checkpoint to go back to. Lower the learning rate.")
+        old = self.checkpoints.restore(state)
+        passed = old.guard.passed + (step - int(old.step))
+        self.write(step=step, rolled_back_to=int(old.step), why=why)
+        return old._replace(guard=old.guard._replace(passed=jax.device_put(passed, old.guard.passed.sharding)))
+
+    def write(self, **row) -> None:
+        if hasattr(self, "log"):
             self.log.write(**row)
 
     def save(self, step: int, state: State, eval_loss: float | None) -> None:
@@ -83,11 +123,14 @@ class Run:
 def agree(path: Path, about: dict[str, Any], who: str) -> None:
     """Writes what a run is about into its folder; where it was written before, refuses a run that is about another.
 
+    Of several processes one writes.
+
     Raises:
         ValueError: they differ.
     """
     if not path.is_file():
-        log.write_text(path, json.dumps(about, indent=2))
+        if hosts.is_main():
+            log.write_text(path, json.dumps(about, indent=2))
         return
     then = json.loads(path.read_text())
     flat = lambda d: {k: v for k, v in d.items() if k != "options"} | d.get("options", {})
@@ -98,23 +141,41 @@ def agree(path: Path, about: dict[str, Any], who: str) -> None:
         raise ValueError(f"{who}: {path.parent} holds a run with other options ({what}). Choose another folder.")
 
 
+class Signals:
+    """Whether the run was asked to stop; of several processes all stop after the same step."""
+
+    def __init__(self):
+        self.caught: list[int] = []
+
+    def asked(self, step: int) -> int | None:
+        """The signal, if this step is the last one; ask after every step, in all processes."""
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            # SIGTERM to any process is passed on to all by JAX, which takes notice of it itself.
+            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        return self.caught[0] if self.caught else None
+
+
 @contextmanager
-def signals() -> Iterator[list[int]]:
+def signals() -> Iterator[Signals]:
     """Collects SIGINT and SIGTERM; a second one acts as it would have."""
-    caught: list[int] = []
+    asked, many = Signals(), jax.process_count() > 1
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield asked
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM) if s == signal.SIGINT or not many}
 
     def note(signum, frame):
-        caught.append(signum)
+        asked.caught.append(signum)
         signal.signal(signum, before[signum])
+        if many:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     for s in before:
         signal.signal(s, note)
     try:
-        yield caught
+        yield asked
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)

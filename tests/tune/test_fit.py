@@ -15,8 +15,9 @@ from jaxml import checkpoint, log, tune
 from jaxml.lm import decoder
 from jaxml.testing import tiny_model, tolerance
 from jaxml.tune import adapters, data
-from jaxml.tune.fit import State, make_step
+from jaxml.tune.fit import make_step
 from jaxml.tune.loss import divergence
+from jaxml.tune.run import begin
 
 EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
 OPTIONS = tune.Options(steps=12, batch_size=2, length=32, learning_rate=1e-2, save_every=3)
@@ -84,7 +85,7 @@ def test_accumulated_small_batches_step_like_one_large_one():
         options = tune.Options(accumulate=accumulate, **base)
         trainable, frozen = adapters.split(model.params)
         tx = optax.sgd(1.0)
-        state = State(jax.tree.map(jnp.copy, trainable), tx.init(trainable), jnp.zeros((), jnp.int32))
+        state = begin(jax.tree.map(jnp.copy, trainable), tx)
         state, metrics = make_step(model.config, tx, options)(state, frozen, batch)
         out.append((state.trainable, metrics["loss"]))
     bound = tolerance("float32", 512)
@@ -230,7 +231,7 @@ def test_no_recompilation_on_the_second_step():
     trainable, frozen = adapters.split(lora(model).params)
     step = make_step(model.config, tx := optax.adam(1e-3), tune.Options(length=32))
     batches = data.prepare(EXAMPLES, model.tokenizer, length=32, batch_size=2)
-    state = State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32))
+    state = begin(trainable, tx)
     for i in range(3):
         state, _ = step(state, frozen, {k: v[None] for k, v in batches(i).items()})
     assert step._cache_size() == 1 and decoder.num_params(model.params) > 0
