@@ -106,7 +106,7 @@ def mesh_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mesh",
         metavar="AXES",
-        help="devices by axis, as data=2,fsdp=4 or tensor=-1 (of data, fsdp, tensor, context, expert; default: fsdp=-1)",
+        help="devices by axis: data=2,fsdp=4 (data, fsdp, tensor, context, expert; -1: the rest; default: fsdp=-1)",
     )
     sub.add_argument(
         "--coordinator",

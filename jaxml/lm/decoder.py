@@ -166,9 +166,7 @@ def hidden(
 
 def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What goes into the first layer."""
-    # Every row is looked up by every device in its own part of the width, which then goes where its row is.
-    x = rules.hint(weights.take(params["embed"], rules.hint(tokens, "replica", "length")), "replica", "length", "width")
-    x = rules.hint(x, "batch", "length", None)
+    x = rules.hint(rules.take(params["embed"], tokens), "batch", "length", None)
     return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
 
 

@@ -2,5 +2,6 @@
 
 from jaxml.parallel.mesh import AXES, mesh, parse, spell
 from jaxml.parallel.rules import RULES, hint, put, shard, shardings
+from jaxml.parallel.step import data_parallel
 
-__all__ = ["AXES", "RULES", "hint", "mesh", "parse", "put", "shard", "shardings", "spell"]
+__all__ = ["AXES", "RULES", "data_parallel", "hint", "mesh", "parse", "put", "shard", "shardings", "spell"]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxml import weights
 from jaxml.axes import Array
 from jaxml.linear import linear
-from jaxml.parallel.mesh import live
+from jaxml.parallel.mesh import automatic, live
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
@@ -111,7 +112,7 @@ def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] |
         >>> from jaxml import parallel, testing
         >>> on = parallel.mesh(fsdp=-1)
         >>> shardings(testing.tiny_model().params, on)["layers"]["q"].spec
-        PartitionSpec(None, 'fsdp', None)
+        P(None, 'fsdp', None)
     """
     sizes = dict(on.shape)
     place = lambda axes, a: NamedSharding(on, spec(axes, jnp.shape(a), sizes))
@@ -163,6 +164,31 @@ def whole(layer: Any) -> Any:
         return w if spread == gathered else _gather(w, gathered, spread)
 
     return _with_axes(one, layer, MATRICES)
+
+
+def take(table: Any, tokens: Array) -> Array:
+    """Rows of a table [V, D] for tokens [B, T], wherever they lie.
+
+    Every device looks in its own part of the rows and of the width for all tokens of its replica; what it found then
+    goes where the token's row of the batch is. The table itself stays where it is.
+    """
+    sizes = live()
+    if not sizes:
+        return weights.take(table, tokens)
+    tokens = hint(tokens, "replica", "length")
+    if weights.is_node(table):
+        return hint(weights.take(table, tokens), "replica", "length", "width")
+    of_tokens, of_table = spec(("replica", "length"), tokens.shape, sizes), spec(MATRICES["embed"], table.shape, sizes)
+
+    def part(table, tokens):
+        if of_table[0] is None:
+            return jnp.take(table, tokens, axis=0)
+        at = tokens - jax.lax.axis_index(of_table[0]) * table.shape[0]
+        found = jnp.take(table, at, axis=0, mode="fill", fill_value=0)
+        return jax.lax.psum(jnp.where((at >= 0)[..., None], found, 0), of_table[0])  # -1 would be the last row
+
+    specs = dict(in_specs=(of_table, of_tokens), out_specs=P(*of_tokens, of_table[1]))
+    return jax.shard_map(part, **specs, axis_names=automatic())(table, tokens)
 
 
 def gathering(run: Any, scanned: bool, static_argnums: tuple[int, ...] = ()) -> Any:
