@@ -37,7 +37,8 @@ def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any
     flat_tangents, tangents_tree = jax.tree.flatten(tangents)
     flat_tangents = vary(flat_tangents, varying_axes(flat_tangents, flat_residuals))
     n = len(flat_residuals)
-    out_tree = jax.tree.structure(jax.eval_shape(forward, residuals, tangents))
+    traced, shapes = jax.make_jaxpr(forward, return_shape=True)(residuals, tangents)
+    out_tree = jax.tree.structure(shapes)
 
     def flat_forward(*args):
         return jax.tree.leaves(forward(residuals_tree.unflatten(args[:n]), tangents_tree.unflatten(args[n:])))
@@ -46,7 +47,8 @@ def linear(forward: Callable, transpose: Callable, residuals: Any, tangents: Any
         out = transpose(residuals_tree.unflatten(args[:n]), out_tree.unflatten(args[n:]))
         return tangents_tree.flatten_up_to(out)
 
-    out = _linear.bind(*flat_residuals, *flat_tangents, forward=flat_forward, transpose=flat_transpose, n=n, name=name)
+    how = dict(forward=flat_forward, transpose=flat_transpose, n=n, name=name, traced=traced)
+    out = _linear.bind(*flat_residuals, *flat_tangents, **how)
     return out_tree.unflatten(out)
 
 
@@ -65,33 +67,35 @@ def vary(tree: Any, axes: frozenset) -> Any:
     return jax.tree.map(one, tree)
 
 
-_linear = Primitive("linear_with_transpose")
+_linear = Primitive("linear_with_transpose")  # `traced`, the jaxpr of `forward`, is for those who count
 _linear.multiple_results = True
 
 
 @_linear.def_impl
-def _impl(*args, forward, transpose, n, name):
+def _impl(*args, forward, transpose, n, name, traced):
     return jax.jit(forward)(*args)
 
 
 @_linear.def_abstract_eval
-def _abstract(*avals, forward, transpose, n, name):
+def _abstract(*avals, forward, transpose, n, name, traced):
     return jax.make_jaxpr(forward)(*avals).out_avals
 
 
 mlir.register_lowering(
-    _linear, mlir.lower_fun(lambda *args, forward, transpose, n, name: forward(*args), multiple_results=True)
+    _linear, mlir.lower_fun(lambda *args, forward, transpose, n, name, traced: forward(*args), multiple_results=True)
 )
 
 
-def _jvp(primals, dots, *, forward, transpose, n, name):
+def _jvp(primals, dots, *, forward, transpose, n, name, traced):
     residuals, tangents = primals[:n], primals[n:]
-    out = _linear.bind(*primals, forward=forward, transpose=transpose, n=n, name=name)
+    out = _linear.bind(*primals, forward=forward, transpose=transpose, n=n, name=name, traced=traced)
     zero = lambda d: isinstance(d, ad.Zero)
     parts = []
     if not all(map(zero, dots[n:])):
         dense = [ad.instantiate_zeros(d) for d in dots[n:]]
-        parts.append(_linear.bind(*residuals, *dense, forward=forward, transpose=transpose, n=n, name=name))
+        parts.append(
+            _linear.bind(*residuals, *dense, forward=forward, transpose=transpose, n=n, name=name, traced=traced)
+        )
     moving = [i for i in range(n) if not zero(dots[i])]
     if moving:
 
@@ -111,7 +115,7 @@ def _jvp(primals, dots, *, forward, transpose, n, name):
 ad.primitive_jvps[_linear] = _jvp
 
 
-def _transpose_rule(cts, *args, forward, transpose, n, name):
+def _transpose_rule(cts, *args, forward, transpose, n, name, traced):
     residuals = args[:n]
     dense = [ad.instantiate_zeros(ct) for ct in cts]
     return [None] * n + list(transpose(*residuals, *dense))
@@ -120,7 +124,7 @@ def _transpose_rule(cts, *args, forward, transpose, n, name):
 ad.primitive_transposes[_linear] = _transpose_rule
 
 
-def _batch(args, axes, *, forward, transpose, n, name):
+def _batch(args, axes, *, forward, transpose, n, name, traced):
     size = next(x.shape[a] for x, a in zip(args, axes) if a is not None)
     residuals, residual_axes = args[:n], axes[:n]
     # Every tangent carries the axis, so that its transpose does.
@@ -136,6 +140,7 @@ def _batch(args, axes, *, forward, transpose, n, name):
         transpose=jax.vmap(transpose, in_axes=(*residual_axes, *[0] * count), out_axes=0),
         n=n,
         name=name,
+        traced=None,
     )
     return out, [0] * len(out)
 

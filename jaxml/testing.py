@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.lm.config import DecoderConfig
+from jaxml.parallel import topology
+from jaxml.parallel.topology import without_compilation_cache
 from jaxml.target import target
 
 
@@ -170,21 +172,6 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
 
 
 @contextlib.contextmanager
-def without_compilation_cache():
-    """What is compiled for a device that is not there cannot be read back."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # it has looked at the setting once
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
 def _environment(**variables: str):
     """Sets them for a while; what others set meanwhile stays, as where JAX finds Mosaic GPU's runtime."""
     old = {name: os.environ.get(name) for name in variables}
@@ -274,11 +261,5 @@ def tpu_mesh(chip: str, axis_name: str) -> jax.sharding.Mesh:
 
 
 def _tpus(chip: str) -> list:
-    """The chips of a topology, as libtpu describes it."""
-    import os
-
-    from jax.experimental import topologies
-
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=TPU_TOPOLOGIES[chip]).devices
+    """The chips of a small TPU, as libtpu describes it."""
+    return topology.devices(TPU_TOPOLOGIES[chip])

@@ -37,6 +37,22 @@ def add(sub):
     sub.add_argument("data", metavar="DATA", help="JSONL to learn from")
     sub.add_argument("--out", required=True, metavar="FOLDER", help="the run's folder")
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
+    step_arguments(sub)
+    sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
+    sub.add_argument("--epochs", type=float, default=1.0)
+    sub.add_argument("--learning-rate", type=float, default=2e-4)
+    sub.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
+    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--learn-all", action="store_true", help="learn prompts as well as responses")
+    sub.add_argument("--save-every", type=int, default=100)
+    sub.add_argument("--eval-every", type=int, default=0)
+    sub.add_argument("--keep", type=int, default=3)
+    sub.add_argument("--spike", type=float, help="skip a gradient of more than this many times the usual norm")
+    sub.add_argument("--no-progress", action="store_true")
+
+
+def step_arguments(sub, batch_size: int | None = 4):
+    """What a step computes."""
     sub.add_argument("--method", choices=tuple(TAKES), default="lora")
     sub.add_argument("--rank", type=int, help="default: 8; of adalora 12, of galore 128, of vera 256 (or the most)")
     sub.add_argument("--alpha", type=float, help="of lora and its kin (default: twice the rank)")
@@ -49,25 +65,14 @@ def add(sub):
     sub.add_argument("--gap", type=int, help="of galore: steps between refreshes of a basis (default: 200)")
     sub.add_argument("--eight-bit", action="store_true", help="the optimizer's state in eight bits")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
-    sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
-    sub.add_argument("--epochs", type=float, default=1.0)
-    sub.add_argument("--batch-size", type=int, default=4, help="rows of --length tokens a step")
+    sub.add_argument("--batch-size", type=int, default=batch_size, help="rows of --length tokens a step")
     sub.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     sub.add_argument("--length", type=int, default=512, help="tokens a row")
-    sub.add_argument("--learning-rate", type=float, default=2e-4)
-    sub.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
-    sub.add_argument("--weight-decay", type=float, default=0.0)
     sub.add_argument("--clip", type=float, default=1.0, help="global norm of the gradient (0: never)")
     sub.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
     sub.add_argument("--remat", action="store_true", help="less memory for more time")
     sub.add_argument("--unroll", action="store_true", help="unroll the layers: faster on CPU, slower to compile")
-    sub.add_argument("--learn-all", action="store_true", help="learn prompts as well as responses")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--save-every", type=int, default=100)
-    sub.add_argument("--eval-every", type=int, default=0)
-    sub.add_argument("--keep", type=int, default=3)
-    sub.add_argument("--spike", type=float, help="skip a gradient of more than this many times the usual norm")
-    sub.add_argument("--no-progress", action="store_true")
 
 
 def run(args):
@@ -97,7 +102,7 @@ def run(args):
         keep=args.keep,
         spike=args.spike,
     )
-    _check(args)
+    check(args)
     examples = data.read_jsonl(args.data)
     held = data.read_jsonl(args.eval) if args.eval else []
     out = Path(args.out)
@@ -116,7 +121,7 @@ def run(args):
             f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
             "quantised and written (--quantize nf4). Take pissa or olora."
         )
-    tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: _around(args, adamw, steps))
+    tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: around(args, adamw, steps))
     model, info = tune.fit(
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
         about=_method(args), mesh=mesh,
@@ -154,7 +159,7 @@ TAKES = {
 OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
 
 
-def _check(args):
+def check(args):
     """Refuses what the method does not take."""
     for name in OPTIONS:
         value, option = getattr(args, name), name.replace("_", "-")
@@ -177,25 +182,39 @@ def _method(args) -> dict:
 
 def _adapted(args, mesh):
     """The model with what is going to be trained on it."""
-    import jax
     from rich.console import Console
 
-    from jaxml import paths
     from jaxml.parallel import hosts
     from jaxml.tune import adapters
 
-    format = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
+    format = quantised_as(args)
     moving = adapters.starts.moves(args.start)
     args.quantize = None if moving else format  # such a start needs the weights as they were
     model = load(args, mesh)
-    if args.method in ("full", "galore"):
-        paths.match(paths.matrices(model.params), args.targets.split(","), "finetune --targets")
-        return model.replace(params=adapters.merge(model.params))
-    if args.adapter:
+    if args.adapter and args.method not in ("full", "galore"):
         return model
-    most = min(max(w.shape[-2:]) for w in paths.matrices(model.params).values())
-    params = adapters.attach(
-        model.params,
+    show = lambda plan: hosts.is_main() and Console().print(plan, highlight=False)
+    return model.replace(params=attached(args, model.params, format if moving else None, show))
+
+
+def quantised_as(args) -> str | None:
+    """The format of the weights under what is trained."""
+    return args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
+
+
+def attached(args, params, quantize: str | None = None, show=None):
+    """Parameters with what the arguments want trained; `quantize`: what a start leaves of them."""
+    import jax
+
+    from jaxml import paths
+    from jaxml.tune import adapters
+
+    if args.method in ("full", "galore"):
+        paths.match(paths.matrices(params), args.targets.split(","), "finetune --targets")
+        return adapters.merge(params)
+    most = min(max(w.shape[-2:]) for w in paths.matrices(params).values())
+    return adapters.attach(
+        params,
         jax.random.key(args.seed),
         method={"qlora": "lora", "qdora": "dora"}.get(args.method, args.method),
         rank=args.rank or {"vera": min(256, most), "adalora": 12}.get(args.method, 8),
@@ -205,10 +224,9 @@ def _adapted(args, mesh):
         rslora=args.rslora,
         dropout=args.dropout or 0.0,
         whole=args.whole.split(",") if args.whole else (),
-        quantize=format if moving else None,
-        show=lambda plan: hosts.is_main() and Console().print(plan, highlight=False),
+        quantize=quantize,
+        show=show,
     )
-    return model.replace(params=params)
 
 
 def _quantised(model) -> str | None:
@@ -221,7 +239,7 @@ def _quantised(model) -> str | None:
     return kinds[0] if kinds else None
 
 
-def _around(args, adamw, steps: int):
+def around(args, adamw, steps: int):
     """The optimizer that the arguments ask for, around AdamW."""
     from jaxml import optim
     from jaxml.tune import adapters

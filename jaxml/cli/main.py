@@ -16,6 +16,7 @@ VERBS = (
     "generate",
     "chat",
     "finetune",
+    "plan",
     "prompt",
     "rtune",
     "rag",

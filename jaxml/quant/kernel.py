@@ -13,7 +13,7 @@ measurement says how many rows it is for.
 import dataclasses
 import types
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxml import triton_call
 from jaxml.axes import Array, Float, Params
 from jaxml.linear import vary, varying_axes
+from jaxml.parallel.mesh import automatic, live
 from jaxml.target import INTERPRET, INTERPRET_GPU, compute_capability, named, platform
 
 if TYPE_CHECKING:
@@ -153,6 +154,15 @@ def _not_by_itself(name: str) -> str | None:
     one = named() or jax.device_count() == 1  # a target is one device, unless a mesh says otherwise
     alone = one if mesh.empty else mesh.size == 1 or mesh.are_all_axes_manual
     return None if alone else "there are several devices, and XLA shards a kernel only within jax.shard_map"
+
+
+def wants_rows(dtype: Any) -> bool:
+    """Whether a kernel could multiply here, were each device of the mesh that is set given rows of its own.
+
+    Where products are split along their sums or outputs (tensor), XLA does that.
+    """
+    names = ORDER.get(platform(), ("xla",))[:-1]
+    return bool(automatic()) and "tensor" not in live() and any(_device(name, dtype) is None for name in names)
 
 
 def product(name: str, q: "QArray", x: Float[Array, "... C"], along: bool) -> Float[Array, "... N"]:

@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxml.axes import Array, Float, Int, wide
 from jaxml.linear import linear
+from jaxml.parallel.mesh import automatic, live
+from jaxml.parallel.rules import spec
 from jaxml.quant import codebook, kernel
 from jaxml.target import platform
 
@@ -94,6 +97,10 @@ class QArray:
         """x·W, or x·Wᵀ, in x's dtype; differentiable in x, in any mode. Kept for the backward pass: codes."""
         if x.ndim < 2:
             return self.matmul(x[None], transpose)[..., 0, :]
+        if x.ndim == 3 and self.ndim == 2 and kernel.wants_rows(x.dtype):
+            rows = spec(("batch", "length", None), x.shape, live())
+            over = dict(in_specs=(P(), rows), out_specs=rows, axis_names=automatic())
+            return jax.shard_map(lambda q, x: q.matmul(x, transpose), **over)(self, x)
         return _matmul(x, self, transpose, kernel.choose(x, self))
 
     def take(self, ids: Int[Array, "..."]) -> Float[Array, "... F"]:

@@ -175,10 +175,7 @@ def fit(
     given, untouched = adapters.split(model.params)
     if kept and not untouched:
         raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
-    # The step consumes its state; the caller's arrays stay alive.
-    trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), given)
-    frozen = decoder.cast(untouched, o.dtype) if o.dtype else untouched
-    frozen = decoder.unstack(frozen) if o.unroll and frozen else frozen
+    trainable, frozen = for_training(given, untouched, o)
     state, frozen, shardings, place = _begun(trainable, frozen, tx, mesh)
     counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
     train_step, evaluate = make_step(model.config, tx, o, shardings), make_evaluate(model.config, o, place)
@@ -390,16 +387,20 @@ def _begun(trainable: Params, frozen: Params, tx: optax.GradientTransformation, 
     if mesh is None:
         return begin(trainable, tx), frozen, None, lambda batch: batch
     trainable, frozen = parallel.shard(trainable, mesh), parallel.shard(frozen, mesh)
-    whole = NamedSharding(mesh, P())
-    shardings = jax.tree.map(lambda a: whole, jax.eval_shape(lambda t: begin(t, tx), trainable))
-    shardings = shardings._replace(
-        trainable=jax.tree.map(lambda a: a.sharding, trainable), opt_state=state_sharding(tx, trainable)
-    )
+    shardings = state_shardings(trainable, tx, mesh)
     with jax.set_mesh(mesh):
         without = lambda state: state._replace(trainable=None)
         rest = jax.jit(lambda t: without(begin(t, tx)), out_shardings=without(shardings))(trainable)
     state = rest._replace(trainable=trainable)
     return state, frozen, shardings, functools.partial(hosts.place, on=mesh)
+
+
+def state_shardings(trainable: Params, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+    """Where the arrays of a run's state lie, by what is trained (arrays, or shapes, that have shardings)."""
+    whole = NamedSharding(mesh, P())
+    shardings = jax.tree.map(lambda a: whole, jax.eval_shape(lambda t: begin(t, tx), trainable))
+    placed = jax.tree.map(lambda a: a.sharding, trainable)
+    return shardings._replace(trainable=placed, opt_state=state_sharding(tx, trainable))
 
 
 def _over(mesh: Mesh | None):
@@ -427,6 +428,14 @@ def _prepare(model: Model, o: Options) -> Callable[..., data.Batches]:
         data.prepare, tokenizer=model.tokenizer, length=o.length, batch_size=o.batch_size, learn_all=o.learn_all,
         tasks=adapters.tasks(model.params),
     )  # fmt: skip
+
+
+def for_training(given: Params, untouched: Params, o: Options) -> tuple[Params, Params]:
+    """(trainable, frozen) in the dtypes that they are kept in."""
+    # The step consumes its state; the caller's arrays stay alive.
+    trainable = jax.tree.map(lambda a: jnp.array(a, _kept_dtype(a, o), copy=True), given)
+    frozen = decoder.cast(untouched, o.dtype) if o.dtype else untouched
+    return trainable, decoder.unstack(frozen) if o.unroll and frozen else frozen
 
 
 def _kept_dtype(a: Array, o: Options):
