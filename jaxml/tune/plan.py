@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import mesh_utils
 from jax.extend.core import Literal
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
 from jaxml import parallel
 from jaxml.axes import Params
@@ -89,7 +89,7 @@ def plan(
         parts *= sizes[axis]
     options = dataclasses.replace(options, batch_size=rows * parts)
     started = time.perf_counter()
-    with target(f"TPU {generation.name}"), topology.without_compilation_cache(), jax.set_mesh(mesh):
+    with target(f"TPU {generation.name}"), topology.without_compilation_cache(), use_abstract_mesh(mesh.abstract_mesh):
         state, frozen, batch, shardings = _arguments(params, options, tx, mesh)
         step = make_step(config, tx, options, shardings)
         traced = step.trace(state, frozen, batch)
