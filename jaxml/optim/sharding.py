@@ -1,8 +1,8 @@
 """Where the optimizer's state lives: shardings of a state, derived from those of the parameters.
 
 `jit(tx.init)` gives zeros that live nowhere in particular, and XLA then keeps the bases of a projection whole on every
-device. A basis P [m, r] is spread as the parameter's m axes are, R and its moments [r, n] as its n axes are, a moment
-of full shape as its parameter; everything else is on every device.
+device. A basis P [m, r] is spread as the parameter's m axes are, a moment of full shape as its parameter, R and its
+moments [r, n] over the mesh axes of both m and n, since r is short; everything else is on every device.
 """
 
 import math
@@ -25,7 +25,7 @@ from jaxml.optim.targets import Target, path_of
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
     """A tree like `tx.init(params)` with a `NamedSharding` for each array.
 
-    An axis whose length its mesh axes do not divide is not spread.
+    An axis is spread over as many of its mesh axes as divide its length.
 
     Args:
         params: arrays, or `jax.ShapeDtypeStruct`s, with named shardings on one mesh.
@@ -41,7 +41,7 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
         >>> tx = galore(optax.adam(1e-3), rank=4)
         >>> shardings = state_sharding(tx, params)
         >>> shardings.targets["w"].basis[0].spec, shardings.inner[0].mu["w"].spec
-        (P('fsdp', None), P(None, None))
+        (P('fsdp', None), P(None, 'fsdp'))
         >>> state = jax.jit(tx.init, out_shardings=shardings)({"w": jnp.zeros((64, 32))})
     """
     params = plain(params)
@@ -62,7 +62,8 @@ def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
         spec = leaf.sharding.spec if _is_named(leaf) else P()
         if target is not None:
             batch, m, n = _axes(target, spec)
-            low = P(*batch, None if target.side != "right" else m, None if target.side != "left" else n)
+            both = P(*batch, _flat(m, n), None), P(*batch, None, _flat(n, m)), P(*batch, m, n)
+            low = both[("right", "left", "full").index(target.side)]
             if isinstance(node, Factors):
                 parts = _spread(meshes[0], P(*batch, m, None), node.a), _spread(meshes[0], P(*batch, None, n), node.b)
                 return Factors(*parts, target)
@@ -105,9 +106,17 @@ def _axes(target: Target, spec: P) -> tuple[tuple, Any, Any]:
 def _spread(mesh: Mesh, spec: P, tree: Any) -> Any:
     """The sharding of every array of the tree, without the axes that do not fit it."""
 
-    def fitting(array) -> NamedSharding:
-        length = lambda axes: math.prod(mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes or ()))
-        fits = (axes if n % length(axes) == 0 else None for n, axes in zip(array.shape, spec))
-        return NamedSharding(mesh, P(*fits))
+    def fitting(n: int, axes: Any) -> Any:
+        found = list(_flat(axes) or ())
+        while found and n % math.prod(mesh.shape[a] for a in found):
+            found.pop()
+        return tuple(found) if len(found) > 1 else found[0] if found else None
 
-    return jax.tree.map(fitting, tree)
+    place = lambda array: NamedSharding(mesh, P(*(fitting(n, axes) for n, axes in zip(array.shape, spec))))
+
+    return jax.tree.map(place, tree)
+
+
+def _flat(*axes: Any) -> tuple[str, ...] | None:
+    """Mesh axes of several entries of a spec, as one entry."""
+    return tuple(a for entry in axes for a in ((entry,) if isinstance(entry, str) else entry or ())) or None

@@ -61,7 +61,7 @@ def parse(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         ValueError: an axis that there is none of, a size that is no number, a product that does not fit.
 
     Example:
-        >>> spell(parse("fsdp=-1").shape) == f"fsdp={jax.device_count()}"
+        >>> parse("fsdp=-1").shape["fsdp"] == jax.device_count()
         True
     """
     sizes = {}

@@ -123,21 +123,20 @@ class Program:
 
     def collectives(self) -> list[Collective]:
         """Every one, in order; one that is split into several fusions is one."""
-        found, seen = [], set()
+        found: dict[tuple, Collective] = {}
         for i, _, times, depth in self.walk(fusions=True):
             kind = i.opcode.removesuffix("-start")
-            channel = _CHANNEL.search(i.line)
-            if kind not in COLLECTIVES or (channel and (kind, channel[1]) in seen):
+            if kind not in COLLECTIVES:
                 continue
-            seen |= {(kind, channel[1])} if channel else set()
-            name = re.search(r'op_name="([^"]*)"', i.line)
             shapes = _SHAPE.findall(i.shape)
             if i.opcode.endswith("-start") and len(shapes) > 1:  # (what goes in, what comes out, flags)
                 shapes = shapes[len(shapes) // 2 :] if kind == "all-reduce" else shapes[1:2]
+            name, channel = re.search(r'op_name="([^"]*)"', i.line), _CHANNEL.search(i.line)
             size = sum(size_of(*shape) for shape in shapes)
             shown = ", ".join(f"{k}[{d}]" for k, d in shapes)
-            found.append(Collective(kind, shown, size, times, depth, name[1] if name else ""))
-        return found
+            key = (kind, channel[1], size) if channel else (len(found),)
+            found.setdefault(key, Collective(kind, shown, size, times, depth, name[1] if name else ""))
+        return list(found.values())
 
     def bytes_moved(self) -> int:
         """Bytes that one device reads from and writes to memory: what goes into and comes out of every fusion, of

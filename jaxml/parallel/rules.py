@@ -46,17 +46,18 @@ MATRICES: dict[str, tuple[str, str]] = {
     "head": ("vocabulary", "width"),
 }
 TURNED = ("head",)
+Axis = str | tuple[str, ...] | None  # a logical axis, several that share one, or none
 WHOLE = "whole"  # of gathered weights: they are gathered again backwards, not kept
 
 
-def logical(path: str, ndim: int, names: Mapping[str, tuple[str | None, ...]] = MATRICES) -> tuple[str | None, ...]:
+def logical(path: str, ndim: int, names: Mapping[str, tuple[Axis, ...]] = MATRICES) -> tuple[Axis, ...]:
     """The logical axes of an array by its path in a tree of parameters; of an unknown one, none.
 
     Axes in front that the table does not speak of (layers, functions of a basis) are not spread.
 
     Example:
         >>> logical("layers/q", 3), logical("layers/q/b", 3), logical("layers/o_bias", 2)
-        ((None, 'width', 'heads'), (None, None, 'heads'), (None, 'width'))
+        ((None, 'width', 'heads'), (None, None, ('heads', 'width')), (None, 'width'))
     """
     nothing = (None,) * ndim
     parts = path.split("/")
@@ -71,12 +72,12 @@ def logical(path: str, ndim: int, names: Mapping[str, tuple[str | None, ...]] = 
     first, last = axes[::-1] if name in TURNED else axes  # from inputs to outputs
     of = {
         "": (last,) if name.endswith("_bias") else axes,
-        "a": (first, None),
-        "b": (None, last),
-        "inner": (first,),
-        "outer": (last,),
-        "magnitude": (last,),
-        "squares": (last,),
+        "a": (_both(first), None),
+        "b": (None, _both(last)),
+        "inner": (_both(first),),
+        "outer": (_both(last),),
+        "magnitude": (_both(last),),
+        "squares": (_both(last),),
         # Of a quantised matrix the outputs lie in rows, along which its blocks run; of a table the rows are its own.
         "codes": axes if name in ("embed", "head") else axes[::-1],
     }
@@ -84,13 +85,13 @@ def logical(path: str, ndim: int, names: Mapping[str, tuple[str | None, ...]] = 
     return _right(of.get(field, ()), ndim)
 
 
-def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[str, int], without: str = "") -> P:
+def spec(axes: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int], without: str = "") -> P:
     """Logical axes as mesh axes: of each as many of its row in the table as divide the length."""
     taken = {without}
 
-    def one(axis: str | None, length: int):
+    def one(axis: Axis, length: int):
         found: list[str] = []
-        for name in RULES.get(axis, ()) if axis else ():
+        for name in [name for part in ((axis,) if isinstance(axis, str) else axis or ()) for name in RULES[part]]:
             if sizes.get(name, 1) > 1 and name not in taken:
                 if length % math.prod([sizes[n] for n in (*found, name)]):
                     break
@@ -101,7 +102,7 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], sizes: Mapping[st
     return P(*(one(axis, length) for axis, length in zip(axes, shape, strict=True)))
 
 
-def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] | None = None) -> Any:
+def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[Axis, ...]] | None = None) -> Any:
     """A tree like `tree` with a `NamedSharding` for each array (shapes are enough).
 
     Args:
@@ -111,15 +112,16 @@ def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] |
     Example:
         >>> from jaxml import parallel, testing
         >>> on = parallel.mesh(fsdp=-1)
-        >>> shardings(testing.tiny_model().params, on)["layers"]["q"].spec
-        P(None, 'fsdp', None)
+        >>> found = shardings(testing.tiny_model(width=8 * on.size).params, on)["layers"]["q"]
+        >>> found.shard_shape((2, 8 * on.size, 32))
+        (2, 8, 32)
     """
     sizes = dict(on.shape)
     place = lambda axes, a: NamedSharding(on, spec(axes, jnp.shape(a), sizes))
     return _with_axes(place, tree, MATRICES | dict(names or {}))
 
 
-def shard(tree: Any, on: Mesh, names: Mapping[str, tuple[str | None, ...]] | None = None) -> Any:
+def shard(tree: Any, on: Mesh, names: Mapping[str, tuple[Axis, ...]] | None = None) -> Any:
     """The same arrays, each spread over the devices of a mesh as `shardings` says.
 
     Where several processes make up the mesh, each is given the whole arrays and keeps the parts of its own devices.
@@ -139,7 +141,7 @@ def put(a: Any, sharding: NamedSharding) -> Array:
 # ---- within a program -------------------------------------------------------------------------------
 
 
-def hint(x: Array, *axes: str | None) -> Array:
+def hint(x: Array, *axes: Axis) -> Array:
     """The same array, spread by its logical axes over the mesh that is set; as it is where there is none.
 
     Example:
@@ -206,7 +208,7 @@ def _gather(w: Array, gathered: P, spread: P) -> Array:
     return linear(lambda _, w: constrain(w, gathered), lambda _, ct: constrain(ct, spread), (), w, name=WHOLE)
 
 
-def _with_axes(function: Any, tree: Any, names: Mapping[str, tuple[str | None, ...]]) -> Any:
+def _with_axes(function: Any, tree: Any, names: Mapping[str, tuple[Axis, ...]]) -> Any:
     """function(logical axes, array) of every array."""
     in_one_run = lambda w: not getattr(w, "in_rows", True)  # a quantised matrix without rows: nothing to cut along
 
@@ -219,6 +221,11 @@ def _with_axes(function: Any, tree: Any, names: Mapping[str, tuple[str | None, .
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=in_one_run)
 
 
-def _right(axes: tuple[str | None, ...], ndim: int) -> tuple[str | None, ...]:
+def _both(axis: str) -> Axis:
+    """Of an array with one long axis: over fsdp as well."""
+    return axis if axis == "width" else (axis, "width")
+
+
+def _right(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:
     """These axes as the last ones of an array."""
     return (None,) * (ndim - len(axes)) + axes if len(axes) <= ndim else (None,) * ndim

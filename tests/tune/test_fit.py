@@ -235,3 +235,76 @@ def test_no_recompilation_on_the_second_step():
     for i in range(3):
         state, _ = step(state, frozen, {k: v[None] for k, v in batches(i).items()})
     assert step._cache_size() == 1 and decoder.num_params(model.params) > 0
+
+
+# ---- steps that go wrong -----------------------------------------------------------------------------
+
+INFINITE = {"parts": [["boom boom boom", 3e38]]}  # a loss that is not finite; a row of its own
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_told(tmp_path):
+    model = tiny_model()
+    options = tune.Options(steps=4, batch_size=1, length=16, learning_rate=1e-2, schedule="constant", warmup=0.0)
+    examples = [{"text": "abcdefghijkl"}, INFINITE, {"text": "mnopqrstuvwx"}, {"text": "yzabcdefghij"}]
+    tuned, info = tune.fit(model, examples, options, folder=tmp_path, progress=False)
+    assert info["skipped"] == 1 and info["rollbacks"] == 0
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves(tuned.params))
+    rows = log.read(tmp_path / "log.jsonl")
+    (told,) = [row for row in rows if "skipped" in row]
+    before = tune.fit(model, examples, options, folder=None, progress=False)[0]
+    assert same(tuned, before) and "its loss is nan" in told["skipped"]
+
+
+def test_a_skipped_step_changes_nothing_but_its_number():
+    model = tiny_model()
+    options = tune.Options(batch_size=1, length=16)
+    tx = optax.adam(1e-2)
+    batch = {k: v[None] for k, v in data.prepare([INFINITE], model.tokenizer, length=16, batch_size=1)(0).items()}
+    state = begin(jax.tree.map(jnp.copy, model.params), tx)
+    after, metrics = make_step(model.config, tx, options)(jax.tree.map(jnp.copy, state), {}, batch)
+    assert int(metrics["bad"]) == int(after.guard.bad) == 1 and int(after.step) == 1
+    alike = jax.tree.map(lambda a, b: bool((a == b).all()), (after.trainable, after.opt_state), state[:2])
+    assert all(jax.tree.leaves(alike))
+
+
+def test_a_gradient_far_above_the_usual_is_skipped():
+    model = tiny_model()
+    tx = optax.adam(1e-2)
+    batch = {k: v[None] for k, v in data.prepare(EXAMPLES, model.tokenizer, length=32, batch_size=4)(0).items()}
+    step = make_step(model.config, tx, tune.Options(batch_size=4, length=32, spike=5.0))
+
+    def bad(norms):
+        state = begin(jax.tree.map(jnp.copy, model.params), tx)
+        state = state._replace(guard=state.guard._replace(norms=jnp.asarray(norms, jnp.float32)))
+        return int(step(state, {}, batch)[1]["bad"])
+
+    norm = float(step(begin(jax.tree.map(jnp.copy, model.params), tx), {}, batch)[1]["grad_norm"])
+    few = [norm / 10] * 15 + [np.nan] * 49
+    assert bad([norm / 10] * 64) == 1 and bad([norm / 4] * 64) == 0 and bad(few) == 0
+
+
+def test_after_many_bad_steps_a_run_goes_back_and_on_with_other_data(tmp_path):
+    model = tiny_model()
+    options = tune.Options(
+        steps=8, batch_size=1, length=16, learning_rate=1e-2, save_every=2, patience=2, rollbacks=2, seed=1
+    )
+    good = [{"text": letter * 12} for letter in "abcdefgh"]
+    order = np.random.default_rng(1).permutation(8)  # of the examples; then of the rows, in each epoch
+    rows = np.random.default_rng((1, 0)).permutation(8)
+    examples = list(good)
+    for place in (2, 3):  # the third and the fourth step
+        examples[order[rows[place]]] = INFINITE
+    _, info = tune.fit(model, examples, options, folder=tmp_path, progress=False)
+    assert info == info | {"skipped": 2, "rollbacks": 1}
+    log_rows = log.read(tmp_path / "log.jsonl")
+    (back,) = [row for row in log_rows if "rolled_back_to" in row]
+    assert back["rolled_back_to"] == 2 and back["step"] == 4
+    assert [row["step"] for row in log_rows if "loss" in row] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_run_that_only_goes_wrong_says_so(tmp_path):
+    options = tune.Options(steps=9, batch_size=1, length=16, patience=2, save_every=1, rollbacks=1)
+    with pytest.raises(tune.Diverged, match="no checkpoint to go back to"):
+        tune.fit(tiny_model(), [INFINITE], options, progress=False)
+    with pytest.raises(tune.Diverged, match="after 1 rollbacks"):
+        tune.fit(tiny_model(), [INFINITE], options, folder=tmp_path, progress=False)
