@@ -286,7 +286,7 @@ def test_a_gradient_far_above_the_usual_is_skipped():
 def test_after_many_bad_steps_a_run_goes_back_and_on_with_other_data(tmp_path):
     model = tiny_model()
     options = tune.Options(
-        steps=8, batch_size=1, length=16, learning_rate=1e-2, save_every=2, patience=2, rollbacks=2, seed=1
+        steps=6, batch_size=1, length=16, learning_rate=1e-2, save_every=2, patience=2, rollbacks=2, seed=1
     )
     good = [{"text": letter * 12} for letter in "abcdefgh"]
     order = np.random.default_rng(1).permutation(8)  # of the examples; then of the rows, in each epoch
@@ -295,11 +295,11 @@ def test_after_many_bad_steps_a_run_goes_back_and_on_with_other_data(tmp_path):
     for place in (2, 3):  # the third and the fourth step
         examples[order[rows[place]]] = INFINITE
     _, info = tune.fit(model, examples, options, folder=tmp_path, progress=False)
-    assert info == info | {"skipped": 2, "rollbacks": 1}
+    assert (info["skipped"], info["rollbacks"]) == (2, 1) and np.isfinite(info["loss"])
     log_rows = log.read(tmp_path / "log.jsonl")
     (back,) = [row for row in log_rows if "rolled_back_to" in row]
     assert back["rolled_back_to"] == 2 and back["step"] == 4
-    assert [row["step"] for row in log_rows if "loss" in row] == [1, 2, 3, 4, 3, 4, 5, 6, 7, 8]
+    assert [row["step"] for row in log_rows if "loss" in row] == [1, 2, 3, 4, 3, 4, 5, 6]
 
 
 def test_a_run_that_only_goes_wrong_says_so(tmp_path):
