@@ -66,21 +66,28 @@ class Checkpoints:
         if step not in steps:
             raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps or 'none'}.")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        self._check(step, abstract)
+        try:
+            saved = self._manager.item_metadata(step)
+            there = None if saved is None else _shapes(getattr(saved, "tree", saved))
+        except Exception as error:  # as below
+            raise self._damaged(step, error) from error
+        self._check(step, there, _shapes(abstract))
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise ValueError(
-                f"{folder}: checkpoint {step} cannot be read ({str(error).splitlines()[0]}). It is damaged; "
-                f"remove the folder {folder / str(step)} to go on from the one before it."
-            ) from error
+        except Exception as error:  # Orbax and TensorStore raise plain Exception, too
+            raise self._damaged(step, error) from error
 
-    def _check(self, step: int, abstract: Any) -> None:
+    def _damaged(self, step: int, error: Exception) -> ValueError:
+        folder, said = self._manager.directory, (str(error).splitlines() or [type(error).__name__])[0][:300]
+        return ValueError(
+            f"{folder}: checkpoint {step} cannot be read ({said}). It is damaged; remove the folder "
+            f"{folder / str(step)} to go on from the one before it."
+        )
+
+    def _check(self, step: int, there: dict[str, tuple] | None, wanted: dict[str, tuple]) -> None:
         """Paths and shapes first: Orbax's own complaint about them is pages long."""
-        saved = self._manager.item_metadata(step)
-        if saved is None:
+        if there is None:
             raise ValueError(f"{self._manager.directory}: checkpoint {step} has no metadata. It is damaged.")
-        there, wanted = _shapes(getattr(saved, "tree", saved)), _shapes(abstract)
         differ = [k for k in sorted(set(there) | set(wanted)) if there.get(k) != wanted.get(k)]
         if differ:
             k = differ[0]

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from jaxml import log, target
+from jaxml import files, log, target
 
 _trying: contextvars.ContextVar[dict | None] = contextvars.ContextVar("trying", default=None)
 
@@ -73,7 +73,7 @@ def save(kind: str, entries: dict[str, dict]) -> Path:
 @functools.lru_cache(maxsize=4)
 def _read(file: str, _changed: int) -> dict:
     try:
-        known = json.loads(Path(file).read_text())
+        known = files.json_of(files.read_bytes(file), file)
         if not all(isinstance(tiles, dict) for kind in known.values() for tiles in kind.values()):
             raise ValueError
     except (ValueError, AttributeError):

@@ -43,7 +43,7 @@ def run(args):
     import jax
     from rich.console import Console
 
-    from jaxml import lm, log, tune
+    from jaxml import files, lm, log, tune
     from jaxml.tune import adapters, facts
 
     named = "runs/quickstart" + ("" if args.method == "lora" else f"-{args.method}")
@@ -51,7 +51,7 @@ def run(args):
     if args.fresh:
         shutil.rmtree(out, ignore_errors=True)
     if (out / "report.json").is_file():
-        _show(console, json.loads((out / "report.json").read_text()), out)
+        _show(console, files.read_json(out / "report.json"), out)
         console.print("This run was finished before; --fresh runs it again.")
         return 0
     started = time.perf_counter()
@@ -135,10 +135,10 @@ def _state_bytes(params, options) -> int:
 
 def _once(path: Path, measure) -> dict:
     """A measurement that a resumed run does not repeat."""
-    from jaxml import log
+    from jaxml import files, log
 
     if path.is_file():
-        return json.loads(path.read_text()) | {"resumed": True}
+        return files.read_json(path) | {"resumed": True}
     result = measure() | {"resumed": False}
     log.write_text(path, json.dumps(result))
     return result

@@ -25,7 +25,6 @@ on each half of them. A run that was stopped goes on with the same command.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 
 from jaxml.cli.main import FORMATS, given
@@ -364,7 +363,7 @@ def finished(folder: str | Path):
     """
     import argparse
 
-    from jaxml import lm
+    from jaxml import files, lm
     from jaxml.tune import adapters, r_tuning
 
     folder = Path(folder)
@@ -372,7 +371,7 @@ def finished(folder: str | Path):
         raise FileNotFoundError(f"{folder}: no finished run (policy.json is missing).")
     policy = r_tuning.Policy.load(folder / "policy.json")
     try:
-        kept = json.loads((folder / "rtune.json").read_text())
+        kept = files.read_json(folder / "rtune.json")
         then = argparse.Namespace(**{name: kept[name] for name in NAMES})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'rtune.json'}: missing or damaged ({error!r}).") from error

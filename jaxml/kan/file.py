@@ -8,7 +8,6 @@ import dataclasses
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.kan import symbolic
 from jaxml.kan.layer import Layer, Spec
 from jaxml.kan.library import LIBRARY, Function
@@ -100,7 +99,7 @@ def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> K
             layers.append(_fitting(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"]))))
             affine.append(Affine(*(arrays[f"{n}.{name}"] for name in AFFINE)) if told["affine"] else ())
         return KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"]))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: no network can be made of this file ({error}).") from error
 
 
@@ -119,18 +118,19 @@ def about_of(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    content = Path(path).read_bytes()
+    content = files.read_bytes(path)
     try:
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise ValueError("no .npz file")
+        if packed := [m.filename for m in zipfile.ZipFile(io.BytesIO(content)).infolist() if m.compress_type]:
+            raise ValueError(f"{packed[0]} is compressed, as kan.save leaves nothing")  # and may be of any size
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        header = json.loads(arrays.pop("header").tobytes())
+        header = files.json_of(arrays.pop("header").tobytes(), "its header")
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
         if odd := [name for name, a in arrays.items() if a.dtype.kind != "f"]:
             raise ValueError(f"{odd[0]} holds no numbers")
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, AttributeError, TypeError, NotImplementedError,
-            zlib.error) as error:  # fmt: skip
+    except (ValueError, NotImplementedError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: not a network of kan.save, or damaged ({error}).") from error
     return {name: jnp.asarray(a) for name, a in arrays.items()}, header

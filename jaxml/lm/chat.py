@@ -1,11 +1,9 @@
 """Chat messages to a prompt, through the model's own template in a sandbox."""
 
-import datetime
-import json
 from collections.abc import Sequence
 from typing import TypedDict
 
-from jaxml.extras import need
+from jaxml.lm import sandbox
 from jaxml.lm.tokenizer import Tokenizer
 
 
@@ -27,26 +25,19 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prom
     if not tokenizer.chat_template:
         raise ValueError("chat.render: this model has no chat template. Write the prompt as plain text instead.")
     check(messages)
-    need("jinja2", "lm")
-    from jinja2 import TemplateError
-
-    try:
-        return (
-            _environment()
-            .from_string(tokenizer.chat_template)
-            .render(
-                messages=list(messages),
-                add_generation_prompt=generation_prompt,
-                bos_token=tokenizer.token(tokenizer.bos_id) or "",
-                eos_token=tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
-            )
-        )
-    except TemplateError as error:
-        raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error
+    return sandbox.render(
+        tokenizer.chat_template,
+        messages=list(messages),
+        add_generation_prompt=generation_prompt,
+        bos_token=tokenizer.token(tokenizer.bos_id) or "",
+        eos_token=tokenizer.token(tokenizer.eos_ids[0]) if tokenizer.eos_ids else "",
+    )
 
 
 def check(messages: Sequence[Message]) -> None:
     """Raises ValueError unless each message has a known role and a string as content."""
+    if not isinstance(messages, list | tuple):
+        raise ValueError(f"chat: messages are a list, got {type(messages).__name__}.")
     if not messages:
         raise ValueError("chat: at least one message is given, got none.")
     for i, message in enumerate(messages):
@@ -56,18 +47,3 @@ def check(messages: Sequence[Message]) -> None:
             raise ValueError(f"chat: a role is system, user, assistant or tool, got {message['role']!r}.")
         if not isinstance(message["content"], str):
             raise ValueError(f"chat: content is text, got {type(message['content']).__name__} in message {i}.")
-
-
-def _environment():
-    """Templates come with the model's file: they can neither reach attributes nor change what they see."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
-    return environment

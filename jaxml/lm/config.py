@@ -7,6 +7,11 @@ from typing import Any
 FEED_FORWARDS = ("gated", "kan", "rational")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 GEMMA = ("gemma2", "gemma3_text")
+SIZES = (
+    "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_length",
+    "kan_grid",
+)  # fmt: skip
+MOST, MOST_LAYERS = 2**31, 10_000  # what is above is a damaged file's, and would fill the memory with names alone
 REQUIRED = object()  # the default of a key that a file must have
 
 
@@ -74,6 +79,10 @@ class DecoderConfig:
         if self.feed_forward not in FEED_FORWARDS:
             known = ", ".join(FEED_FORWARDS)
             raise ValueError(f"DecoderConfig: feed_forward is one of {known}, got {self.feed_forward!r}.")
+        for name in SIZES:
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f"DecoderConfig: {name} is a whole number from 1 to {most:,}, got {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig: num_heads is a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}."

@@ -5,7 +5,6 @@ All layers' weights lie stacked along a first axis and are scanned. A matrix is 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import files
 from jaxml.attention import flash_attention
 from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import hf, tokenizer, zoo
@@ -64,6 +64,11 @@ def load(source: str | Path = "minilm", dtype=jnp.float32) -> Encoder:
     folder = zoo.find(str(source)).parent if entry else Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(f"encoder.load: no folder or known encoder is called {str(source)!r}.")
+    with files.reading(folder, "an encoder"):
+        return _read(folder, dtype)
+
+
+def _read(folder: Path, dtype) -> Encoder:
     config = read_config(folder)
     names = _names()
     with hf.open_safetensors(folder / "model.safetensors") as file:
@@ -90,12 +95,18 @@ def read_config(folder: str | Path) -> EncoderConfig:
         FileNotFoundError, ValueError: no config.json, a model that is no BERT, or a pooling that is not implemented.
     """
     folder = Path(folder)
-    about = hf.read_json(folder / "config.json")
+    with files.reading(folder / "config.json", "an encoder"):
+        return _config(folder)
+
+
+def _config(folder: Path) -> EncoderConfig:
+    about = files.read_json(folder / "config.json")
     for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if about.get(key, only) != only:
             raise ValueError(f"{folder}: an encoder has {key} {only!r}, got {about[key]!r}.")
-    beside = lambda name: hf.read_json(folder / name) if (folder / name).is_file() else {}
-    modules = json.loads((folder / "modules.json").read_text()) if (folder / "modules.json").is_file() else []
+    beside = lambda name: files.read_json(folder / name) if (folder / name).is_file() else {}
+    path = folder / "modules.json"
+    modules = files.json_of(files.read_bytes(path), path) if path.is_file() else []
     parts = [str(m.get("type", "")).rsplit(".", 1)[-1] for m in modules]
     if unknown := [kind for kind in parts if kind not in ("Transformer", "Pooling", "Normalize")]:
         raise ValueError(f"{folder}: an encoder is Transformer, Pooling and Normalize, got a {unknown[0]} as well.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxml import files
 from jaxml.axes import Params
 from jaxml.extras import need
 from jaxml.lm import tensors
@@ -34,6 +35,11 @@ def read(
     """
     reader = _open(path)
     metadata = read_metadata(path, reader)
+    with files.reading(path, "a GGUF model"):
+        return _read(path, reader, metadata, dtype, quantize, mesh)
+
+
+def _read(path, reader, metadata, dtype, quantize, mesh) -> tuple[Params, DecoderConfig, dict[str, Any]]:
     config = DecoderConfig.from_gguf(metadata)
     found = {t.name: t for t in reader.tensors}
     _check_complete(path, reader)
@@ -68,7 +74,8 @@ def read(
 def read_metadata(path: str | Path, reader=None) -> dict[str, Any]:
     """The key-value pairs of the file's header."""
     reader = reader or _open(path)
-    return {key: _contents(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    with files.reading(path, "a GGUF file"):
+        return {key: _contents(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
 
 
 def _open(path: str | Path):
@@ -78,7 +85,7 @@ def _open(path: str | Path):
         raise FileNotFoundError(f"{path}: no such file.")
     try:
         return _reader(gguf)(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: not a whole GGUF file ({error}). Download it again.") from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxml import paths
+from jaxml import files, paths
 from jaxml.axes import Params
 from jaxml.extras import need
 from jaxml.lm import tensors
@@ -31,11 +31,12 @@ def read_config(folder: str | Path) -> DecoderConfig:
     Raises:
         FileNotFoundError, ValueError: no config.json, not JSON, or a key that is not known.
     """
-    config = read_json(Path(folder) / "config.json")
-    method = (config.pop("quantization_config", None) or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise ValueError(f"{folder}: quantised weights are read in bitsandbytes' format, got quant_method {method!r}.")
-    return DecoderConfig.from_hf(config)
+    config = files.read_json(Path(folder) / "config.json")
+    with files.reading(Path(folder) / "config.json", "a decoder"):
+        method = (config.pop("quantization_config", None) or {}).get("quant_method", "bitsandbytes")
+        if method == "bitsandbytes":
+            return DecoderConfig.from_hf(config)
+    raise ValueError(f"{folder}: quantised weights are read in bitsandbytes' format, got quant_method {method!r}.")
 
 
 def read(
@@ -53,6 +54,11 @@ def read(
     """
     folder = Path(folder)
     config = read_config(folder)
+    with files.reading(folder, "a model"):
+        return _read(folder, config, dtype, quantize, mesh), config
+
+
+def _read(folder: Path, config: DecoderConfig, dtype, quantize, mesh) -> Params:
     where = {}
     for path in _weight_files(folder):
         with open_safetensors(path) as file:
@@ -65,7 +71,7 @@ def read(
 
     quantised = bnb.parts(where)
     belonging = {name for names in quantised.values() for name in names}
-    params = tensors.assemble(
+    return tensors.assemble(
         config,
         "hf",
         [name for name in where if name not in belonging],
@@ -77,7 +83,6 @@ def read(
         quantize=quantize,
         mesh=mesh,
     )
-    return params, config
 
 
 def write(
@@ -163,14 +168,14 @@ def _write_shards(folder: Path, params: Params, config: DecoderConfig, shard_byt
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        files = sorted(set(index.get("weight_map", {}).values()))
-        for file in files:
+        index = files.read_json(folder / INDEX)
+        names = sorted(set(index.get("weight_map", {}).values()))
+        for file in names:
             if Path(file).name != file:
                 raise ValueError(f"{folder / INDEX}: a shard lies in the folder itself, got {file!r}.")
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"{folder}: the index names {file}, which is missing. Download it again.")
-        return [folder / file for file in files]
+        return [folder / file for file in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     raise FileNotFoundError(
@@ -186,11 +191,10 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        file = safetensors.safe_open(str(path), "numpy")
+        with safetensors.safe_open(str(path), "numpy") as opened:
+            yield opened
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
-    with file as opened:
-        yield opened
 
 
 def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
@@ -200,20 +204,6 @@ def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
 
     whole = lambda a: np.ascontiguousarray(a) if a.ndim else a
     save_file({k: whole(v) for k, v in arrays.items()}, str(path), metadata={"format": "pt"})
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file; FileNotFoundError or ValueError with the file's name."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON object, got {type(value).__name__}.")
-    return value
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxml import checkpoint, parallel, paths
+from jaxml import checkpoint, files, parallel, paths
 from jaxml.axes import Params
 from jaxml.lm import decoder, gguf, hf, tokenizer, zoo
 from jaxml.lm.config import DecoderConfig
@@ -92,12 +92,18 @@ def _convert(format: str, targets: Sequence[str]) -> Callable[[str, Any], Any]:
 
 
 def _load_orbax(folder: Path, dtype, mesh: Mesh | None) -> Model:
-    config, about = hf.read_config(folder), hf.read_json(folder / "config.json")
+    config = hf.read_config(folder)
+    with files.reading(folder, "a model"):
+        return _of_orbax(folder, config, dtype, mesh)
+
+
+def _of_orbax(folder: Path, config: DecoderConfig, dtype, mesh: Mesh | None) -> Model:
+    about = files.read_json(folder / "config.json")
     saved, here = jnp.dtype(about.get("dtype", "float32")), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, saved), decoder.shapes(config), is_leaf=lambda s: isinstance(s, tuple)
     )
-    how = hf.read_json(folder / QUANTISED) if (folder / QUANTISED).is_file() else {}
+    how = files.read_json(folder / QUANTISED) if (folder / QUANTISED).is_file() else {}
     nodes = {path: abstract(paths.named(template)[path].shape, **of) for path, of in how.items()}
     template = paths.replaced(template, nodes)
     where = jax.tree.map(lambda a: here, template) if mesh is None else parallel.shardings(template, mesh)

@@ -3,12 +3,14 @@
 From a Hugging Face ``tokenizer.json``, or rebuilt from the vocabulary in a GGUF file.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxml import files
 from jaxml.extras import need
 
 
@@ -75,24 +77,37 @@ def from_folder(folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: in
             f"{folder}: a model folder has a tokenizer.json; it is missing. "
             "SentencePiece files (tokenizer.model) are not read: convert them with transformers first."
         )
+    text = files.read_text(path)
+    with _rust(path):
+        backend = tokenizers.Tokenizer.from_str(text)
+    with files.reading(folder, "a tokenizer"), _rust(folder):
+        return _of_folder(folder, backend, eos_ids, pad_id)
+
+
+@contextlib.contextmanager
+def _rust(where: str | Path) -> Iterator[None]:
+    """The Rust library raises plain Exception, and panics, which are not even that."""
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the Rust library raises plain Exception
-        raise ValueError(f"{path}: not a tokenizer.json ({error}).") from error
+        yield
+    except BaseException as error:
+        if type(error) is Exception or type(error).__name__ == "PanicException":
+            raise ValueError(f"{where}: no tokenizer can be made of it ({error}).") from error
+        raise
+
+
+def _of_folder(folder: Path, backend: Any, eos_ids: tuple[int, ...], pad_id: int | None) -> Tokenizer:
     backend.no_padding()  # what the file's last user had set
     backend.no_truncation()
-    config = {}
-    if (folder / "tokenizer_config.json").is_file():
-        try:
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: not JSON ({error}).") from error
+    path = folder / "tokenizer_config.json"
+    config = files.read_json(path) if path.is_file() else {}
     id_of = lambda key: _token_id(backend, config.get(key))
     template = config.get("chat_template")
     if isinstance(template, list):  # several templates by name
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        template = files.read_text(folder / "chat_template.jinja", files.MIB)
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"{folder}: a chat template is text, got {type(template).__name__}.")
     eos = eos_ids or tuple(i for i in [id_of("eos_token")] if i is not None)
     pad = pad_id if pad_id is not None else id_of("pad_token")
     bos = id_of("bos_token")
@@ -132,6 +147,11 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         ValueError: a tokenizer model or pre-tokenizer that is not implemented, by name.
     """
     need("tokenizers", "lm")
+    with files.reading("tokenizer.ggml", "a vocabulary"), _rust("tokenizer.ggml"):
+        return _of_gguf(metadata)
+
+
+def _of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     get = lambda key, default=None: metadata.get("tokenizer.ggml." + key, default)
     model = get("model")
     if model == "gpt2":

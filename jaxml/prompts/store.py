@@ -6,6 +6,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from jaxml import files
+
 
 class Store:
     """A dictionary on disk: one JSON object a line, each written whole; a torn last line is left out.
@@ -66,7 +68,8 @@ class Store:
         for number, line in enumerate(lines, 1):
             try:
                 name, answer = json.loads(line)
-            except (ValueError, TypeError) as error:
+                hash(name)
+            except (ValueError, *files.IMPOSSIBLE) as error:
                 raise ValueError(
                     f"{self.path}, line {number}: a kept answer is [key, answer] in JSON ({error}). Remove the line."
                 ) from error

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import files
 from jaxml.quant import codebook
 from jaxml.quant.qarray import NESTED_BLOCK, Nested, QArray
 
@@ -154,7 +155,7 @@ def _part(name: str, get: Callable[[str], np.ndarray], available: set[str]) -> n
 
 def _state(name: str, get: Callable[[str], np.ndarray]) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(np.asarray(get(name), np.uint8)).decode())
+        state = files.json_of(bytes(np.asarray(get(name), np.uint8)), name)
     except ValueError as error:
         raise ValueError(f"{name}: holds the state's numbers as JSON ({error}). The file is damaged.") from error
     wanted = {"quant_type", "blocksize", "dtype", "shape"}

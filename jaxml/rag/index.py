@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.lm.encoder import Encoder
 from jaxml.prompts.llm import LLM, fingerprint
 from jaxml.prompts.store import Store as Kept
@@ -313,9 +313,9 @@ def check(path: str | Path) -> dict[str, Any]:
             f"{path.parent}: no index there (index.json is missing). Make one with rag.Index.create."
         )
     try:
-        about = json.loads(path.read_text())
+        about = files.read_json(path)
         good = about["format"] == FORMAT and isinstance(about["encoder"], str) and isinstance(about["chunking"], dict)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error!r}). Make the index again.") from error
     if not good:
         raise ValueError(f"{path}: an index of format {FORMAT}, got {about['format']!r}. Make it again.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.extras import need
 from jaxml.rag.passages import Passage
 
@@ -80,14 +80,14 @@ class Lexical:
         """What was saved with this stamp; None where there is nothing, or what was built from something else."""
         folder = Path(folder)
         try:
-            about = json.loads((folder / "stamp.json").read_text())
+            about = files.read_json(folder / "stamp.json")
             if about["stamp"] != stamp:
                 return None
             keys = np.load(folder / "keys.npy", allow_pickle=False)
             engine = need("bm25s", "rag").BM25.load(str(folder), mmap=True, show_progress=False)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except (ValueError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{folder}: damaged ({error}). Remove it; it is built again.") from error
         if keys.shape != (about["count"],):
             raise ValueError(f"{folder}: damaged. Remove it; it is built again.")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.rag import dense
 from jaxml.rag.passages import Passage
 
@@ -301,8 +301,11 @@ class _Segment:
 
     def _parse(self, line: bytes) -> Passage:
         try:
-            return Passage(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            passage = Passage(**json.loads(line))
+            if not all(isinstance(part, str) for part in (passage.text, passage.source, passage.title)):
+                raise ValueError("a passage's text, source and title are texts")
+            return passage
+        except (ValueError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{self.path / 'passages.jsonl'}: damaged ({error}). Make the index again.") from error
 
 
@@ -353,7 +356,7 @@ def _load(path: Path, shape: tuple[int, ...], dtypes: Sequence[str]) -> np.ndarr
         raise ValueError(f"{path}: missing. Make the index again.")
     try:
         a = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, OSError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error}). Make the index again.") from error
     if a.shape != shape or a.dtype not in [np.dtype(d) for d in dtypes]:
         raise ValueError(f"{path}: {shape} of {' or '.join(dtypes)}, got {a.shape} of {a.dtype}. Make the index again.")
@@ -364,14 +367,14 @@ def _read(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no store there.")
     try:
-        about = json.loads(path.read_text())
+        about = files.read_json(path)
         entries = [(e["name"], e["count"], e["dead"]) for e in about["segments"]]
         good = about["format"] == FORMAT and about["dtype"] in DTYPES
         good = good and all(isinstance(about[k], int) for k in ("width", "codes", "next"))
         plain = all(
             Path(n).name == n and (d is None or Path(d).name == d) and isinstance(c, int) for n, c, d in entries
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error!r}). Make the index again.") from error
     if not good or not plain:
         raise ValueError(f"{path}: a store of format {FORMAT}, got {about.get('format')!r} or a damaged one.")

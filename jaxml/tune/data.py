@@ -1,16 +1,17 @@
 """From JSONL to packed batches: deterministic, and every batch a function of its step number."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxml import files
 from jaxml.lm import chat
 from jaxml.lm.tokenizer import Tokenizer
 
+LINE_BYTES = 64 * files.MIB
 FORMS = "an object with the key text, the keys prompt and response, the key messages, or the key parts"
 
 
@@ -66,15 +67,15 @@ def read_lines(path: str | Path, read: Callable[[Any], Any], what: str) -> list[
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
-    found = []
+    found, number = [], 0
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        while line := lines.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) > LINE_BYTES:
+                raise ValueError(f"{path}, line {number}: a line has at most {LINE_BYTES:,} bytes. Cut it.")
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error}).") from error
+            value = files.json_of(line, f"{path}, line {number}")
             try:
                 found.append(read(value))
             except ValueError as error:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.axes import Array, Float, Params
 from jaxml.checkpoint import Checkpoints
 from jaxml.parallel import hosts
@@ -132,9 +132,10 @@ def agree(path: Path, about: dict[str, Any], who: str) -> None:
         if hosts.is_main():
             log.write_text(path, json.dumps(about, indent=2))
         return
-    then = json.loads(path.read_text())
+    then = files.read_json(path)
     flat = lambda d: {k: v for k, v in d.items() if k != "options"} | d.get("options", {})
-    before, now = flat(then), flat(about)
+    with files.reading(path, "a run"):
+        before, now = flat(then), flat(about)
     differ = [k for k in now if before.get(k) != now[k]]
     if differ:
         what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from jaxml.lm import hf
+from jaxml import files
 from jaxml.tune.adapters import starts
 
 METHODS = ("LORA", "VERA", "IA3", "ADALORA")
@@ -39,7 +39,12 @@ def read(folder: Path) -> dict[str, Any]:
         FileNotFoundError, ValueError: no file, a key with a value that it cannot have, an option that is not
             implemented.
     """
-    about = hf.read_json(folder / "adapter_config.json")
+    with files.reading(folder / "adapter_config.json", "an adapter"):
+        return _checked(folder)
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    about = files.read_json(folder / "adapter_config.json")
     if about.get("peft_type") not in (*METHODS, *PROMPTS):
         known = ", ".join((*METHODS, *PROMPTS))
         raise ValueError(f"{folder}: peft_type is one of {known}, got {about.get('peft_type')!r}.")

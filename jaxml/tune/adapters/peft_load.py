@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxml import paths, weights
+from jaxml import files, paths, weights
 from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
@@ -35,6 +35,11 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     """
     folder = Path(folder)
     about = peft_config.read(folder)
+    with files.reading(folder, "an adapter", more=(re.error,)):
+        return _load(folder, about, params, config, dtype)
+
+
+def _load(folder: Path, about: dict[str, Any], params: Params, config: DecoderConfig | Modules, dtype: Any) -> Params:
     method = about["peft_type"]
     if method in peft_config.PROMPTS:
         from jaxml.tune.prompt import peft as prompts  # which is made of this package

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxml import log
+from jaxml import files, log
 from jaxml.lm.model import Model
 from jaxml.tune.r_tuning import ask, metrics
 from jaxml.tune.r_tuning.ask import Answered
@@ -68,9 +68,9 @@ class Policy:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file.")
         try:
-            kept = json.loads(path.read_text())
+            kept = files.read_json(path)
             return cls(float(kept["weight"]), float(kept["threshold"]), str(kept["promise"]))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{path}: a policy has weight, threshold and promise ({error}).") from error
 
 

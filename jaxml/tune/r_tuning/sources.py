@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxml import files
 from jaxml.tune import facts
 from jaxml.tune.r_tuning.items import Item
 
@@ -187,7 +188,7 @@ def pararel(folder: str | Path, relations: Sequence[str] | None = None) -> list[
             try:
                 triple = json.loads(line)
                 answers.setdefault(triple["sub_label"], []).append(triple["obj_label"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, *files.IMPOSSIBLE) as error:
                 raise ValueError(f"{path}, line {number}: a triple has sub_label and obj_label ({error}).") from error
         items += [
             Item(PARAREL[relation].format(subject), tuple(dict.fromkeys(objects)), group=relation)
