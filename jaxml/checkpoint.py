@@ -46,11 +46,25 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
+            with self._writing():
+                self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
 
     def wait(self) -> None:
         """Until all that was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Orbax's errors, of this checkpoint or the one before it, as what they are."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            said = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())[:300]
+            raise OSError(
+                f"{self._manager.directory}: a checkpoint could not be written ({said}). Those before it are whole: "
+                "see to the disk, and start again."
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps that are there, in order."""
@@ -98,7 +112,8 @@ class Checkpoints:
             )
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
