@@ -1,13 +1,17 @@
 """Checkpoints through Orbax: `save`, `restore`, `latest`; written whole or not at all."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
+from jaxml.parallel import hosts
+
 Tree = TypeVar("Tree")
+DELETED = ".deleted"  # of a run's folder: checkpoints that are being deleted
 
 
 class Checkpoints:
@@ -38,8 +42,11 @@ class Checkpoints:
                 best_fn=None if best is None else lambda m: m[best],  # makes Orbax write the metrics
                 best_mode="min",
                 create=True,
+                # What is deleted loses its name first: a process that is killed meanwhile leaves no half of it behind.
+                todelete_subdir=DELETED,
             ),
         )
+        self._purge()
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts writing; overwrites nothing: a step that exists already is left as it is."""
@@ -47,6 +54,8 @@ class Checkpoints:
 
         if step not in self._manager.all_steps():
             with self._writing():
+                self._manager.wait_until_finished()
+                self._purge()
                 self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
 
     def wait(self) -> None:
@@ -114,6 +123,18 @@ class Checkpoints:
     def close(self) -> None:
         with self._writing():
             self._manager.close()
+        self._purge()
+        if self._deleted.is_dir() and hosts.is_main() and not any(self._deleted.iterdir()):
+            self._deleted.rmdir()
+
+    @property
+    def _deleted(self) -> Path:
+        return Path(self._manager.directory) / DELETED
+
+    def _purge(self) -> None:
+        if hosts.is_main():
+            for path in self._deleted.glob("*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def __enter__(self) -> "Checkpoints":
         return self

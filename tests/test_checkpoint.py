@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 from jaxml import checkpoint
+from jaxml.checkpoint import DELETED, Checkpoints
 from jaxml.tune.run import begin
 
 
@@ -78,3 +80,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before_it(tmp_path):
     again = checkpoint.restore(tmp_path / "c", {"w": jnp.zeros(200_000)})["w"]
     expected = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
     np.testing.assert_array_equal(again, expected)
+
+
+def test_a_checkpoint_that_is_being_deleted_has_no_name(tmp_path, monkeypatch):
+    gone = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: gone.append(path))  # killed before anything is removed
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, tree(step))
+            checkpoints.wait()
+        assert checkpoints.steps() == [3]
+    assert {path.parent.name for path in gone} == {DELETED}
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # the next start removes what was left
+        assert checkpoints.steps() == [3] and not list((tmp_path / DELETED).iterdir())
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(tree()), tree(3))
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 1, tree(1))
+    with Checkpoints(tmp_path) as checkpoints:
+
+        def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing\nmany lines more")
+
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(OSError, match=r"could not be written \(RESOURCE_EXHAUSTED: Error writing\)"):
+            checkpoints.save(2, tree(2))
+    assert checkpoint.latest(tmp_path) == 1

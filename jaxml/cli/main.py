@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -107,7 +108,7 @@ def mesh_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--mesh",
         metavar="AXES",
-        help="devices by axis: data=2,fsdp=4 (data, fsdp, tensor, context, expert; -1: the rest; default: fsdp=-1)",
+        help="devices by axis: data=2,fsdp=4 (data, fsdp, tensor, context, expert; -1: the rest; default: fsdp)",
     )
     sub.add_argument(
         "--coordinator",
@@ -132,12 +133,17 @@ def join(args: argparse.Namespace):
         hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat)
     elif args.processes is not None or args.process is not None:
         raise ValueError(f"{args.verb}: --processes and --process need --coordinator HOST:PORT.")
-    if args.mesh is None and jax.device_count() == 1:
-        return None
-    mesh = parallel.parse(args.mesh or "fsdp=-1")
-    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    hosts.say(f"{jax.device_count()} devices{processes}: {parallel.spell(mesh.shape)}")
-    return mesh
+    count, processes = jax.device_count(), jax.process_count()
+    if args.mesh or processes > 1:
+        mesh = parallel.parse(args.mesh or "fsdp=-1")
+        of = f" of {processes} processes" if processes > 1 else ""
+        hosts.say(f"{count} devices{of}: {parallel.spell(mesh.shape)}")
+        return mesh
+    used = math.gcd(count, args.batch_size)
+    if count > 1:
+        why = "" if used == count else f" of {count}, as many as divide --batch-size {args.batch_size}"
+        hosts.say(f"{used} device{'s' * (used > 1)}{why}: fsdp={used}")
+    return parallel.mesh(fsdp=used, devices=jax.devices()[:used]) if used > 1 else None
 
 
 def load(args: argparse.Namespace, mesh=None):
