@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxml.axes import Array, Float, Int
 from jaxml.lm.config import DecoderConfig
+from jaxml.parallel.rules import hint
 
 EMPTY = 2**30
 
@@ -39,11 +40,16 @@ def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Ca
     """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
+        key=spread(jnp.zeros(shape, dtype)),
+        value=spread(jnp.zeros(shape, dtype)),
         positions=jnp.full((batch, slots), EMPTY, jnp.int32),
         length=jnp.zeros((), jnp.int32),
     )
+
+
+def spread(a: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
+    """Keys or values with rows and heads where the mesh that is set has them."""
+    return hint(a, None, "batch", "heads", None, None)
 
 
 def full(key: Float[Array, "L B K S H"], value: Float[Array, "L B K S H"]) -> Cache:

@@ -129,7 +129,7 @@ def apply_cached(
     kv_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1)
     attend = dict(q_positions=positions, kv_positions=kv_positions)
     x, (key, value) = _layers(params, config, x, positions, attend, (cache.key, cache.value), cache.length)
-    x = _norm(x, params["norm"], config)
+    x, key, value = _norm(x, params["norm"], config), caches.spread(key), caches.spread(value)
     return x, Cache(key=key, value=value, positions=kv_positions, length=cache.length + tokens.shape[1])
 
 

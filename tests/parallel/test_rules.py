@@ -1,11 +1,15 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxml import optim, parallel, quant
+from jaxml import lm, optim, parallel, quant
 from jaxml.attention import ring, zigzag_order
+from jaxml.lm import cache as caches
+from jaxml.lm import decoder
 from jaxml.optim.sharding import state_sharding
 from jaxml.parallel import rules
 from jaxml.parallel.mesh import automatic, live
@@ -137,3 +141,19 @@ def test_rows_of_a_spread_table_are_the_tables():
         spread = parallel.shard({"embed": table}, on)["embed"]
         got = jax.jit(jax.value_and_grad(loss))(spread)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance("float32", 192)), got, wanted)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "tensor=4,data=2", "context=2,fsdp=2,tensor=2"])
+def test_generation_and_scores_on_a_mesh_are_those_of_one_device(mesh):
+    model = tiny_model(width=64, num_heads=8, num_kv_heads=4, hidden_dim=128)
+    asked, on = ["hello", "the fox is", "a", "bcd efg"] * 2, parallel.parse(mesh)
+    tokens, scores = lm.generate(model, asked, max_new_tokens=6), lm.score(model, asked, [" yes"] * 8)
+    with jax.set_mesh(on):
+        spread = model.replace(params=parallel.shard(model.params, on))
+        assert lm.generate(spread, asked, max_new_tokens=6) == tokens
+        np.testing.assert_allclose(lm.score(spread, asked, [" yes"] * 8), scores, atol=1e-4)
+        cache = jax.jit(lambda: caches.init(model.config, 8, 16))()
+        more = jax.jit(functools.partial(decoder.apply_cached, config=model.config))
+        positions = jnp.broadcast_to(jnp.arange(4)[None], (8, 4))
+        _, cache = more(spread.params, tokens=jnp.ones((8, 4), jnp.int32), cache=cache, positions=positions)
+    assert cache.key.addressable_shards[0].data.size * (8 if on.shape["context"] == 1 else 4) == cache.key.size
