@@ -1,6 +1,7 @@
 """One program on many processes: how they find each other, and what only one of them does."""
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +66,47 @@ def meet(where: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(where)
+
+
+def shared(count: int, make: Callable[[int], tuple[Sequence[int], Sequence[float]]]) -> list[tuple]:
+    """``[make(0), make(1), …]``, of which each process makes its own part; then all tell each other.
+
+    Args:
+        make: (whole numbers, as many numbers) of one; it raises ValueError where there is something wrong.
+
+    Raises:
+        ValueError: in all processes, what `make` raised in any.
+    """
+    me, processes = jax.process_index(), jax.process_count()
+    if processes == 1:
+        return [make(i) for i in range(count)]
+    from jax.experimental import multihost_utils
+
+    own, wrong = [], None
+    try:
+        own = [make(i) for i in range(me, count, processes)]
+    except ValueError as error:
+        own, wrong = [], str(error)
+    text = (wrong or "").encode()[:1000]
+    sizes = np.array([len(own), sum(len(numbers) for numbers, _ in own), len(text)], np.int32)
+    most = multihost_utils.process_allgather(sizes).max(axis=0)
+
+    def told(values: Any, length: int, dtype: Any) -> np.ndarray:
+        values = np.asarray(values, dtype)
+        return multihost_utils.process_allgather(np.pad(values, (0, int(length) - len(values))))
+
+    texts = told(np.frombuffer(text, np.uint8), most[2], np.uint8)
+    if said := next((bytes(t).rstrip(b"\0").decode(errors="replace") for t in texts if t.any()), None):
+        raise ValueError(said)
+    lengths = told([len(numbers) for numbers, _ in own], most[0], np.int32)
+    wholes = told([n for numbers, _ in own for n in numbers], most[1], np.int32)
+    floats = told([n for _, numbers in own for n in numbers], most[1], np.float32)
+    ends, out = np.cumsum(lengths, axis=1), []
+    for i in range(count):
+        process, at = i % processes, i // processes
+        part = slice(ends[process, at] - lengths[process, at], ends[process, at])
+        out.append((wholes[process, part].tolist(), floats[process, part].tolist()))
+    return out
 
 
 def place(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxml import files
 from jaxml.lm import chat
 from jaxml.lm.tokenizer import Tokenizer
+from jaxml.parallel import hosts
 
 LINE_BYTES = 64 * files.MIB
 FORMS = "an object with the key text, the keys prompt and response, the key messages, or the key parts"
@@ -256,7 +257,7 @@ def prepare(
     learn_all: bool = False,
     tasks: int | None = None,
 ) -> Batches:
-    """Examples to batches: encoded, shuffled by the seed, packed.
+    """Examples to batches: encoded (of several processes each encodes its part), shuffled by the seed, packed.
 
     Args:
         tasks: how many there are; each example then has the key task, a number below that, and each row holds examples
@@ -265,7 +266,8 @@ def prepare(
     if not examples:
         raise ValueError("data.prepare: at least one example is given, got none.")
     order = np.random.default_rng(seed).permutation(len(examples))
-    encoded = [encode(examples[i], tokenizer, learn_all=learn_all) for i in order]
+    made = hosts.shared(len(order), lambda i: encode(examples[order[i]], tokenizer, learn_all=learn_all))
+    encoded = [Encoded(*one) for one in made]
     if tasks is None:
         return Batches(pack(encoded, length), batch_size, seed)
     given = [examples[i].get("task") for i in order]
