@@ -144,8 +144,8 @@ def ours(method: str, folder: Path) -> dict:
     from jaxml import lm, tune
     from jaxml.lm import decoder
     from jaxml.tune import adapters
-    from jaxml.tune.fit import make_step, optimizer
     from jaxml.tune.run import begin
+    from jaxml.tune.step import make_step, optimizer
 
     model = lm.load(folder / ("nf4" if method == "qlora" else "dense"))
     config = model.config
@@ -390,8 +390,8 @@ def _step(config, params, batch: int, length: int, rows: int):
 
     from jaxml import tune
     from jaxml.tune import adapters
-    from jaxml.tune.fit import make_step, optimizer
     from jaxml.tune.run import begin
+    from jaxml.tune.step import make_step, optimizer
 
     options = tune.Options(steps=100, batch_size=rows, length=length, remat=True, dtype="bfloat16")
     tx = optimizer(options, 100)
@@ -432,7 +432,7 @@ def _on_a_slice(size: str, length: int) -> dict:
 
     from jaxml import quant
     from jaxml.target import target
-    from jaxml.tune.fit import batch_loss
+    from jaxml.tune.step import batch_loss
 
     for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
         os.environ.setdefault(name, "1")

@@ -129,12 +129,11 @@ def learnt(subject: str) -> np.ndarray:
 
 def our_train(model: str, subject: str):
     import jax
-    import jax.numpy as jnp
 
     from jaxml import lm, tune
     from jaxml.lm import decoder
     from jaxml.tune import adapters
-    from jaxml.tune.fit import State, make_step, optimizer
+    from jaxml.tune.step import make_step, optimizer
 
     loaded = lm.load(model)
     config = loaded.config
@@ -153,7 +152,7 @@ def our_train(model: str, subject: str):
         "segment_ids": np.ones_like(x),
         "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), x.shape),
     }
-    holder = {"state": State(trainable, tx.init(trainable), jnp.zeros((), jnp.int32)), "losses": []}
+    holder = {"state": begin(trainable, tx), "losses": []}
 
     def call():
         holder["state"], metrics = step(holder["state"], frozen, batch)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.verb != "download":
         _compilation_cache()
-    from jaxml.tune.fit import Stopped
+    from jaxml.tune.run import Stopped
 
     try:
         return args.run(args) or 0

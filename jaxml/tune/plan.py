@@ -21,8 +21,10 @@ from jaxml.parallel import flops, program, topology
 from jaxml.parallel.rules import RULES, spec
 from jaxml.target import target
 from jaxml.tune import adapters
-from jaxml.tune.fit import Options, batch_loss, for_training, make_step, state_shardings
+from jaxml.tune.options import Options
+from jaxml.tune.place import for_training, state_shardings
 from jaxml.tune.run import begin
+from jaxml.tune.step import batch_loss, make_step
 
 GIB = 2**30
 

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from jaxml import log, optim, parallel, quant, tune
+from jaxml import lm, log, optim, parallel, quant, tune
 from jaxml.parallel.program import Program
 from jaxml.testing import tiny_model
 from jaxml.tune import adapters, data
-from jaxml.tune.fit import _begun, for_training, make_step, optimizer
+from jaxml.tune.place import begun, for_training
+from jaxml.tune.step import make_step, optimizer
 
 EXAMPLES = [{"prompt": f"say {i} ", "response": "abcdefgh"[i % 8 :] + " x" * (i % 5)} for i in range(64)]
 MESHES = (
@@ -135,6 +136,18 @@ def test_a_run_goes_on_with_another_mesh(tmp_path):
     assert rows == list(range(1, 7))
 
 
+def test_a_model_from_a_mesh_lies_on_it_whole_and_generates():
+    model, tx = start("qlora")
+    options, on = tune.Options(**OPTIONS | dict(steps=1)), parallel.mesh(fsdp=8)
+    tuned, _ = tune.fit(model, EXAMPLES, options, tx=tx, mesh=on, progress=False)
+    assert all(a.sharding.mesh.size == 8 for a in jax.tree.leaves(tuned.params))
+    one, _ = tune.fit(model, EXAMPLES, options, tx=tx, progress=False)
+    with jax.set_mesh(on):
+        assert lm.generate(tuned, ["say 3 "] * 8, max_new_tokens=4) == lm.generate(
+            one, ["say 3 "] * 8, max_new_tokens=4
+        )
+
+
 # ---- the compiled program ---------------------------------------------------------------------------
 
 
@@ -142,7 +155,7 @@ def compiled(method, mesh, **options):
     model, tx = start(method)
     o, on = tune.Options(**OPTIONS | options), None if mesh is None else parallel.parse(mesh)
     tx = tx(20)
-    state, frozen, shardings, place = _begun(*for_training(*adapters.split(model.params), o), tx, on)
+    state, frozen, shardings, place = begun(*for_training(*adapters.split(model.params), o), tx, on)
     batches = data.prepare(EXAMPLES, model.tokenizer, length=32, batch_size=8)
     batch = {k: np.stack([v] * o.accumulate) for k, v in batches(0).items()}
     step = make_step(model.config, tx, o, shardings)

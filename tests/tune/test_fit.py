@@ -15,9 +15,9 @@ from jaxml import checkpoint, log, tune
 from jaxml.lm import decoder
 from jaxml.testing import tiny_model, tolerance
 from jaxml.tune import adapters, data
-from jaxml.tune.fit import make_step
 from jaxml.tune.loss import divergence
 from jaxml.tune.run import begin
+from jaxml.tune.step import make_step
 
 EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
 OPTIONS = tune.Options(steps=12, batch_size=2, length=32, learning_rate=1e-2, save_every=3)
@@ -183,7 +183,7 @@ def test_a_packed_batch_has_the_loss_of_its_examples_apart():
     model = tiny_model()
     together = data.prepare(EXAMPLES[:4], model.tokenizer, length=64, batch_size=1)
     options = tune.Options(length=64)
-    from jaxml.tune.fit import batch_loss
+    from jaxml.tune.step import batch_loss
 
     total, count = batch_loss(model.params, {}, together(0), config=model.config, options=options)
     alone = [

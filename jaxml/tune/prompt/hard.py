@@ -13,9 +13,10 @@ from jaxml import weights
 from jaxml.axes import Array, Float, Int, Params
 from jaxml.lm.model import Model
 from jaxml.tune import adapters, data
-from jaxml.tune.fit import Options, batch_loss
+from jaxml.tune.options import Options
 from jaxml.tune.prompt.nodes import SoftPrompt, only
 from jaxml.tune.prompt.soft import common_tokens, embeddings
+from jaxml.tune.step import batch_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""How a run trains."""
+
+import dataclasses
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run trains; a run is resumed only with the options that it began with.
+
+    Args:
+        steps: optimizer steps; from `epochs` where None.
+        epochs: passes over the packed rows.
+        batch_size: rows a step takes forward at once.
+        accumulate: such batches per optimizer step; their losses are summed, then divided by all their tokens.
+        length: tokens a row.
+        learning_rate: at the top of the schedule.
+        schedule: "constant", "linear" or "cosine" (to 0), after the warm-up.
+        warmup: share of the steps over which the rate rises from 0.
+        weight_decay, b1, b2: of AdamW.
+        clip: global norm of the gradient at most (None: never).
+        remat: recompute each layer backwards instead of keeping its activations.
+        unroll: unroll the layers instead of scanning them: no copy of each layer's weights and activations, at
+            twice the compile time and, with adapters, a copy of the frozen layers. Faster on CPU.
+        dtype: to compute in ("bfloat16"); the parameters' own where None.
+        master: keep the trained parameters and the optimizer in float32 whatever `dtype` is.
+        learn_all: the loss counts prompts as well as responses.
+        anchor_rows, anchor_weight: where `fit` is given anchors: their rows in each batch, and the factor of
+            their part of the loss.
+        seed: of the order of the data.
+        save_every, eval_every, log_every: in steps (0: at the end only).
+        keep: checkpoints to keep, beside the best by held-out loss.
+        spike: a gradient whose norm is more than this many times the median of the last 64 is skipped, as one that is
+            not finite always is (None: only those). Its batch is passed over, and nothing of the state changes.
+        patience: so many skipped steps in a row, and the run goes back to its last checkpoint and on with the batches
+            that follow; at most `rollbacks` times.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 512
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    clip: float | None = 1.0
+    remat: bool = False
+    unroll: bool = False
+    dtype: str | None = None
+    master: bool = True
+    learn_all: bool = False
+    anchor_rows: int = 1
+    anchor_weight: float = 1.0
+    seed: int = 0
+    save_every: int = 100
+    eval_every: int = 0
+    log_every: int = 1
+    keep: int = 3
+    spike: float | None = None
+    patience: int = 5
+    rollbacks: int = 3
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "length", "keep", "anchor_rows", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Options: {name} is at least 1, got {getattr(self, name)}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"Options: steps is at least 1, got {self.steps}.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"Options: spike is above 1, got {self.spike}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"Options: warmup is in [0, 1), got {self.warmup}.")
+
+
+USUAL = Options()
