@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxml import lm
-from jaxml.lm import encoder, hf, zoo
+from jaxml import files, lm
+from jaxml.lm import encoder, zoo
 
 TEXTS = ["The capital of France is Paris.", "Berlin lies in Germany", "A cat sat on the mat. " * 60, "x"]
 
@@ -59,7 +59,7 @@ def test_what_is_no_such_encoder_is_refused(minilm, tmp_path):
         encoder.load("nowhere")
     with pytest.raises(ValueError, match="at least one text"):
         minilm("one")
-    about = hf.read_json(zoo.find("minilm").parent / "config.json")
+    about = files.read_json(zoo.find("minilm").parent / "config.json")
     for key, value in (("model_type", "roberta"), ("hidden_act", "relu")):
         (tmp_path / "config.json").write_text(json.dumps(about | {key: value}))
         with pytest.raises(ValueError, match=f"{key}.*{value}"):
