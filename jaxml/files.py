@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 2**20
-JSON_BYTES = 512 * MIB  # the largest tokenizer.json and index files have tens of MiB
+JSON_BYTES = 128 * MIB  # the largest tokenizer.json and index files have tens of MiB; in memory 24 times as much
 
 # What a reader runs into when a file says something that cannot be: always the file's fault, never a usual outcome.
 IMPOSSIBLE = (

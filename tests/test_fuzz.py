@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxml import files
+from jaxml import files, lm
 from jaxml.lm import sandbox
 from jaxml.lm.config import DecoderConfig
+from jaxml.prompts.store import Store
 from jaxml.testing import tiny_config, tiny_tokenizer
 from jaxml.tune import data
 
@@ -148,6 +149,14 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{{ 1 / 0 }}",
         "{{ messages[0].content.nothing.more }}",
         "{% if %}",
+        "{% set _tick = dict %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% block a %}{{ self.b() }}{{ self.b() }}{% endblock %}{% block b %}{% endblock %}",
+        "{% macro f(a, a) %}{% endmacro %}",
+        "{{ [1] | slice(10000000000) | list }}",
+        "{{ 1 | round(20000000, 'ceil') }}",
+        "{{ [1] | tojson(indent=2000000000) }}",
+        "{% set s = 'a' * 10**6 %}{% for i in range(100) %}{{ s }}{% endfor %}",
     ],
 )
 def test_a_template_that_means_harm_is_a_sentence(template):
@@ -163,3 +172,74 @@ def test_a_template_says_what_it_said_before():
         "{{ f('hi') }}{{ ['a', 'b'] | join('-') }}{{ 2 ** 3 }}"
     )
     assert sandbox.render(template, messages=[{"role": "user", "content": " hi "}]) == "1: hi  HI \nTrue<ho>a-b8"
+
+
+# ---- files that were made to harm --------------------------------------------------------------------
+
+
+def gguf_of(key: bytes, kind: int, value: bytes) -> bytes:
+    """A GGUF file of one key and no tensor."""
+    head = b"GGUF" + (3).to_bytes(4, "little") + (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
+    return head + len(key).to_bytes(8, "little") + key + kind.to_bytes(4, "little") + value
+
+
+@pytest.mark.parametrize("item", [0, 4, 8, 9])  # bytes, numbers, texts, arrays
+def test_an_array_that_is_longer_than_its_file_is_refused(item, tmp_path):
+    value = item.to_bytes(4, "little") + (2**62).to_bytes(8, "little")
+    (tmp_path / "a.gguf").write_bytes(gguf_of(b"x", 9, value))
+    with pytest.raises(ValueError, match="not a whole GGUF file"):
+        lm.gguf.read_metadata(tmp_path / "a.gguf")
+
+
+def test_a_long_array_of_numbers_takes_as_much_memory_as_the_file(tmp_path):
+    value = (0).to_bytes(4, "little") + (10**6).to_bytes(8, "little") + bytes(range(256)) * 3906 + bytes(64)
+    (tmp_path / "a.gguf").write_bytes(gguf_of(b"x", 9, value))
+    found = lm.gguf.read_metadata(tmp_path / "a.gguf")["x"]
+    assert len(found) == 10**6 and list(found[:3]) == [0, 1, 2] and found[255] == 255
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("num_hidden_layers", 10**12, "num_layers is a whole number from 1 to 1,000"),
+        ("rms_norm_eps", "x", "norm_eps"),
+        ("rms_norm_eps", 10**400, "norm_eps"),
+        ("rope_theta", -1.0, "rope_theta is a finite number above 0"),
+        ("eos_token_id", -1, "eos_ids are token ids from 0, got -1"),
+        ("eos_token_id", [[1]], "eos_ids"),
+        ("pad_token_id", 10**30, "pad_id"),
+    ],
+)
+def test_numbers_that_no_decoder_has_are_refused(key, value, said):
+    with pytest.raises(ValueError, match=said), files.reading("config.json", "a decoder"):
+        DecoderConfig.from_hf(tiny_config().to_hf() | {key: value})
+
+
+def test_a_file_that_is_none_of_its_own_is_not_cut(tmp_path):
+    (tmp_path / "key.txt").write_text("my only key")
+    with pytest.raises(ValueError, match="is it another file"):
+        Store(tmp_path / "key.txt")
+    assert (tmp_path / "key.txt").read_text() == "my only key"
+
+
+def test_the_lock_of_an_index_is_no_way_to_another_file(tmp_path):
+    from jaxml.rag.index import _alone
+
+    (tmp_path / "index").mkdir()
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / "index" / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ValueError, match="a plain file of the index's own"), _alone(tmp_path / "index"):
+        pass
+    assert (tmp_path / "victim").read_text() == "kept"
+
+
+def test_pages_with_long_headings_and_endless_tags_stay_small_and_quick(tmp_path):
+    from jaxml.rag import read
+
+    (tmp_path / "a.html").write_text("<h1>" + "t" * 200_000 + "</h1><h2>x</h2>" + "<p>a" * 2000)
+    assert all(len(block.title) < 400 for block in read.read(tmp_path / "a.html"))
+    (tmp_path / "b.html").write_text("<a" + "a" * 300_000)
+    assert len(list(read.read(tmp_path / "b.html"))) == 1
+    (tmp_path / "c.html").write_text('<meta charset="punycode"><p>a')
+    with pytest.raises(ValueError, match="it is in 'punycode'"):
+        list(read.read(tmp_path / "c.html"))

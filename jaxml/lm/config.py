@@ -1,6 +1,7 @@
 """What a decoder is, in numbers: one frozen dataclass for every family."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,11 +9,31 @@ FEED_FORWARDS = ("gated", "kan", "rational")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 GEMMA = ("gemma2", "gemma3_text")
 SIZES = (
-    "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_length",
+    "vocab_size", "width", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_length",
     "kan_grid",
 )  # fmt: skip
-MOST, MOST_LAYERS = 2**31, 10_000  # what is above is a damaged file's, and would fill the memory with names alone
+MOST, MOST_LAYERS = 2**31, 1_000  # what is above is a damaged file's, and would fill the memory with names alone
+REALS = (
+    "norm_eps", "rope_theta", "local_rope_theta", "query_scale", "attention_soft_cap", "logits_soft_cap", "embed_scale",
+)  # fmt: skip
 REQUIRED = object()  # the default of a key that a file must have
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _positive(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def check_layers(count: Any) -> None:
+    """Refuses numbers of layers that no model has, before anything is made for each of them."""
+    if not _whole(count, 1, MOST_LAYERS):
+        raise ValueError(f"DecoderConfig: num_layers is a whole number from 1 to {MOST_LAYERS:,}, got {count!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +54,14 @@ class RopeScaling:
     attention_factor: float | None = None  # multiplies sin and cos; None: from factor (yarn)
     truncate: bool = True
     factors: tuple[float, ...] = ()  # kind "factors": [head_dim / 2]
+
+    def __post_init__(self):
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_length", "beta_fast", "beta_slow")
+        for name in (*names, *(("attention_factor",) if self.attention_factor is not None else ())):
+            if not _positive(getattr(self, name)):
+                raise ValueError(f"RopeScaling: {name} is a finite number above 0, got {getattr(self, name)!r}.")
+        if not all(map(_positive, self.factors)):
+            raise ValueError("RopeScaling: factors are finite numbers above 0.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +108,21 @@ class DecoderConfig:
         if self.feed_forward not in FEED_FORWARDS:
             known = ", ".join(FEED_FORWARDS)
             raise ValueError(f"DecoderConfig: feed_forward is one of {known}, got {self.feed_forward!r}.")
+        check_layers(self.num_layers)
         for name in SIZES:
-            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-                raise ValueError(f"DecoderConfig: {name} is a whole number from 1 to {most:,}, got {value!r}.")
+            if not _whole(getattr(self, name), 1, MOST):
+                raise ValueError(
+                    f"DecoderConfig: {name} is a whole number from 1 to {MOST:,}, got {getattr(self, name)!r}."
+                )
+        for name, ids in (("bos_id", [self.bos_id]), ("pad_id", [self.pad_id]), ("eos_ids", self.eos_ids)):
+            if wrong := [i for i in ids if i is not None and not _whole(i, 0, MOST)]:
+                raise ValueError(f"DecoderConfig: {name} are token ids from 0, got {wrong[0]!r}.")
+        if self.window is not None and not _whole(self.window, 1, MOST):
+            raise ValueError(f"DecoderConfig: window is a whole number from 1, got {self.window!r}.")
+        for name in REALS:
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise ValueError(f"DecoderConfig: {name} is a finite number above 0, got {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"DecoderConfig: num_heads is a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}."

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxml.lm.config import GEMMA, REQUIRED, DecoderConfig, RopeScaling
+from jaxml.lm.config import GEMMA, REQUIRED, DecoderConfig, RopeScaling, check_layers
 
 _GGUF_FAMILIES = {
     "llama": "llama",
@@ -90,6 +90,7 @@ def read(metadata: dict[str, Any]) -> DecoderConfig:
 
 
 def _gguf_layers(take, family: str, num_layers: int) -> dict[str, Any]:
+    check_layers(num_layers)
     window = take("attention.sliding_window")
     local: tuple[int, ...] = ()
     if family == "gemma2":

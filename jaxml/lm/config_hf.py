@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxml.lm.config import FAMILIES, GEMMA, REQUIRED, DecoderConfig, RopeScaling
+from jaxml.lm.config import FAMILIES, GEMMA, REQUIRED, DecoderConfig, RopeScaling, check_layers
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -161,6 +161,7 @@ def _scaling_from_hf(scaling: dict[str, Any], max_length: int) -> RopeScaling | 
 
 def _layers_from_hf(take, config, family: str, num_layers: int) -> dict[str, Any]:
     """Which layers see only a window, and which are not rotated."""
+    check_layers(num_layers)
     window, types = take("sliding_window"), take("layer_types")
     if family in ("qwen2", "qwen3", "smollm3") and not take("use_sliding_window", False):
         window = None

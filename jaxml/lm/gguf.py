@@ -1,6 +1,7 @@
 """Reading GGUF files (llama.cpp's format) through the ``gguf`` package, dequantised tensor by tensor."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def _reader(gguf):
             self.data = np.asarray(self.data).view(np.ndarray)
             return super()._build_fields(offs, count)
 
+        def _get_field_parts(self, orig_offs, raw_type):
+            """The package's, but arrays longer than the file are refused, and those of numbers are one part."""
+            types = gguf.GGUFValueType
+            if types(raw_type) != types.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            scalar = self.gguf_scalar_to_np.get(types(kind[0]))
+            least = 8 if scalar is None else np.dtype(scalar).itemsize  # a text says how long it is
+            left = len(self.data) - orig_offs - 12
+            if int(count[0]) * least > left:
+                raise ValueError(f"an array of {count[0]:,} values in the {left:,} bytes that are left")
+            if scalar is None:
+                return super()._get_field_parts(orig_offs, raw_type)
+            values = self._get(orig_offs + 12, scalar, int(count[0]))
+            return 12 + values.nbytes, [kind, count, values], [2], [types.ARRAY, types(kind[0])]
+
     return Reader
 
 
@@ -111,6 +128,10 @@ def _contents(field) -> Any:
 
 def _check_complete(path, reader) -> None:
     size = Path(path).stat().st_size
+    places = sorted((t.data_offset, t.n_bytes, t.name) for t in reader.tensors)
+    for (start, length, name), (following, _, other) in itertools.pairwise(places):
+        if start + length > following:
+            raise ValueError(f"{path}: tensors {name} and {other} share bytes. The file is damaged.")
     for t in reader.tensors:
         if t.data_offset + t.n_bytes > size:
             raise ValueError(

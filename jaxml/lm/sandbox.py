@@ -3,12 +3,20 @@
 import datetime
 import functools
 import json
+import time
 from typing import Any
 
 from jaxml.extras import need
 
 TURNS = 200_000  # of all loops and macros of one rendering together
-CHARACTERS = 16 * 2**20  # of anything that a template makes
+SECONDS = 10
+CHARACTERS = 2**20  # of anything that a template makes
+FILTERS = (
+    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby",
+    "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
+    "replace", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "unique",
+    "upper",
+)  # fmt: skip
 PADDING = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill")  # of texts
 
 
@@ -21,19 +29,36 @@ def render(template: str, **values: Any) -> str:
     need("jinja2", "lm")
     from jinja2 import TemplateError
 
-    left = [TURNS]
+    left, until = [TURNS], time.monotonic() + SECONDS
 
     def tick() -> str:
         left[0] -= 1
         if left[0] < 0:
             raise TemplateError(f"its loops turn more than {TURNS:,} times")
+        if left[0] % 64 == 0 and time.monotonic() > until:
+            raise TemplateError(f"it takes more than {SECONDS} s")
         return ""
 
     try:
-        return _short("".join(_compiled(template).generate(_tick=tick, _join=_join, **values)))
+        said, length = [], 0
+        for part in _compiled(template).generate(_tick=tick, _join=_join, **values):
+            said.append(part)
+            length += len(part)
+            if length > CHARACTERS:
+                raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
+        return "".join(said)
     except TemplateError as error:
         raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RecursionError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"chat.render: the model's chat template does not work ({said}).") from error
 
@@ -41,10 +66,17 @@ def render(template: str, **values: Any) -> str:
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
     """The template, which counts the turns of its loops and the calls of its macros."""
-    from jinja2 import nodes
+    from jinja2 import TemplateError, nodes
 
     environment = _environment()
     tree = environment.parse(template)
+    if own := [node.name for node in tree.find_all(nodes.Name) if node.name in ("_tick", "_join")]:
+        raise TemplateError(f"{own[0]} is a name of the sandbox's own")
+    if any(tree.find_all(nodes.Block)) or any(tree.find_all(nodes.FloorDiv)):
+        raise TemplateError("it has blocks or whole quotients; neither is supported")
+    for node in tree.find_all(nodes.For):
+        if node.test is not None:  # turns that the condition leaves out count as well
+            node.test = nodes.And(nodes.Not(nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)), node.test)
     tick = lambda: nodes.Output([nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)])
     for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
         for node in tree.find_all(kind):
@@ -126,14 +158,28 @@ def _environment() -> Any:
     environment = Bounded(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    environment.filters["tojson"] = lambda x, indent=None: _short(json.dumps(x, ensure_ascii=False, indent=indent))
-    for name in ("center", "format", "filesizeformat", "urlize", "xmlattr", "wordwrap", "pprint"):
-        environment.filters.pop(name, None)  # widths, and nothing that a chat needs
+    environment.filters["tojson"] = _tojson
+    for name in set(environment.filters) - set(FILTERS):  # widths, copies, and nothing that a chat needs
+        environment.filters.pop(name)
     for name in ("lipsum", "cycler"):
         environment.globals.pop(name, None)
     for name in ("indent", "replace", "join"):
         environment.filters[name] = _bounded(environment.filters[name])
     return environment
+
+
+def _tojson(x: Any, indent: int | None = None) -> str:
+    from jinja2 import TemplateError
+
+    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
+        raise TemplateError("an indent is from 0 to 16")
+    made, length = [], 0
+    for part in json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(x):
+        made.append(part)
+        length += len(part)
+        if length > CHARACTERS:
+            raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
+    return "".join(made)
 
 
 def _affordable(method: str, text: str, args: tuple[Any, ...]) -> None:

@@ -75,6 +75,8 @@ class Store:
                 ) from error
             self._kept[name] = answer
         if torn:
+            if not torn.startswith(b'["'):
+                raise ValueError(f"{self.path}: its last line is no kept answer that was cut off; is it another file?")
             with self.path.open("rb+") as file:
                 file.truncate(sum(len(line) + 1 for line in lines))
 

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -288,7 +289,11 @@ def _alone(path: Path) -> Iterator[None]:
     Raises:
         ValueError: one is at it.
     """
-    with (path / "lock").open("w") as file:
+    try:
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise ValueError(f"{path / 'lock'}: a plain file of the index's own ({error}). Remove it.") from error
+    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -119,7 +119,7 @@ def markdown(path: Path, limits: Limits) -> Iterator[Block]:
         elif token.type == "inline":
             said = " ".join(_plain(token.children or []).split())
             if level:
-                titles = [*titles[: level - 1], *[""] * (level - 1 - len(titles)), said]
+                titles = [*titles[: level - 1], *[""] * (level - 1 - len(titles)), said[:TITLE]]
                 level = 0
             elif kind == "row":
                 cells.append(said)
@@ -136,7 +136,10 @@ def html(path: Path, limits: Limits) -> Iterator[Block]:
     """What a page shows, under its headings."""
     data = path.read_bytes()
     declared = re.search(rb"""<meta[^>]{0,200}charset=["']?([\w-]{1,40})""", data[:4096], re.IGNORECASE)
-    blocks, _ = _blocks(_decoded(path, declared.group(1).decode() if declared else "utf-8"))
+    charset = declared.group(1).decode().lower().replace("_", "-") if declared else "utf-8"
+    if not charset.replace("utf8", "utf-8").startswith(CHARSETS):
+        raise ValueError(f"{path}: the page says that it is in {charset!r}. Save it in UTF-8.")
+    blocks, _ = _blocks(_decoded(path, charset))
     yield from blocks
 
 
@@ -145,7 +148,8 @@ def pdf(path: Path, limits: Limits) -> Iterator[Block]:
     pypdf = need("pypdf", "rag")
     broken = (
         pypdf.errors.PyPdfError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError,
-        ArithmeticError, struct.error, zlib.error, OSError, NotImplementedError,
+        ArithmeticError, struct.error, zlib.error, OSError, NotImplementedError, MemoryError, AssertionError,
+        pypdf.errors.DependencyError,
     )  # fmt: skip
     try:
         reader = pypdf.PdfReader(path)
@@ -236,7 +240,13 @@ def _blocks(page: str, titles: Sequence[str] = ()) -> tuple[list[Block], list[st
     return reader.blocks, reader.titles
 
 
-TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]*)([^<>]*)>")
+TAG = re.compile(r"<(/?)([a-zA-Z][^\s/<>]{0,100})(?![^\s/<>])([^<>]*)>")
+TITLE = 300  # characters of a heading, which stands in every block under it
+ATTRIBUTES = 2000  # characters of a tag in which it may say that it is not shown
+CHARSETS = (  # what their names begin with: others of Python's are no encodings of pages
+    "utf-8", "utf-16", "ascii", "us-ascii", "latin", "cp", "iso-8859", "windows-125", "shift-jis", "euc", "gb",
+    "big5", "koi8", "mac",
+)  # fmt: skip
 UNSEEN = re.compile(
     r"""(?:^|\s)(?:hidden(?=[\s=/]|$)|aria-hidden\s*=\s*["']?true|style\s*=[^>]*display\s*:\s*none)""", re.I
 )
@@ -296,7 +306,7 @@ class _Page:
             elif tag not in self.INLINE:
                 self.flush()
             return
-        if self.hidden or tag in self.HIDDEN or UNSEEN.search(attributes):
+        if self.hidden or tag in self.HIDDEN or UNSEEN.search(attributes[:ATTRIBUTES]):
             if len(self.hidden) < 1000:
                 self.hidden.append(tag)
         elif tag in self.CELLS:
@@ -325,6 +335,7 @@ class _Page:
         said = " ".join("".join(self.said).split())
         self.said = []
         if said and self.level:
-            self.titles = [*self.titles[: self.level - 1], *[""] * (self.level - 1 - len(self.titles)), said]
+            above = [*self.titles[: self.level - 1], *[""] * (self.level - 1 - len(self.titles))]
+            self.titles = [*above, said[:TITLE]]
         elif said:
             self.blocks.append(Block(said, _title(self.titles)))

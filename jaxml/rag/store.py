@@ -282,6 +282,8 @@ class _Segment:
         )  # fmt: skip
         if not (path / "passages.jsonl").is_file() or (path / "passages.jsonl").stat().st_size != made.offsets[-1]:
             raise ValueError(f"{path / 'passages.jsonl'}: cut off or missing. Make the index again.")
+        if made.offsets[0] != 0 or (np.diff(made.offsets) < 0).any():
+            raise ValueError(f"{path / 'offsets.npy'}: damaged. Make the index again.")
         return made
 
     @property
@@ -358,6 +360,8 @@ def _load(path: Path, shape: tuple[int, ...], dtypes: Sequence[str]) -> np.ndarr
         a = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error}). Make the index again.") from error
+    if not isinstance(a, np.ndarray):
+        raise ValueError(f"{path}: one array, got several. Make the index again.")
     if a.shape != shape or a.dtype not in [np.dtype(d) for d in dtypes]:
         raise ValueError(f"{path}: {shape} of {' or '.join(dtypes)}, got {a.shape} of {a.dtype}. Make the index again.")
     return a
@@ -371,9 +375,8 @@ def _read(path: Path) -> dict:
         entries = [(e["name"], e["count"], e["dead"]) for e in about["segments"]]
         good = about["format"] == FORMAT and about["dtype"] in DTYPES
         good = good and all(isinstance(about[k], int) for k in ("width", "codes", "next"))
-        plain = all(
-            Path(n).name == n and (d is None or Path(d).name == d) and isinstance(c, int) for n, c, d in entries
-        )
+        simple = lambda name: Path(name).name == name and name not in ("", "..")
+        plain = all(simple(n) and (d is None or simple(d)) and isinstance(c, int) for n, c, d in entries)
     except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error!r}). Make the index again.") from error
     if not good or not plain:
