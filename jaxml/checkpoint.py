@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from jaxml import files
 from jaxml.parallel import hosts
 
 Tree = TypeVar("Tree")
@@ -34,18 +35,17 @@ class Checkpoints:
         if best is not None:
             lowest = dict(get_metric_fn=lambda m: m[best], reverse=True, n=1)
             policies.append(ocp.checkpoint_managers.BestN(**lowest, keep_checkpoints_without_metrics=False))
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(),
-            item_handlers=ocp.StandardCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                best_fn=None if best is None else lambda m: m[best],  # makes Orbax write the metrics
-                best_mode="min",
-                create=True,
-                # What is deleted loses its name first: a process that is killed meanwhile leaves no half of it behind.
-                todelete_subdir=DELETED,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=None if best is None else lambda m: m[best],  # makes Orbax write the metrics
+            best_mode="min",
+            create=True,
+            # What is deleted loses its name first: a process that is killed meanwhile leaves no half of it behind.
+            todelete_subdir=DELETED,
         )
+        where, handler = Path(folder).absolute(), ocp.StandardCheckpointHandler()
+        with files.reading(where, "a run's checkpoints"):
+            self._manager = ocp.CheckpointManager(where, item_handlers=handler, options=options)
         self._purge()
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:

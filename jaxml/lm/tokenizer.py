@@ -27,12 +27,16 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids; special tokens that are written out in the text are recognised."""
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError("tokenizer: a text has half of a character (a lone surrogate). Leave it out.")
+        with _rust("tokenizer"):
+            ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special)
+        with _rust("tokenizer"):
+            return self.backend.decode(list(ids), skip_special_tokens=skip_special)
 
     @property
     def vocab_size(self) -> int:

@@ -220,7 +220,7 @@ class Endpoint:
                 raise EndpointError(f"{self.url}{path}: the request cannot be sent. Look at the address.") from error
             except (httpx.TransportError, httpx.DecodingError) as error:
                 said = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # no JSON, or not of the form that was asked for
+            except (ValueError, RecursionError) as error:  # no JSON, or not of the form that was asked for
                 said = f"not the answer that was asked for: {error}"
             if attempt < self.retries:
                 time.sleep(min(pause, self.longest_pause))

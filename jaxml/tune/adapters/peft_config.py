@@ -74,8 +74,9 @@ def _whole(x: Any) -> bool:
 
 
 def _pattern(x: Any) -> bool:
+    """A regular expression whose groups do not repeat: those that do may take for ever."""
     try:
-        return isinstance(x, str) and re.compile(x) is not None
+        return isinstance(x, str) and re.search(r"\)[*+{]", x) is None and re.compile(x) is not None
     except re.error:
         return False
 
@@ -98,7 +99,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_dora": (lambda x: isinstance(x, bool), "true or false"),
     "init_lora_weights": (lambda x: isinstance(x, bool | str), "true, false or a name"),
     "init_r": (lambda x: _whole(x) and x > 0, "a whole number above 0"),
-    "target_modules": (lambda x: _pattern(x) or _many(_name)(x), "a regular expression or a list of names"),
+    "target_modules": (
+        lambda x: _pattern(x) or _many(_name)(x),
+        "a regular expression or a list of names",
+    ),
     "modules_to_save": (_many(_name), "a list of names"),
     "layers_to_transform": (lambda x: _whole(x) or _many(_whole)(x), "a layer's number or a list of them"),
 }
