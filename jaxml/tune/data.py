@@ -13,6 +13,7 @@ from jaxml.lm.tokenizer import Tokenizer
 from jaxml.parallel import hosts
 
 LINE_BYTES = 64 * files.MIB
+MOST = float(np.finfo(np.float32).max)  # of a weight in the loss
 FORMS = "an object with the key text, the keys prompt and response, the key messages, or the key parts"
 
 
@@ -112,7 +113,7 @@ def check(example: Any) -> None:
 def _check_parts(parts: Any) -> None:
     well = isinstance(parts, list | tuple) and all(
         isinstance(part, list | tuple) and len(part) == 2 and isinstance(part[0], str)
-        and isinstance(part[1], int | float) and 0 <= part[1] < float("inf")
+        and isinstance(part[1], int | float) and 0 <= part[1] <= MOST
         for part in parts
     )  # fmt: skip
     if not well:
