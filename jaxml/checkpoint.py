@@ -89,23 +89,24 @@ class Checkpoints:
         if step not in steps:
             raise FileNotFoundError(f"{folder}: no checkpoint of step {step}; there are {steps or 'none'}.")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-        try:
+        with self._reading(step):
             saved = self._manager.item_metadata(step)
             there = None if saved is None else _shapes(getattr(saved, "tree", saved))
-        except Exception as error:  # as below
-            raise self._damaged(step, error) from error
         self._check(step, there, _shapes(abstract))
-        try:
+        with self._reading(step):
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # Orbax and TensorStore raise plain Exception, too
-            raise self._damaged(step, error) from error
 
-    def _damaged(self, step: int, error: Exception) -> ValueError:
-        folder, said = self._manager.directory, (str(error).splitlines() or [type(error).__name__])[0][:300]
-        return ValueError(
-            f"{folder}: checkpoint {step} cannot be read ({said}). It is damaged; remove the folder "
-            f"{folder / str(step)} to go on from the one before it."
-        )
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Whatever is raised is of a damaged checkpoint: that it fits the template is checked apart."""
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise plain Exception, too
+            folder, said = self._manager.directory, (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ValueError(
+                f"{folder}: checkpoint {step} cannot be read ({said}). It is damaged; remove the folder "
+                f"{folder / str(step)} to go on from the one before it."
+            ) from error
 
     def _check(self, step: int, there: dict[str, tuple] | None, wanted: dict[str, tuple]) -> None:
         """Paths and shapes first: Orbax's own complaint about them is pages long."""

@@ -46,7 +46,6 @@ def run(args):
     params, options, tx = _step(args, config)
     make = lambda name: plans.plan(config, params, options, tx, name, args.mesh, rows=args.rows)
     console, errors = Console(), Console(stderr=True)
-    made = []
     if ":" in args.topology:
         topology.parse(args.topology)
         with errors.status(f"compiling for {args.topology}"):

@@ -4,8 +4,10 @@ import datetime
 import functools
 import json
 import time
+from collections.abc import Iterable
 from typing import Any
 
+from jaxml import files
 from jaxml.extras import need
 
 TURNS = 200_000  # of all loops and macros of one rendering together
@@ -40,25 +42,10 @@ def render(template: str, **values: Any) -> str:
         return ""
 
     try:
-        said, length = [], 0
-        for part in _compiled(template).generate(_tick=tick, _join=_join, **values):
-            said.append(part)
-            length += len(part)
-            if length > CHARACTERS:
-                raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
-        return "".join(said)
+        return _gathered(_compiled(template).generate(_tick=tick, _join=_join, **values))
     except TemplateError as error:
         raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        MemoryError,
-        RecursionError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (ValueError, *files.IMPOSSIBLE) as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"chat.render: the model's chat template does not work ({said}).") from error
 
@@ -110,12 +97,28 @@ def _join(*parts: Any) -> str:
     return _short("".join(map(str, parts)))
 
 
+def _gathered(parts: Iterable[str]) -> str:
+    """Texts as one, added up while they are made."""
+    made, length = [], 0
+    for part in parts:
+        made.append(part)
+        length += len(part)
+        _affordable(length)
+    return "".join(made)
+
+
 def _short(made: Any) -> Any:
-    if isinstance(made, str | list | tuple | bytes) and len(made) > CHARACTERS:
+    if isinstance(made, str | list | tuple | bytes):
+        _affordable(len(made))
+    return made
+
+
+def _affordable(length: int) -> None:
+    """Refuses what is longer than anything that a chat needs."""
+    if length > CHARACTERS:
         from jinja2 import TemplateError
 
         raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
-    return made
 
 
 @functools.cache
@@ -131,8 +134,8 @@ def _environment() -> Any:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             if operator == "*":
                 for one, times in ((left, right), (right, left)):
-                    if isinstance(times, int) and hasattr(one, "__len__") and len(one) * times > CHARACTERS:
-                        raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
+                    if isinstance(times, int) and hasattr(one, "__len__"):
+                        _affordable(len(one) * times)
             whole = isinstance(left, int) and isinstance(right, int)
             if operator in ("*", "**") and whole and left.bit_length() * (right if operator == "**" else 1) > 2**16:
                 raise TemplateError("it makes a very large number")
@@ -149,7 +152,7 @@ def _environment() -> Any:
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(getattr(function, "__self__", None), str):
-                _affordable(function.__name__, function.__self__, args)
+                _affordable(_in_many_places(function.__name__, function.__self__, args))
             return _short(super().call(context, function, *args, **kwargs))
 
     def refuse(message: Any) -> None:
@@ -173,26 +176,16 @@ def _tojson(x: Any, indent: int | None = None) -> str:
 
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
         raise TemplateError("an indent is from 0 to 16")
-    made, length = [], 0
-    for part in json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(x):
-        made.append(part)
-        length += len(part)
-        if length > CHARACTERS:
-            raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
-    return "".join(made)
+    return _gathered(json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(x))
 
 
-def _affordable(method: str, text: str, args: tuple[Any, ...]) -> None:
-    """Refuses what would put a long text in many places."""
-    from jinja2 import TemplateError
-
-    made = 0
+def _in_many_places(method: str, text: str, args: tuple[Any, ...]) -> int:
+    """How much a method of a text puts a long one in the place of short ones."""
     if method == "replace" and len(args) > 1:
-        made = (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
-    elif method == "join" and args and hasattr(args[0], "__len__"):
-        made = len(text) * len(args[0])
-    if made > CHARACTERS:
-        raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
+        return (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
+    if method == "join" and args and hasattr(args[0], "__len__"):
+        return len(text) * len(args[0])
+    return 0
 
 
 def _bounded(function: Any) -> Any:
@@ -211,9 +204,9 @@ def _bounded(function: Any) -> Any:
             raise TemplateError("a width is at most 1,000")
         given = args[1:] if isinstance(args[0], Environment | EvalContext) else args
         if given and function.__name__.endswith("replace"):
-            _affordable("replace", str(given[0]), given[1:])
+            _affordable(_in_many_places("replace", str(given[0]), given[1:]))
         if given and function.__name__.endswith("join"):
-            _affordable("join", str((*given[1:], kwargs.get("d", ""))[0]), given[:1])
+            _affordable(_in_many_places("join", str((*given[1:], kwargs.get("d", ""))[0]), given[:1]))
         return _short(function(*args, **kwargs))
 
     call.__signature__ = inspect.signature(function)

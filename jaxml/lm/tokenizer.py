@@ -27,8 +27,10 @@ class Tokenizer:
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids; special tokens that are written out in the text are recognised."""
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError("tokenizer: a text has half of a character (a lone surrogate). Leave it out.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("tokenizer: a text has half of a character (a lone surrogate). Leave it out.") from error
         with _rust("tokenizer"):
             ids = self.backend.encode(text, add_special_tokens=False).ids
         return [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids

@@ -5,7 +5,6 @@ device. A basis P [m, r] is spread as the parameter's m axes are, a moment of fu
 moments [r, n] over the mesh axes of both m and n, since r is short; everything else is on every device.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jaxml.optim.offload import HOST, Offloaded, is_large
 from jaxml.optim.packed import Packed, is_packed
 from jaxml.optim.plain import plain
 from jaxml.optim.targets import Target, path_of
+from jaxml.parallel.rules import dividing
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -106,12 +106,7 @@ def _axes(target: Target, spec: P) -> tuple[tuple, Any, Any]:
 def _spread(mesh: Mesh, spec: P, tree: Any) -> Any:
     """The sharding of every array of the tree, without the axes that do not fit it."""
 
-    def fitting(n: int, axes: Any) -> Any:
-        found = list(_flat(axes) or ())
-        while found and n % math.prod(mesh.shape[a] for a in found):
-            found.pop()
-        return tuple(found) if len(found) > 1 else found[0] if found else None
-
+    fitting = lambda n, axes: dividing(n, _flat(axes) or (), mesh.shape)
     place = lambda array: NamedSharding(mesh, P(*(fitting(n, axes) for n, axes in zip(array.shape, spec))))
 
     return jax.tree.map(place, tree)

@@ -83,8 +83,8 @@ def live() -> dict[str, int]:
 
     Those of the mesh that `jax.set_mesh` has set, without what `jax.shard_map` has made manual.
     """
-    sizes = jax.sharding.get_abstract_mesh().shape
-    return {axis: sizes[axis] for axis in AXES if axis in automatic() and sizes[axis] > 1}
+    sizes, free = jax.sharding.get_abstract_mesh().shape, automatic()
+    return {axis: sizes[axis] for axis in AXES if axis in free and sizes[axis] > 1}
 
 
 def automatic() -> set[str]:

@@ -5,7 +5,7 @@ weights of a layer are whole (over fsdp) only while the layer runs, forwards and
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,16 +90,30 @@ def spec(axes: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int
     taken = {without}
 
     def one(axis: Axis, length: int):
-        found: list[str] = []
-        for name in [name for part in ((axis,) if isinstance(axis, str) else axis or ()) for name in RULES[part]]:
-            if sizes.get(name, 1) > 1 and name not in taken:
-                if length % math.prod([sizes[n] for n in (*found, name)]):
-                    break
-                found.append(name)
-        taken.update(found)
-        return tuple(found) if len(found) > 1 else found[0] if found else None
+        names = [name for part in ((axis,) if isinstance(axis, str) else axis or ()) for name in RULES[part]]
+        found = dividing(length, [n for n in names if sizes.get(n, 1) > 1 and n not in taken], sizes)
+        taken.update((found,) if isinstance(found, str) else found or ())
+        return found
 
     return P(*(one(axis, length) for axis, length in zip(axes, shape, strict=True)))
+
+
+def dividing(length: int, names: Sequence[str], sizes: Mapping[str, int]) -> Any:
+    """As many of these mesh axes as divide a length, as an entry of a `PartitionSpec`.
+
+    Example:
+        >>> dividing(8, ["data", "fsdp"], {"data": 2, "fsdp": 4}), dividing(6, ["data", "fsdp"], {"data": 2, "fsdp": 4})
+        (('data', 'fsdp'), 'data')
+    """
+    found = list(names)
+    while found and length % math.prod(sizes[name] for name in found):
+        found.pop()
+    return tuple(found) if len(found) > 1 else found[0] if found else None
+
+
+def parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh cuts the rows of a batch."""
+    return math.prod(sizes[axis] for axis in RULES["batch"])
 
 
 def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[Axis, ...]] | None = None) -> Any:

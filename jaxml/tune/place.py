@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jaxml import parallel
 from jaxml.axes import Array, Params
 from jaxml.lm import decoder
 from jaxml.optim.sharding import state_sharding
-from jaxml.parallel import RULES, hosts
+from jaxml.parallel import hosts, rules
 from jaxml.tune.options import Options
 from jaxml.tune.run import State, begin
 
@@ -49,7 +48,7 @@ def check_mesh(mesh: Mesh | None, o: Options, anchored: bool) -> None:
         return
     if missing := [axis for axis in parallel.AXES if axis not in mesh.shape]:
         raise ValueError(f"fit: the mesh has the axes {', '.join(parallel.AXES)}, got none called {missing[0]}.")
-    rows, parts = o.batch_size + anchored * o.anchor_rows, math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    rows, parts = o.batch_size + anchored * o.anchor_rows, rules.parts(mesh.shape)
     if rows % parts:
         raise ValueError(
             f"fit: rows of a batch are a multiple of data · fsdp · expert = {parts} of the mesh, got {rows}"

@@ -1,6 +1,7 @@
 """What a training step needs on a TPU slice that is not there: the step itself, compiled ahead of time by libtpu."""
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from jaxml.axes import Params
 from jaxml.lm import decoder
 from jaxml.lm.config import DecoderConfig
 from jaxml.parallel import flops, program, topology
-from jaxml.parallel.rules import RULES, spec
+from jaxml.parallel.rules import parts, spec
 from jaxml.target import target
 from jaxml.tune import adapters
 from jaxml.tune.options import Options
@@ -86,10 +87,7 @@ def plan(
     found = topology.devices(name)
     mesh = _mesh(axes, found)
     sizes = dict(mesh.shape)
-    parts = 1
-    for axis in RULES["batch"]:
-        parts *= sizes[axis]
-    options = dataclasses.replace(options, batch_size=rows * parts)
+    options = dataclasses.replace(options, batch_size=rows * parts(sizes))
     started = time.perf_counter()
     with target(f"TPU {generation.name}"), topology.without_compilation_cache(), use_abstract_mesh(mesh.abstract_mesh):
         state, frozen, batch, shardings = _arguments(params, options, tx, mesh)
@@ -223,7 +221,7 @@ def _kept(config, options, trainable, frozen, batch, sizes) -> int:
         shape = var.aval.shape
         if options.length not in shape:
             continue  # no activation
-        split = sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"]
+        split = parts(sizes) * sizes["context"]
         inner = shape[-1] in (config.hidden_dim, config.num_heads * config.head_dim) or config.num_heads in shape
         total += var.aval.size * var.aval.dtype.itemsize // (split * (sizes["tensor"] if inner else 1))
     return total
@@ -251,7 +249,4 @@ def _by_kind(found: list[program.Collective]) -> dict[str, tuple[int, int]]:
 
 def _bytes(leaf: Any) -> int:
     """Of an array on one device."""
-    size = 1
-    for n in leaf.sharding.shard_shape(leaf.shape):
-        size *= n
-    return size * jnp.dtype(leaf.dtype).itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
