@@ -157,11 +157,38 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{{ 1 | round(20000000, 'ceil') }}",
         "{{ [1] | tojson(indent=2000000000) }}",
         "{% set s = 'a' * 10**6 %}{% for i in range(100) %}{{ s }}{% endfor %}",
+        "{% set a = 'aaaaaaaa' %}" + "{% set a %}{{ a }}{{ a }}{% endset %}" * 60,
+        "{% set a = ['a'] %}" + "{% set a = [a, a] %}" * 60 + "{{ a }}",
+        "{% set a = 'a' %}" + "{% set a = {'b': a, 'c': a} %}" * 60 + "{{ a|string|length }}",
+        "{% set a = 'a' %}" + "{% set a = namespace(b=a, c=a) %}" * 60 + "{{ a }}",
+        "{% set a = [1] %}" + "{% set a = dict(b=a, c=a) %}" * 60 + "{{ a.items() }}",
+        "{{ 'a'.encode().ljust(10**9) }}",
+        "{{ (1).to_bytes(10**9, 'big') }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ ('\n' * 10**5)|indent('a' * 10**5) }}",
+        "{{ ('\n' * 10**5)|indent(width=10**5) }}",
+        "{{ (['a'] * 10**4)|map('replace', 'a', 'b' * 10**5)|list|length }}",
+        "{% set a = 'a' * 10**6 %}{% for i in range(9999) %}{% set b %}" + "x" * 10**5 + "{% endset %}{% endfor %}",
+        "{% set n = namespace(l=[], s='a' * 10**6) %}{% for i in range(99999) %}{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
+        "{% set a = ['a'] * 60000 %}{% for i in range(99999) %}{{ a|sort|length }}{% endfor %}",
+        "{# " + "a" * 200_000 + " #}",
     ],
 )
 def test_a_template_that_means_harm_is_a_sentence(template):
     with pytest.raises(ValueError, match="the model's chat template"):
         sandbox.render(template, messages=[{"role": "user", "content": "hi"}])
+
+
+def test_what_a_template_may_make_grows_with_what_it_is_given():
+    template = "{% set n = namespace(s='') %}{% for m in messages %}{% set n.s = n.s + m.content %}{% endfor %}{{ n.s }}"
+    messages = [{"role": "user", "content": "word " * 2000} for _ in range(300)]
+    assert len(sandbox.render(template, messages=messages)) == 3_000_000
+
+
+def test_loops_are_left_and_marks_of_generation_are_passed():
+    template = "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 4 %}{% break %}{% endif %}"
+    template += "{% generation %}{{ i }}{% endgeneration %},{% endfor %}"
+    assert sandbox.render(template) == "0,2,3,"
 
 
 def test_a_template_says_what_it_said_before():

@@ -1,25 +1,36 @@
 """Templates that come with a model's file: they reach nothing, change nothing, and end."""
 
+import contextlib
+import contextvars
 import datetime
 import functools
 import json
+import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from jaxml import files
 from jaxml.extras import need
 
+TEMPLATE = 2**17  # characters of a template; published ones have up to 20,000
 TURNS = 200_000  # of all loops and macros of one rendering together
 SECONDS = 10
-CHARACTERS = 2**20  # of anything that a template makes
+CHARACTERS = 2**20  # of anything that a template makes, and 16 times what it is given
+TOTAL = 2**28  # of all that it makes, and 1,024 times what it is given
+ELEMENT = 16  # characters that an element of a list counts as
 FILTERS = (
-    "abs", "attr", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby",
-    "indent", "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr",
-    "replace", "reverse", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "unique",
-    "upper",
+    "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "indent",
+    "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace",
+    "reverse", "safe", "select", "selectattr", "sort", "string", "title", "tojson", "trim", "unique", "upper",
 )  # fmt: skip
-PADDING = ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "translate", "zfill")  # of texts
+TEXTS = (  # methods of texts: those that pad, format or encode are left out
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal",
+    "isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition",
+    "removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split",
+    "splitlines", "startswith", "strip", "swapcase", "title", "upper",
+)  # fmt: skip
+NAMES = ("_tick", "_join", "_made")  # what templates are rewritten to call
 
 
 def render(template: str, **values: Any) -> str:
@@ -31,18 +42,12 @@ def render(template: str, **values: Any) -> str:
     need("jinja2", "lm")
     from jinja2 import TemplateError
 
-    left, until = [TURNS], time.monotonic() + SECONDS
-
-    def tick() -> str:
-        left[0] -= 1
-        if left[0] < 0:
-            raise TemplateError(f"its loops turn more than {TURNS:,} times")
-        if left[0] % 64 == 0 and time.monotonic() > until:
-            raise TemplateError(f"it takes more than {SECONDS} s")
-        return ""
-
     try:
-        return _gathered(_compiled(template).generate(_tick=tick, _join=_join, **values))
+        if len(template) > TEMPLATE:
+            raise TemplateError(f"it has more than {TEMPLATE:,} characters")
+        with _metered(values):
+            calls = {"_tick": _tick, "_join": _join, "_made": _made}
+            return _gathered(_compiled(template).generate(**calls, **values))
     except TemplateError as error:
         raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error
     except (ValueError, *files.IMPOSSIBLE) as error:
@@ -50,51 +55,90 @@ def render(template: str, **values: Any) -> str:
         raise ValueError(f"chat.render: the model's chat template does not work ({said}).") from error
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(template: str) -> Any:
-    """The template, which counts the turns of its loops and the calls of its macros."""
-    from jinja2 import TemplateError, nodes
-
-    environment = _environment()
-    tree = environment.parse(template)
-    if own := [node.name for node in tree.find_all(nodes.Name) if node.name in ("_tick", "_join")]:
-        raise TemplateError(f"{own[0]} is a name of the sandbox's own")
-    if any(tree.find_all(nodes.Block)) or any(tree.find_all(nodes.FloorDiv)):
-        raise TemplateError("it has blocks or whole quotients; neither is supported")
-    for node in tree.find_all(nodes.For):
-        if node.test is not None:  # turns that the condition leaves out count as well
-            node.test = nodes.And(nodes.Not(nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)), node.test)
-    tick = lambda: nodes.Output([nodes.Call(nodes.Name("_tick", "load"), [], [], None, None)])
-    for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
-        for node in tree.find_all(kind):
-            node.body.insert(0, tick())
-    _joined(tree)
-    for node in tree.find_all(nodes.Node):
-        node.lineno = node.lineno or 1
-    return environment.from_string(nodes.Template(tree.body, lineno=1).set_environment(environment))
+# ---- what one rendering may still make -------------------------------------------------------------
 
 
-def _joined(node: Any) -> None:
-    """`a ~ b` as a call that looks at the length."""
-    from jinja2 import nodes
+class Meter:
+    """Counts the turns, the time and the characters of one rendering."""
 
-    for name, child in node.iter_fields():
-        if isinstance(child, list):
-            child[:] = [_concat(one) if isinstance(one, nodes.Concat) else one for one in child]
-        elif isinstance(child, nodes.Concat):
-            setattr(node, name, _concat(child))
-    for child in node.iter_child_nodes():
-        _joined(child)
+    def __init__(self, values: Mapping[str, Any]):
+        given = _size(values, 2**40)
+        self.most, self.left = CHARACTERS + 16 * given, TOTAL + 1024 * given
+        self.turns, self.until = TURNS, time.monotonic() + SECONDS
+
+    def turn(self) -> None:
+        self.turns -= 1
+        if self.turns < 0:
+            _refuse(f"its loops turn more than {TURNS:,} times")
+
+    def spend(self, size: int) -> None:
+        """Something of this many characters is made."""
+        if size > self.most:
+            _refuse(f"it makes more than {self.most:,} characters")
+        self.left -= size
+        if self.left < 0:
+            _refuse("it makes too many characters in all")
+        if time.monotonic() > self.until:
+            _refuse(f"it takes more than {SECONDS} s")
 
 
-def _concat(node: Any) -> Any:
-    from jinja2 import nodes
+_METER: contextvars.ContextVar[Meter] = contextvars.ContextVar("meter")
 
-    return nodes.Call(nodes.Name("_join", "load"), node.nodes, [], None, None, lineno=node.lineno)
+
+@contextlib.contextmanager
+def _metered(values: Mapping[str, Any]) -> Iterator[None]:
+    before = _METER.set(Meter(values))
+    try:
+        yield
+    finally:
+        _METER.reset(before)
+
+
+def _refuse(message: str) -> None:
+    from jinja2 import TemplateError
+
+    raise TemplateError(message)
+
+
+def _made(value: Any) -> Any:
+    """The value, whose characters are counted as deep as it goes."""
+    meter = _METER.get()
+    meter.spend(_size(value, meter.most))
+    return value
+
+
+def _size(value: Any, most: int) -> int:
+    """Characters of a value's texts and elements; the count stops where it is over `most`."""
+    from jinja2.utils import Namespace
+
+    size, left = 0, [value]
+    while left and size <= most:
+        one = left.pop()
+        size += ELEMENT
+        if isinstance(one, str | bytes):
+            size += len(one)
+        elif isinstance(one, int):
+            size += one.bit_length() // 3
+        elif isinstance(one, Namespace):
+            left.append(one._Namespace__attrs)
+        elif isinstance(one, Mapping):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, Collection) and not isinstance(one, range):
+            left += one
+    return size
+
+
+def _tick(characters: int) -> str:
+    """A loop turns, whose body has this much text."""
+    meter = _METER.get()
+    meter.turn()
+    meter.spend(characters)
+    return ""
 
 
 def _join(*parts: Any) -> str:
-    return _short("".join(map(str, parts)))
+    """`a ~ b`."""
+    return _made("".join(str(_made(part)) for part in parts))
 
 
 def _gathered(parts: Iterable[str]) -> str:
@@ -103,28 +147,79 @@ def _gathered(parts: Iterable[str]) -> str:
     for part in parts:
         made.append(part)
         length += len(part)
-        _affordable(length)
+        if length > (most := _METER.get().most):
+            _refuse(f"it makes more than {most:,} characters")
     return "".join(made)
 
 
-def _short(made: Any) -> Any:
-    if isinstance(made, str | list | tuple | bytes):
-        _affordable(len(made))
-    return made
+# ---- the template, rewritten -----------------------------------------------------------------------
 
 
-def _affordable(length: int) -> None:
-    """Refuses what is longer than anything that a chat needs."""
-    if length > CHARACTERS:
-        from jinja2 import TemplateError
+@functools.lru_cache(maxsize=16)
+def _compiled(template: str) -> Any:
+    """The template, which counts the turns of its loops, the calls of its macros and what it makes."""
+    from jinja2 import nodes
 
-        raise TemplateError(f"it makes more than {CHARACTERS:,} characters")
+    environment = _environment()
+    tree = environment.parse(template)
+    if own := [node.name for node in tree.find_all(nodes.Name) if node.name in NAMES]:
+        _refuse(f"{own[0]} is a name of the sandbox's own")
+    if any(tree.find_all(nodes.Block)) or any(tree.find_all(nodes.FloorDiv)):
+        _refuse("it has blocks or whole quotients; neither is supported")
+    for node in tree.find_all(nodes.For):
+        if node.test is not None:  # turns that the condition leaves out count as well
+            node.test = nodes.And(nodes.Not(_call("_tick", [nodes.Const(0)])), node.test)
+    for kind in (nodes.For, nodes.Macro, nodes.CallBlock):
+        for node in tree.find_all(kind):
+            text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
+            node.body.insert(0, nodes.Output([_call("_tick", [nodes.Const(text)])]))
+    _counted(tree)
+    for node in tree.find_all(nodes.Node):
+        node.lineno = node.lineno or 1
+    return environment.from_string(nodes.Template(tree.body, lineno=1).set_environment(environment))
+
+
+def _call(name: str, args: list[Any]) -> Any:
+    from jinja2 import nodes
+
+    return nodes.Call(nodes.Name(name, "load"), args, [], None, None)
+
+
+def _counted(node: Any) -> None:
+    """Within a node: `a ~ b`, lists and dicts as calls that look at the size."""
+    from jinja2 import nodes
+
+    def of(child: Any) -> Any:
+        if isinstance(child, nodes.Node):
+            _counted(child)
+        if isinstance(child, nodes.Concat):
+            return _call("_join", child.nodes)
+        written = isinstance(child, nodes.List | nodes.Dict) or (isinstance(child, nodes.Tuple) and child.ctx == "load")
+        return _call("_made", [child]) if written else child
+
+    for name, child in node.iter_fields():
+        if isinstance(child, list):
+            child[:] = map(of, child)
+        else:
+            setattr(node, name, of(child))
+
+
+# ---- what it may call --------------------------------------------------------------------------------
 
 
 @functools.cache
 def _environment() -> Any:
-    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what an assistant wrote, for masks; its text is rendered as it stands."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     class Bounded(ImmutableSandboxedEnvironment):
         """The sandbox, whose operators make nothing that is very large."""
@@ -135,79 +230,88 @@ def _environment() -> Any:
             if operator == "*":
                 for one, times in ((left, right), (right, left)):
                     if isinstance(times, int) and hasattr(one, "__len__"):
-                        _affordable(len(one) * times)
+                        _METER.get().spend(len(one) * max(times, 0))
             whole = isinstance(left, int) and isinstance(right, int)
             if operator in ("*", "**") and whole and left.bit_length() * (right if operator == "**" else 1) > 2**16:
-                raise TemplateError("it makes a very large number")
+                _refuse("it makes a very large number")
             if operator == "%" and isinstance(left, str):
-                raise TemplateError("it formats with %; only {{ }} is supported")
-            return _short(super().call_binop(context, operator, left, right))
+                _refuse("it formats with %; only {{ }} is supported")
+            return _made(super().call_binop(context, operator, left, right))
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            return not (isinstance(obj, str) and attr in PADDING) and super().is_safe_attribute(obj, attr, value)
+            if isinstance(obj, str | bytes | int | float):
+                return isinstance(obj, str) and attr in TEXTS
+            return super().is_safe_attribute(obj, attr, value)
 
         def wrap_str_format(self, value: Any) -> None:
-            if isinstance(getattr(value, "__self__", None), str) and value.__name__ in ("format", "format_map"):
-                raise TemplateError("it formats with str.format; only {{ }} is supported")
+            return None  # no text's attribute `format` is safe
+
+        def getitem(self, obj: Any, argument: Any) -> Any:
+            found = super().getitem(obj, argument)
+            return _made(found) if isinstance(argument, slice) else found
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
             if isinstance(getattr(function, "__self__", None), str):
-                _affordable(_in_many_places(function.__name__, function.__self__, args))
-            return _short(super().call(context, function, *args, **kwargs))
+                _METER.get().spend(_in_many_places(function.__name__, function.__self__, args))
+            return _made(super().call(context, function, *args, **kwargs))
 
-    def refuse(message: Any) -> None:
-        raise TemplateError(str(message))
-
-    environment = Bounded(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment = Bounded(
+        trim_blocks=True, lstrip_blocks=True, finalize=_made, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals["raise_exception"] = lambda message: _refuse(str(message))
+    environment.globals["strftime_now"] = _now
     environment.filters["tojson"] = _tojson
     for name in set(environment.filters) - set(FILTERS):  # widths, copies, and nothing that a chat needs
         environment.filters.pop(name)
     for name in ("lipsum", "cycler"):
         environment.globals.pop(name, None)
-    for name in ("indent", "replace", "join"):
-        environment.filters[name] = _bounded(environment.filters[name])
+    for name, function in environment.filters.items():
+        environment.filters[name] = _bounded(name, function)
     return environment
 
 
-def _tojson(x: Any, indent: int | None = None) -> str:
-    from jinja2 import TemplateError
+def _now(form: str) -> str:
+    if len(form) > 200 or re.search(r"%[^a-zA-Z%]*\d", form):
+        _refuse("a date has a short format without widths")
+    return datetime.datetime.now().strftime(form)
 
+
+def _tojson(x: Any, indent: int | None = None) -> str:
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
-        raise TemplateError("an indent is from 0 to 16")
+        _refuse("an indent is from 0 to 16")
     return _gathered(json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(x))
 
 
 def _in_many_places(method: str, text: str, args: tuple[Any, ...]) -> int:
-    """How much a method of a text puts a long one in the place of short ones."""
+    """How much a method or filter of a text puts a long one in the place of short ones."""
     if method == "replace" and len(args) > 1:
         return (text.count(str(args[0])) if args[0] else len(text) + 1) * len(str(args[1]))
     if method == "join" and args and hasattr(args[0], "__len__"):
         return len(text) * len(args[0])
+    if method == "indent" and args:
+        return (text.count("\n") + 1) * (len(args[0]) if isinstance(args[0], str) else int(args[0]))
     return 0
 
 
-def _bounded(function: Any) -> Any:
-    """A filter whose result is not very large."""
+def _bounded(name: str, function: Any) -> Any:
+    """A filter that is given and makes nothing very large."""
     import inspect
 
     from jinja2 import Environment
     from jinja2.nodes import EvalContext
+    from jinja2.runtime import Context
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        sizes = [a for a in (*args, *kwargs.values()) if isinstance(a, int) and not isinstance(a, bool)]
-        if any(size > 1000 for size in sizes):
-            from jinja2 import TemplateError
-
-            raise TemplateError("a width is at most 1,000")
-        given = args[1:] if isinstance(args[0], Environment | EvalContext) else args
-        if given and function.__name__.endswith("replace"):
-            _affordable(_in_many_places("replace", str(given[0]), given[1:]))
-        if given and function.__name__.endswith("join"):
-            _affordable(_in_many_places("join", str((*given[1:], kwargs.get("d", ""))[0]), given[:1]))
-        return _short(function(*args, **kwargs))
+        given = args[1:] if args and isinstance(args[0], Environment | EvalContext | Context) else args
+        for one in (*given, *kwargs.values()):
+            _made(one)
+        if given and name == "join":
+            _METER.get().spend(_in_many_places(name, str((*given[1:], kwargs.get("d", ""))[0]), given[:1]))
+        elif given and name in ("replace", "indent"):
+            more = kwargs.values() if name == "replace" else [kwargs.get("width", 4)]
+            _METER.get().spend(_in_many_places(name, str(given[0]), (*given[1:], *more)))
+        return _made(function(*args, **kwargs))
 
     call.__signature__ = inspect.signature(function)
     return call
