@@ -5,6 +5,8 @@ import json
 import random
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from jaxml import files, lm
 from jaxml.lm import sandbox
 from jaxml.lm.config import DecoderConfig
 from jaxml.prompts.store import Store
-from jaxml.testing import tiny_config, tiny_tokenizer
+from jaxml.testing import tiny_config, tiny_model, tiny_tokenizer
 from jaxml.tune import data
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
@@ -169,7 +171,7 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{{ ('\n' * 10**5)|indent(width=10**5) }}",
         "{{ (['a'] * 10**4)|map('replace', 'a', 'b' * 10**5)|list|length }}",
         "{% set a = 'a' * 10**6 %}{% for i in range(9999) %}{% set b %}" + "x" * 10**5 + "{% endset %}{% endfor %}",
-        "{% set n = namespace(l=[], s='a' * 10**6) %}{% for i in range(99999) %}{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
+        "{% set n = namespace(l=[], s='a' * 10**6) %}{% for i in range(9999) %}{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
         "{% set a = ['a'] * 60000 %}{% for i in range(99999) %}{{ a|sort|length }}{% endfor %}",
         "{# " + "a" * 200_000 + " #}",
     ],
@@ -180,7 +182,9 @@ def test_a_template_that_means_harm_is_a_sentence(template):
 
 
 def test_what_a_template_may_make_grows_with_what_it_is_given():
-    template = "{% set n = namespace(s='') %}{% for m in messages %}{% set n.s = n.s + m.content %}{% endfor %}{{ n.s }}"
+    template = (
+        "{% set n = namespace(s='') %}{% for m in messages %}{% set n.s = n.s + m.content %}{% endfor %}{{ n.s }}"
+    )
     messages = [{"role": "user", "content": "word " * 2000} for _ in range(300)]
     assert len(sandbox.render(template, messages=messages)) == 3_000_000
 
@@ -232,6 +236,12 @@ def test_a_long_array_of_numbers_takes_as_much_memory_as_the_file(tmp_path):
         ("rms_norm_eps", "x", "norm_eps"),
         ("rms_norm_eps", 10**400, "norm_eps"),
         ("rope_theta", -1.0, "rope_theta is a finite number above 0"),
+        ("rope_theta", 1.0, "a rope_theta is above 1"),
+        (
+            "rope_scaling",
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "high_freq_factor is above low_freq_factor",
+        ),
         ("eos_token_id", -1, "eos_ids are token ids from 0, got -1"),
         ("eos_token_id", [[1]], "eos_ids"),
         ("pad_token_id", 10**30, "pad_id"),
@@ -240,6 +250,84 @@ def test_a_long_array_of_numbers_takes_as_much_memory_as_the_file(tmp_path):
 def test_numbers_that_no_decoder_has_are_refused(key, value, said):
     with pytest.raises(ValueError, match=said), files.reading("config.json", "a decoder"):
         DecoderConfig.from_hf(tiny_config().to_hf() | {key: value})
+
+
+@pytest.mark.parametrize(
+    "part, step, said",
+    [
+        ("normalizer", {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 16}, "characters of one"),
+        ("decoder", {"type": "Replace", "pattern": {"Regex": ""}, "content": "a" * 16}, "characters of one"),
+        ("normalizer", {"type": "NFKC"}, "characters of one"),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 16}, "characters of one"),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "AAAAAGFhYWFhYQBh"}, "characters of one"),
+        ("pre_tokenizer", {"type": "Whitespace"}, "at most 64 steps"),
+    ],
+)
+def test_a_tokenizer_that_makes_very_much_of_little_is_refused(part, step, said, tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    inner = {"normalizer": "normalizers", "decoder": "decoders", "pre_tokenizer": "pretokenizers"}[part]
+    count = 8 if part != "pre_tokenizer" else 70
+    about[part] = {"type": "Sequence", inner: [{"type": "Sequence", inner: [step] * count}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=said):
+        lm.tokenizer.from_folder(tmp_path)
+
+
+def test_tokens_beyond_the_models_embedding_are_refused(tmp_path):
+    lm.save(tiny_model(), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    about = json.loads(path.read_text())
+    about["added_tokens"].append(
+        dict(id=tiny_config().vocab_size + 3, content="<far>", special=True, single_word=False, lstrip=False,
+             rstrip=False, normalized=False)
+    )  # fmt: skip
+    path.write_text(json.dumps(about))
+    made = lm.load(tmp_path / "model").tokenizer
+    assert made.encode("the fox") == tiny_tokenizer().encode("the fox")
+    with pytest.raises(ValueError, match=r"the model's embedding has .* rows, got '<far>'"):
+        made.encode("the <far>")
+
+
+def test_very_long_tokens_are_refused():
+    metadata = {"model": "llama", "tokens": ["<unk>", "a" * 100_000], "scores": [0.0, 0.0]}
+    with pytest.raises(ValueError, match="a token has at most 1,024 characters, got 100,000"):
+        lm.tokenizer.from_gguf({f"tokenizer.ggml.{k}": v for k, v in metadata.items()})
+
+
+def test_a_file_is_opened_as_often_as_it_is_large_and_not_for_each_tensor(tmp_path, monkeypatch):
+    from jaxml.lm import hf
+
+    model = tiny_model(num_layers=6)
+    lm.save(model, tmp_path / "model", shard_bytes=20_000)
+    opened, original = [], hf.open_safetensors
+    monkeypatch.setattr(hf, "open_safetensors", lambda path: opened.append(path) or original(path))
+    files_there = len(list((tmp_path / "model").glob("*.safetensors")))
+    assert files_there > 2
+    lm.load(tmp_path / "model")
+    assert len(opened) == 2 * files_there
+    monkeypatch.setattr(hf._Tensors, "CLOSED_AFTER", 0)
+    again = lm.load(tmp_path / "model")
+    assert len(opened) > 20
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("num_attention_heads", 0, "num_heads is a whole number from 1"),
+        ("num_attention_heads", 3, "width is a multiple of num_heads"),
+        ("layer_norm_eps", float("nan"), "norm_eps is a finite number above 0"),
+        ("num_hidden_layers", 10**9, "num_layers is a whole number from 1 to 1,000"),
+        ("max_position_embeddings", 1, "max_length is a whole number from 2"),
+    ],
+)
+def test_numbers_that_no_encoder_has_are_refused(key, value, said, tmp_path):
+    FUZZ.encoder(tmp_path)
+    where = tmp_path / "encoder" / "config.json"
+    where.write_text(json.dumps(json.loads(where.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=said):
+        lm.encoder.read_config(where.parent)
 
 
 def test_a_file_that_is_none_of_its_own_is_not_cut(tmp_path):

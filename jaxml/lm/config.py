@@ -19,11 +19,11 @@ REALS = (
 REQUIRED = object()  # the default of a key that a file must have
 
 
-def _whole(value: Any, low: int, high: int) -> bool:
+def whole(value: Any, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _positive(value: Any) -> bool:
+def positive(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf
     except OverflowError:
@@ -32,7 +32,7 @@ def _positive(value: Any) -> bool:
 
 def check_layers(count: Any) -> None:
     """Refuses numbers of layers that no model has, before anything is made for each of them."""
-    if not _whole(count, 1, MOST_LAYERS):
+    if not whole(count, 1, MOST_LAYERS):
         raise ValueError(f"DecoderConfig: num_layers is a whole number from 1 to {MOST_LAYERS:,}, got {count!r}.")
 
 
@@ -58,10 +58,15 @@ class RopeScaling:
     def __post_init__(self):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_length", "beta_fast", "beta_slow")
         for name in (*names, *(("attention_factor",) if self.attention_factor is not None else ())):
-            if not _positive(getattr(self, name)):
+            if not positive(getattr(self, name)):
                 raise ValueError(f"RopeScaling: {name} is a finite number above 0, got {getattr(self, name)!r}.")
-        if not all(map(_positive, self.factors)):
+        if not all(map(positive, self.factors)):
             raise ValueError("RopeScaling: factors are finite numbers above 0.")
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                "RopeScaling: high_freq_factor is above low_freq_factor, got "
+                f"{self.high_freq_factor} and {self.low_freq_factor}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,18 +115,18 @@ class DecoderConfig:
             raise ValueError(f"DecoderConfig: feed_forward is one of {known}, got {self.feed_forward!r}.")
         check_layers(self.num_layers)
         for name in SIZES:
-            if not _whole(getattr(self, name), 1, MOST):
+            if not whole(getattr(self, name), 1, MOST):
                 raise ValueError(
                     f"DecoderConfig: {name} is a whole number from 1 to {MOST:,}, got {getattr(self, name)!r}."
                 )
         for name, ids in (("bos_id", [self.bos_id]), ("pad_id", [self.pad_id]), ("eos_ids", self.eos_ids)):
-            if wrong := [i for i in ids if i is not None and not _whole(i, 0, MOST)]:
+            if wrong := [i for i in ids if i is not None and not whole(i, 0, MOST)]:
                 raise ValueError(f"DecoderConfig: {name} are token ids from 0, got {wrong[0]!r}.")
-        if self.window is not None and not _whole(self.window, 1, MOST):
+        if self.window is not None and not whole(self.window, 1, MOST):
             raise ValueError(f"DecoderConfig: window is a whole number from 1, got {self.window!r}.")
         for name in REALS:
             value = getattr(self, name)
-            if value is not None and not _positive(value):
+            if value is not None and not positive(value):
                 raise ValueError(f"DecoderConfig: {name} is a finite number above 0, got {value!r}.")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -129,6 +134,14 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"DecoderConfig: head_dim is even (rotary pairs), got {self.head_dim}.")
+        scaling = self.rope_scaling
+        if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise ValueError(
+                f"DecoderConfig: rope_scaling has a factor for each of {self.head_dim // 2} rotary pairs, "
+                f"got {len(scaling.factors)}."
+            )
+        if self.rope_theta <= 1 or (self.local_rope_theta or 2) <= 1:
+            raise ValueError(f"DecoderConfig: a rope_theta is above 1, got {self.rope_theta, self.local_rope_theta}.")
         if self.local_layers and not self.window:
             raise ValueError("DecoderConfig: local layers need window, got window=None.")
 

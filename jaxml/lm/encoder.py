@@ -17,6 +17,7 @@ from jaxml import files
 from jaxml.attention import flash_attention
 from jaxml.axes import Array, Float, Int, Params, wide
 from jaxml.lm import hf, tokenizer, zoo
+from jaxml.lm.config import MOST, MOST_LAYERS, positive, whole
 from jaxml.lm.tokenizer import Tokenizer
 
 
@@ -35,6 +36,23 @@ class EncoderConfig:
     norm_eps: float = 1e-12
     pooling: str = "mean"  # over tokens, or "cls": the first token's
     normalize: bool = True
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "width", "num_heads", "hidden_dim", "num_positions", "num_segments", "max_length")
+        for name, least, most in (
+            ("num_layers", 1, MOST_LAYERS),
+            *((n, 2 if n == "max_length" else 1, MOST) for n in sizes),
+        ):
+            if not whole(getattr(self, name), least, most):
+                got = getattr(self, name)
+                raise ValueError(f"EncoderConfig: {name} is a whole number from {least} to {most:,}, got {got!r}.")
+        if not positive(self.norm_eps):
+            raise ValueError(f"EncoderConfig: norm_eps is a finite number above 0, got {self.norm_eps!r}.")
+        if self.width % self.num_heads or self.max_length > self.num_positions:
+            raise ValueError(
+                "EncoderConfig: width is a multiple of num_heads and max_length at most num_positions, got "
+                f"{self.width}, {self.num_heads}, {self.max_length} and {self.num_positions}."
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +90,14 @@ def _read(folder: Path, dtype) -> Encoder:
     config = read_config(folder)
     names = _names()
     with hf.open_safetensors(folder / "model.safetensors") as file:
-        prefix = "bert." if any(name.startswith("bert.") for name in set(file.keys())) else ""
-        read = lambda name: _tensor(folder, file, prefix + name)
+        there = set(file.keys())
+        prefix = "bert." if any(name.startswith("bert.") for name in there) else ""
+
+        def read(name: str) -> np.ndarray:
+            if prefix + name not in there:
+                raise ValueError(f"{folder}: an encoder has the tensor {prefix + name}; it is missing.")
+            return file.get_tensor(prefix + name)
+
         params: dict[str, Any] = {"layers": {}}
         for path, name in names.items():
             if "{}" in name:
@@ -85,7 +109,7 @@ def _read(folder: Path, dtype) -> Encoder:
     for (path, shape), a in zip(_flat(shapes(config)), jax.tree.leaves(params)):
         if a.shape != shape:
             raise ValueError(f"{folder}: {path} has the shape {shape}, got {a.shape}.")
-    return Encoder(params, config, tokenizer.from_folder(folder))
+    return Encoder(params, config, tokenizer.from_folder(folder, rows=config.vocab_size))
 
 
 def read_config(folder: str | Path) -> EncoderConfig:
@@ -219,7 +243,7 @@ def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = N
 def _ids(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     """[CLS] text [SEP] of each, cut to the longest text."""
     longest = encoder.config.max_length
-    rows = [of.ids for of in encoder.tokenizer.backend.encode_batch(list(texts), add_special_tokens=True)]
+    rows = encoder.tokenizer.encode_batch(texts)
     return [ids if len(ids) <= longest else [*ids[: longest - 1], ids[-1]] for ids in rows]
 
 
@@ -254,12 +278,6 @@ def _names() -> dict[str, str]:
     for path, name in layer.items():
         names |= {path: f"encoder.layer.{{}}.{name}.weight", f"{path}_bias": f"encoder.layer.{{}}.{name}.bias"}
     return names
-
-
-def _tensor(folder: Path, file: Any, name: str) -> np.ndarray:
-    if name not in set(file.keys()):
-        raise ValueError(f"{folder}: an encoder has the tensor {name}; it is missing.")
-    return file.get_tensor(name)
 
 
 def _flat(tree: Any) -> list[tuple[str, tuple[int, ...]]]:

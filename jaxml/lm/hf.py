@@ -1,12 +1,12 @@
 """Hugging Face folders: config.json and safetensors, streamed tensor by tensor in both directions."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,36 @@ def _read(folder: Path, config: DecoderConfig, dtype, quantize, mesh) -> Params:
     for path in _weight_files(folder):
         with open_safetensors(path) as file:
             where |= dict.fromkeys(file.keys(), path)
+    with contextlib.ExitStack() as stack:
+        return _assembled(folder, config, where, _Tensors(where, stack).read, dtype, quantize, mesh)
 
-    def tensor(name):
-        # Opened for each tensor: pages of an open map count as the process's memory until it is closed.
-        with open_safetensors(where[name]) as file:
-            return file.get_tensor(name)
 
+class _Tensors:
+    """Tensors of several files by name.
+
+    Pages of an open map count as the process's memory until it is closed, so that files are opened anew now and then,
+    and not for each tensor, since their headers name all.
+    """
+
+    CLOSED_AFTER = 2**28  # bytes read
+
+    def __init__(self, where: dict[str, Path], stack: contextlib.ExitStack):
+        self.where, self.stack = where, stack
+        self.opened, self.bytes = {}, 0
+
+    def read(self, name: str) -> np.ndarray:
+        if self.bytes > self.CLOSED_AFTER:
+            self.stack.close()
+            self.opened, self.bytes = {}, 0
+        path = self.where[name]
+        if path not in self.opened:
+            self.opened[path] = self.stack.enter_context(open_safetensors(path))
+        found = self.opened[path].get_tensor(name)
+        self.bytes += found.nbytes
+        return found
+
+
+def _assembled(folder: Path, config: DecoderConfig, where: dict[str, Path], tensor, dtype, quantize, mesh) -> Params:
     quantised = bnb.parts(where)
     belonging = {name for names in quantised.values() for name in names}
     return tensors.assemble(
@@ -184,7 +208,7 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
     """A safetensors file, memory-mapped; FileNotFoundError or ValueError where it is missing or not whole."""
     safetensors = need("safetensors", "lm")
@@ -206,7 +230,7 @@ def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
     save_file({k: whole(v) for k, v in arrays.items()}, str(path), metadata={"format": "pt"})
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its name only when the block ends without an error.
 

@@ -75,10 +75,10 @@ def load(
         )
     if path.is_dir():
         params, config = hf.read(path, dtype, convert, mesh)
-        return Model(params, config, tokenizer.from_folder(path, eos_ids=config.eos_ids, pad_id=config.pad_id))
+        return Model(params, config, _tokenizer(path, config))
     if path.is_file():
         params, config, metadata = gguf.read(path, dtype, convert, mesh)
-        return Model(params, config, tokenizer.from_gguf(metadata))
+        return Model(params, config, tokenizer.from_gguf(metadata, rows=config.vocab_size))
     raise FileNotFoundError(
         f"lm.load: no file, folder or known model is called {str(source)!r}. Known models: {', '.join(zoo.NAMES)}."
     )
@@ -110,7 +110,11 @@ def _of_orbax(folder: Path, config: DecoderConfig, dtype, mesh: Mesh | None) -> 
     place = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
     params = checkpoint.restore(folder / ORBAX, jax.tree.map(place, template, where))
     params = params if dtype is None else decoder.cast(params, dtype)
-    return Model(params, config, tokenizer.from_folder(folder, eos_ids=config.eos_ids, pad_id=config.pad_id))
+    return Model(params, config, _tokenizer(folder, config))
+
+
+def _tokenizer(folder: Path, config: DecoderConfig) -> Tokenizer:
+    return tokenizer.from_folder(folder, eos_ids=config.eos_ids, pad_id=config.pad_id, rows=config.vocab_size)
 
 
 def save_orbax(model: Model, folder: str | Path) -> Path:

@@ -215,7 +215,7 @@ def _environment() -> Any:
     class Generation(Extension):
         """`{% generation %}` marks what an assistant wrote, for masks; its text is rendered as it stands."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

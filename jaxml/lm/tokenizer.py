@@ -3,6 +3,7 @@
 From a Hugging Face ``tokenizer.json``, or rebuilt from the vocabulary in a GGUF file.
 """
 
+import base64
 import contextlib
 import dataclasses
 import json
@@ -12,6 +13,9 @@ from typing import Any
 
 from jaxml import files
 from jaxml.extras import need
+
+STEPS, GROWTH = 64, 1000  # of a tokenizer.json: its steps, and how many characters they make of one
+TOKEN = 1024  # characters of a token, at most; published ones have up to 130
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,16 +28,40 @@ class Tokenizer:
     pad_id: int = 0
     add_bos: bool = False  # whether raw prompts of this model start with the bos token
     chat_template: str | None = None
+    rows: int | None = None  # of the model's embedding; what the vocabulary has beyond them cannot be encoded
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Token ids; special tokens that are written out in the text are recognised."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("tokenizer: a text has half of a character (a lone surrogate). Leave it out.") from error
+        """Token ids; special tokens that are written out in the text are recognised.
+
+        Raises:
+            ValueError: half of a character in the text, or a token that the model has no vector of.
+        """
+        _check_text(text)
         with _rust("tokenizer"):
             ids = self.backend.encode(text, add_special_tokens=False).ids
+        self._check_ids(ids)
         return [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, within the special tokens that the tokenizer's own template puts around one.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        for text in texts:
+            _check_text(text)
+        with _rust("tokenizer"):
+            rows = [of.ids for of in self.backend.encode_batch(list(texts), add_special_tokens=True)]
+        for ids in rows:
+            self._check_ids(ids)
+        return rows
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if self.rows is not None and ids and max(ids) >= self.rows:
+            token = self.token(max(ids))
+            raise ValueError(
+                f"tokenizer: the model's embedding has {self.rows:,} rows, got {token!r}, id {max(ids):,}."
+            )
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Text of token ids."""
@@ -66,11 +94,14 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
 
 
-def from_folder(folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: int | None = None) -> Tokenizer:
+def from_folder(
+    folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: int | None = None, rows: int | None = None
+) -> Tokenizer:
     """From a Hugging Face folder with ``tokenizer.json`` (and tokenizer_config.json, chat_template.jinja).
 
     Args:
         eos_ids, pad_id: the model config's, which win over the tokenizer's own where given.
+        rows: of the model's embedding.
 
     Raises:
         FileNotFoundError, ValueError: no tokenizer.json there, or one that cannot be read.
@@ -84,10 +115,18 @@ def from_folder(folder: str | Path, *, eos_ids: tuple[int, ...] = (), pad_id: in
             "SentencePiece files (tokenizer.model) are not read: convert them with transformers first."
         )
     text = files.read_text(path)
-    with _rust(path):
+    with files.reading(path, "a tokenizer"), _rust(path):
+        _check_steps(files.json_of(text, path), path)
         backend = tokenizers.Tokenizer.from_str(text)
     with files.reading(folder, "a tokenizer"), _rust(folder):
-        return _of_folder(folder, backend, eos_ids, pad_id)
+        return dataclasses.replace(_of_folder(folder, backend, eos_ids, pad_id), rows=rows)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("tokenizer: a text has half of a character (a lone surrogate). Leave it out.") from error
 
 
 @contextlib.contextmanager
@@ -99,6 +138,37 @@ def _rust(where: str | Path) -> Iterator[None]:
         if type(error) is Exception or type(error).__name__ == "PanicException":
             raise ValueError(f"{where}: no tokenizer can be made of it ({error}).") from error
         raise
+
+
+def _check_steps(about: dict[str, Any], path: Path) -> None:
+    """Refuses steps that make very much of little: the Rust library would end the process for lack of memory."""
+    for part in ("normalizer", "pre_tokenizer", "decoder", "post_processor"):
+        count, grown, left = 0, 1, [about.get(part)]
+        while left:
+            step = left.pop()
+            if step is None:
+                continue
+            count += 1
+            grown *= _growth(step) if part in ("normalizer", "decoder") else 1
+            for inner in ("normalizers", "pretokenizers", "decoders", "processors"):
+                left += step.get(inner) or []
+            if count > STEPS:
+                raise ValueError(f"{path}: a {part} has at most {STEPS} steps, got more.")
+            if grown > GROWTH:
+                raise ValueError(f"{path}: a {part} makes at most {GROWTH:,} characters of one, got {grown:,}.")
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    """The most characters that a step of a normalizer or decoder makes of one."""
+    if step.get("type") == "Replace":
+        regex = "Regex" in step["pattern"]  # may fit between any two characters
+        return len(step["content"]) + 1 if regex or not step["pattern"]["String"] else max(1, len(step["content"]))
+    if step.get("type") == "Prepend":
+        return 1 + len(step["prepend"])
+    if step.get("type") == "Precompiled":  # a trie, its length before it, and the texts that it points to
+        table = base64.b64decode(step["precompiled_charsmap"])
+        return max(map(len, table[4 + int.from_bytes(table[:4], "little") :].split(b"\0")), default=1) or 1
+    return {"NFKC": 18, "NFKD": 18, "NFC": 3, "NFD": 4, "ByteLevel": 2, "Lowercase": 3}.get(step.get("type"), 1)
 
 
 def _of_folder(folder: Path, backend: Any, eos_ids: tuple[int, ...], pad_id: int | None) -> Tokenizer:
@@ -146,7 +216,7 @@ _GPT4_SPLIT = (
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any], *, rows: int | None = None) -> Tokenizer:
     """From the vocabulary in a GGUF header: byte-level BPE, or SentencePiece-style BPE with scores.
 
     Raises:
@@ -154,7 +224,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
     """
     need("tokenizers", "lm")
     with files.reading("tokenizer.ggml", "a vocabulary"), _rust("tokenizer.ggml"):
-        return _of_gguf(metadata)
+        return dataclasses.replace(_of_gguf(metadata), rows=rows)
 
 
 def _of_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
@@ -217,6 +287,8 @@ def _sentencepiece(tokens, scores, add_space_prefix: bool):
     vocab = {t: i for i, t in enumerate(tokens)}
     # Two pieces merge where their union is a piece; a higher score merges first.
     merges = []
+    if (longest := max(map(len, tokens), default=0)) > TOKEN:
+        raise ValueError(f"tokenizer.from_gguf: a token has at most {TOKEN:,} characters, got {longest:,}.")
     for i, token in enumerate(tokens):
         for cut in range(1, len(token)):
             if token[:cut] in vocab and token[cut:] in vocab:
