@@ -171,7 +171,8 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{{ ('\n' * 10**5)|indent(width=10**5) }}",
         "{{ (['a'] * 10**4)|map('replace', 'a', 'b' * 10**5)|list|length }}",
         "{% set a = 'a' * 10**6 %}{% for i in range(9999) %}{% set b %}" + "x" * 10**5 + "{% endset %}{% endfor %}",
-        "{% set n = namespace(l=[], s='a' * 10**6) %}{% for i in range(9999) %}{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
+        "{% set n = namespace(l=[], s='a' * 10**6) %}{% for i in range(9999) %}"
+        "{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
         "{% set a = ['a'] * 60000 %}{% for i in range(99999) %}{{ a|sort|length }}{% endfor %}",
         "{# " + "a" * 200_000 + " #}",
     ],

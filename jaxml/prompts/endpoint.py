@@ -2,20 +2,25 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import random
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxml import files
 from jaxml.extras import need
 from jaxml.lm.generate import Prompt
 from jaxml.prompts.llm import Reply, Scores
 from jaxml.prompts.store import Store
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
+ANSWER_BYTES = 64 * files.MIB  # of one answer; a long prompt's log-probabilities have a few MiB
+Body = tuple[str, dict[str, Any]]  # (path, JSON) of a request
 
 
 class EndpointError(RuntimeError):
@@ -32,7 +37,7 @@ class Endpoint:
         url: up to and with /v1.
         model: its name there.
         api_key: sent as a bearer token, and to nobody else.
-        timeout: seconds for one answer.
+        timeout: seconds for one answer, from the request to its last byte.
         retries: how often a request is repeated after a status of `RETRIED`, a cut connection, a timeout or an answer
             that is no JSON of the right form; with pauses that double from `backoff` seconds, or as long as the server
             asks for, never longer than `longest_pause`.
@@ -87,7 +92,7 @@ class Endpoint:
     ) -> list[Reply]:  # fmt: skip
         """One continuation of each prompt."""
         bodies = [self._body(p, max_new_tokens, temperature, stop, seed + i) for i, p in enumerate(prompts)]
-        return [_reply(answer) for answer in self._all(bodies)]
+        return self._all([(body, _reply) for body in bodies])
 
     def sample(
         self, prompt: Prompt, n: int, *, max_new_tokens: int = 128, temperature: float = 1.0,
@@ -96,7 +101,7 @@ class Endpoint:
         """n continuations of one prompt, each asked for with a seed of its own; likelihoods where they are told."""
         bodies = [self._body(prompt, max_new_tokens, temperature, stop, seed + i) for i in range(n)]
         tell = {"logprobs": 1} if isinstance(prompt, str) else {"logprobs": True}
-        return [_reply(answer) for answer in self._all([(path, body | tell) for path, body in bodies])]
+        return self._all([((path, body | tell), _reply) for path, body in bodies])
 
     def score(self, prompts: Sequence[Prompt], choices: Sequence[Sequence[str]]) -> list[Scores]:
         """The likelihood of each prompt's choices, from the prompt's own log-probabilities ("echo").
@@ -110,13 +115,13 @@ class Endpoint:
                 "take a model in this process (prompts.Local)."
             )
         self._probe()
-        bodies = [self._echo(p + c) for p, of in zip(prompts, choices, strict=True) for c in of]
-        answers = iter(self._all(bodies))
+        texts = [p + c for p, of in zip(prompts, choices, strict=True) for c in of]
+        answers = iter(self._all([self._echo(text) for text in texts]))
         out = []
         for prompt, of in zip(prompts, choices):
             log_probs, tokens, cost = [], [], 0
             for choice, answer in zip(of, (next(answers) for _ in of)):
-                offsets, values = _token_log_probs(answer, prompt + choice)
+                offsets, values = answer
                 if len(prompt) not in offsets:
                     raise ValueError(
                         "Endpoint.score: a token ends where the prompt ends, but the server's straddles it in "
@@ -147,18 +152,17 @@ class Endpoint:
 
     # ---- what is asked ----------------------------------------------------------------------------------
 
-    def _body(self, prompt, max_new_tokens, temperature, stop, seed) -> tuple[str, dict[str, Any]]:
+    def _body(self, prompt, max_new_tokens, temperature, stop, seed) -> Body:
         body = {"model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         body |= {"stop": list(stop)} if stop else {}
         if isinstance(prompt, str):
             return "/completions", body | {"prompt": prompt}
         return "/chat/completions", body | {"messages": list(prompt)}
 
-    def _echo(self, text: str) -> tuple[str, dict[str, Any]]:
+    def _echo(self, text: str) -> tuple[Body, Callable[[Any], Any]]:
         # One token more than nothing: some servers refuse 0.
-        return "/completions", {
-            "model": self.model, "prompt": text, "max_tokens": 1, "temperature": 0.0, "echo": True, "logprobs": 1,
-        }  # fmt: skip
+        body = dict(model=self.model, prompt=text, max_tokens=1, temperature=0.0, echo=True, logprobs=1)
+        return ("/completions", body), lambda answer: _token_log_probs(answer, text)
 
     def _probe(self) -> None:
         """Refuses a server that tells no likelihoods, before anything is made of its zeros."""
@@ -166,7 +170,7 @@ class Endpoint:
             return
         text = "The quick brown fox jumps over the lazy dog"
         try:
-            offsets, values = _token_log_probs(self._ask(*self._echo(text)), text)
+            offsets, values = self._ask(*self._echo(text), threading.Event())
         except (EndpointError, ValueError) as error:
             raise NotImplementedError(
                 f"Endpoint.score: {self.name} does not tell a prompt's likelihood ({error}). "
@@ -182,49 +186,67 @@ class Endpoint:
 
     # ---- how it is asked --------------------------------------------------------------------------------
 
-    def _all(self, bodies: Sequence[tuple[str, dict[str, Any]]]) -> list[Any]:
-        with concurrent.futures.ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(self._ask, path, body) for path, body in bodies]
-            try:
-                return [f.result() for f in futures]
-            except BaseException:
-                for f in futures:
-                    f.cancel()
-                raise
+    def _all(self, asked: Sequence[tuple[Body, Callable[[Any], Any]]]) -> list[Any]:
+        """What is made of the answer to each request; the first failure, or Ctrl-C, ends all of them."""
+        over = threading.Event()
+        pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
+        try:
+            return [f.result() for f in [pool.submit(self._ask, body, parse, over) for body, parse in asked]]
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, path: str, body: dict[str, Any]) -> Any:
-        question = {"url": self.url, "path": path, "body": body}
+    def _ask(self, body: Body, parse: Callable[[Any], Any], over: threading.Event) -> Any:
+        path, content = body
+        question = {"url": self.url, "path": path, "body": content}
         kept = self._store.get(question)
-        if kept is not None:
-            return kept
-        answer = self._post(path, body)
-        self._store.put(question, answer)
-        return answer
+        answer = self._post(path, content, over) if kept is None else kept
+        try:
+            parsed = parse(answer)
+        except files.IMPOSSIBLE as error:
+            said = f"{type(error).__name__}: {error}"[:200]
+            raise EndpointError(f"{self.url}{path}: fields of an answer are not of the usual kind ({said}).") from error
+        if kept is None:
+            self._store.put(question, answer)
+        return parsed
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, Any], over: threading.Event) -> Any:
         """An answer that holds choices."""
         httpx = need("httpx", "prompts")
         for attempt in range(self.retries + 1):
             pause = self.backoff * 2**attempt * random.uniform(0.8, 1.2)
             try:
-                response = self._client.post(path, json=body)
-                if response.status_code == 200:
-                    answer = response.json()
-                    _choice(answer)
-                    return answer
-                said = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code not in RETRIED:
-                    raise EndpointError(f"{self.url}{path}: {said}")
-                pause = max(pause, _asked_pause(response))
+                with self._client.stream("POST", path, json=body) as response:
+                    content = self._content(response, over)
+                    if response.status_code == 200:
+                        answer = files.json_of(content, "the answer")
+                        _choice(answer)
+                        return answer
+                    said = f"status {response.status_code}: {content[:200].decode(errors='replace')}"
+                    if response.status_code not in RETRIED:
+                        raise EndpointError(f"{self.url}{path}: {said}")
+                    pause = max(pause, _asked_pause(response))
             except httpx.LocalProtocolError as error:  # the request itself is wrong
                 raise EndpointError(f"{self.url}{path}: the request cannot be sent. Look at the address.") from error
             except (httpx.TransportError, httpx.DecodingError) as error:
                 said = f"{type(error).__name__}: {error}"
-            except (ValueError, RecursionError) as error:  # no JSON, or not of the form that was asked for
+            except ValueError as error:  # no JSON, or not of the form that was asked for
                 said = f"not the answer that was asked for: {error}"
-            if attempt < self.retries:
-                time.sleep(min(pause, self.longest_pause))
-        raise EndpointError(f"{self.url}{path}: no answer after {self.retries + 1} attempts; the last one: {said}")
+            if attempt < self.retries and over.wait(min(pause, self.longest_pause)):
+                break
+        raise EndpointError(f"{self.url}{path}: no answer after {attempt + 1} attempts; the last one: {said}")
+
+    def _content(self, response: Any, over: threading.Event) -> bytes:
+        """The whole of an answer, unless it is too late, too long, or no longer wanted."""
+        httpx = need("httpx", "prompts")
+        until, content = time.monotonic() + self.timeout, bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > ANSWER_BYTES:
+                raise EndpointError(f"{self.url}: an answer has at most {ANSWER_BYTES:,} bytes, got more.")
+            if over.is_set() or time.monotonic() > until:
+                raise httpx.ReadTimeout(f"an answer is whole within {self.timeout} s")
+        return bytes(content)
 
 
 def _asked_pause(response: Any) -> float:
@@ -244,6 +266,10 @@ def _choice(answer: Any) -> dict[str, Any]:
     return choice
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _reply(answer: Any) -> Reply:
     choice = _choice(answer)
     message = choice.get("message") or {}
@@ -255,8 +281,8 @@ def _reply(answer: Any) -> Reply:
     usage = answer.get("usage") or {}
     told = choice.get("logprobs") or {}
     values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
-    known = bool(values) and all(isinstance(v, int | float) for v in values) and any(v < 0 for v in values)
-    count = lambda name: int(usage.get(name) or 0)
+    known = bool(values) and all(map(_number, values)) and any(v < 0 for v in values)
+    count = lambda name: max(0, int(usage.get(name) or 0))
     new = count("completion_tokens") or len(values) or 1 + len(text) // 4
     return Reply(text, count("prompt_tokens"), new, float(sum(values)) if known else None)
 
@@ -271,8 +297,10 @@ def _token_log_probs(answer: Any, text: str) -> tuple[list[int], list[float | No
     if not isinstance(told, dict) or not told.get("token_logprobs") or not told.get("text_offset"):
         raise ValueError("the answer holds no log-probabilities of the prompt's tokens")
     offsets, values, tokens = told["text_offset"], told["token_logprobs"], told.get("tokens")
-    if len(offsets) != len(values) or not all(v is None or isinstance(v, int | float) for v in values):
-        raise ValueError("a log-probability and an offset for each token")
+    if len(offsets) != len(values) or not all(v is None or _number(v) for v in values):
+        raise ValueError("the answer holds a log-probability and an offset for each token; these do not fit")
+    if not all(isinstance(offset, int) for offset in offsets):
+        raise ValueError("an offset is a whole number")
     first = tokens[0] if tokens and isinstance(tokens[0], str) else ""
     shift = 0 if text.startswith(first) else len(first)
     if shift and values[0] is not None:

@@ -13,13 +13,14 @@ class Script:
     """What the server does with each request, in order; the last entry goes on for ever.
 
     An entry is "ok", "slow", "cut" (closes in the middle of the answer), "drop" (closes at once), "garbage" (no JSON),
-    "empty" (JSON of another form), or a status to answer with.
+    "empty" (JSON of another form), "drip" (a byte now and then), "endless", or a status to answer with.
     """
 
     def __init__(self, *steps: Any, answer: Callable[[str, dict], Any], retry_after: str | None = None):
         self.steps, self.answer, self.retry_after = list(steps) or ["ok"], answer, retry_after
         self.requests: list[tuple[str, dict, dict]] = []
         self.at_once, self.most = 0, 0
+        self.over = threading.Event()
         self._lock = threading.Lock()
 
     def next(self, path: str, body: dict, headers: dict) -> Any:
@@ -49,6 +50,16 @@ def serve(script: Script) -> Iterator[str]:
         def log_message(self, *_):
             pass
 
+        def flow(self, part: bytes, pause: float):
+            self.send_response(200)
+            self.send_header("content-length", str(2**40))
+            self.end_headers()
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                while not script.over.is_set():
+                    self.wfile.write(part)
+                    time.sleep(pause)
+
         def do_POST(self):
             with script.busy():
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -59,6 +70,9 @@ def serve(script: Script) -> Iterator[str]:
                     self.connection.close()
                     return
                 status = step if isinstance(step, int) else 200
+                if step in ("drip", "endless"):
+                    self.flow(b"1" if step == "drip" else b"1" * 2**20, 0.05 if step == "drip" else 0)
+                    return
                 content = {"garbage": b"<html>busy", "empty": b'{"ok": true}'}.get(step)
                 content = json.dumps(script.answer(self.path, body)).encode() if content is None else content
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -78,6 +92,7 @@ def serve(script: Script) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
     finally:
+        script.over.set()
         server.shutdown()
         server.server_close()
         thread.join()

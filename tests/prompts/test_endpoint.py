@@ -41,7 +41,7 @@ def test_what_fails_for_a_while_is_asked_again(step):
 @pytest.mark.parametrize("step, said", [
     ("slow", "ReadTimeout"), (429, "status 429"), (500, "status 500"), ("cut", "RemoteProtocolError"),
     ("drop", "RemoteProtocolError|ReadError"), ("garbage", "not the answer that was asked for"),
-    ("empty", "holds choices"),
+    ("empty", "holds choices"), ("drip", "ReadTimeout: an answer is whole within 0.2 s"),
 ])  # fmt: skip
 def test_what_goes_on_failing_is_said_with_its_last_failure(step, said):
     script = Script(step, answer=answer)
@@ -49,6 +49,39 @@ def test_what_goes_on_failing_is_said_with_its_last_failure(step, said):
         with pytest.raises(EndpointError, match=f"(?s)no answer after 2 attempts.*({said})"):
             llm.generate(["hi"])
         assert len(script.requests) == 2
+
+
+def test_an_answer_without_end_is_refused(monkeypatch):
+    monkeypatch.setattr(prompts.endpoint, "ANSWER_BYTES", 2**22)
+    script = Script("endless", answer=answer)
+    with serve(script) as url, endpoint(url, timeout=20) as llm:
+        with pytest.raises(EndpointError, match="an answer has at most 4,194,304 bytes"):
+            llm.generate(["hi"])
+        assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize("odd", [
+    {"choices": [{"text": "a", "logprobs": [1]}]}, {"choices": [{"text": "a"}], "usage": "none"},
+    {"choices": [{"text": "a"}], "usage": {"prompt_tokens": float("inf")}}, {"choices": [{"message": "a"}]},
+    {"choices": [{"text": "a", "logprobs": {"content": [1]}}]}, {"choices": [{"message": {"content": [1]}}]},
+    {"choices": [{"text": "a", "logprobs": {"token_logprobs": [-(10**400)]}}]},
+])  # fmt: skip
+def test_answers_with_odd_fields_are_a_sentence_and_are_not_kept(odd, tmp_path):
+    replies = [odd, {"choices": [{"text": "fine"}]}]
+    script = Script("ok", answer=lambda path, body: replies.pop(0))
+    with serve(script) as url, endpoint(url, cache=tmp_path / "kept.jsonl", retries=0) as llm:
+        with pytest.raises(EndpointError, match=r"fields of an answer|a choice holds text"):
+            llm.generate(["hi"])
+        assert llm.generate(["hi"])[0].text == "fine"
+
+
+def test_one_failure_ends_what_is_under_way():
+    script = Script(401, "drip", answer=answer)
+    with serve(script) as url, endpoint(url, timeout=30, concurrency=2) as llm:
+        begun = time.perf_counter()
+        with pytest.raises(EndpointError, match="status 401"):
+            llm.generate(["a", "b", "c", "d"])
+        assert time.perf_counter() - begun < 10
 
 
 def test_a_refusal_is_not_repeated_and_nobody_listening_is_said():
