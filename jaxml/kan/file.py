@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml import files, log
-from jaxml.kan import symbolic
+from jaxml.kan import network, symbolic
 from jaxml.kan.layer import Layer, Spec
 from jaxml.kan.library import LIBRARY, Function
 from jaxml.kan.network import KAN, Affine
@@ -96,20 +96,11 @@ def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> K
                 for m, (into, out, name) in enumerate(told["fixed"])
             ]
             three = (arrays[f"{n}.{name}"] for name in ("coef", "base", "points"))
-            layers.append(_fitting(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"]))))
+            layers.append(Layer(*three, arrays.get(f"{n}.mask"), tuple(fixed), Spec(**told["spec"])))
             affine.append(Affine(*(arrays[f"{n}.{name}"] for name in AFFINE)) if told["affine"] else ())
-        return KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"]))
+        return network.check(KAN(tuple(layers), tuple(affine), tuple(tuple(a) for a in header["arities"])))
     except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: no network can be made of this file ({error}).") from error
-
-
-def _fitting(layer: Layer) -> Layer:
-    """The layer, if its arrays have the shapes that its spec and each other ask for."""
-    shapes = [a.shape for a in (layer.coef, layer.base, layer.points, layer.kept)]
-    width = layer.width
-    if shapes != [(layer.spec.size, *width), width, (width[0], layer.spec.grid + 1), width]:
-        raise ValueError(f"arrays of shapes {shapes} are no layer of {layer.spec}")
-    return layer
 
 
 def about_of(path: str | Path) -> dict[str, Any]:
@@ -129,8 +120,10 @@ def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         header = files.json_of(arrays.pop("header").tobytes(), "its header")
         if header["format"] != FORMAT:
             raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        if not isinstance(header["about"], dict):
+            raise ValueError(f"what is told about it is an object, got {type(header['about']).__name__}")
         if odd := [name for name, a in arrays.items() if a.dtype.kind != "f"]:
             raise ValueError(f"{odd[0]} holds no numbers")
-    except (ValueError, NotImplementedError, *files.IMPOSSIBLE) as error:
+    except (ValueError, RuntimeError, *files.IMPOSSIBLE) as error:  # RuntimeError: an archive with a password
         raise ValueError(f"{path}: not a network of kan.save, or damaged ({error}).") from error
     return {name: jnp.asarray(a) for name, a in arrays.items()}, header

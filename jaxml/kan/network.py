@@ -50,6 +50,38 @@ class KAN:
         return [(layer.width[1], arity) for layer, arity in zip(self.layers, self.arities)]
 
 
+def check(params: KAN) -> KAN:
+    """The network, if its layers fit each other.
+
+    Raises:
+        ValueError: no layers; arrays, fixed functions or products that do not belong to a layer's nodes.
+    """
+    counts = [len(part) for part in (params.layers, params.affine, params.arities)]
+    if len(set(counts)) > 1 or not counts[0]:
+        raise ValueError(f"kan: a network has layers, with as many scales and arities, got {counts}.")
+    n_in = params.layers[0].width[0]
+    for n, (layer, affine, arities) in enumerate(zip(params.layers, params.affine, params.arities)):
+        sums = layer.width[1]
+        if layer.width[0] != n_in:
+            raise ValueError(f"kan: layer {n} takes the {n_in} nodes before it, got {layer.width[0]}.")
+        if not all(isinstance(a, int) and a >= 1 for a in arities) or sum(arities) > sums:
+            raise ValueError(f"kan: layer {n} multiplies at most its {sums} sums, got {list(arities)}.")
+        n_in = sums - sum(arities) + len(arities)
+        shapes = [(layer.spec.size, *layer.width), layer.width, (layer.width[0], layer.spec.grid + 1), layer.width]
+        if (got := [a.shape for a in (layer.coef, layer.base, layer.points, layer.kept)]) != shapes:
+            raise ValueError(f"kan: layer {n} has arrays of the shapes {shapes}, got {got}.")
+        if affine and (got := [a.shape for a in jax.tree.leaves(affine)]) != [(sums,), (sums,), (n_in,), (n_in,)]:
+            raise ValueError(f"kan: layer {n} has scales of {sums} sums and {n_in} nodes, got {got}.")
+        for edge in layer.fixed:
+            fits = all(isinstance(i, int) and 0 <= i < size for i, size in zip((edge.into, edge.out), layer.width))
+            if not fits or edge.numbers.shape != (4,):
+                raise ValueError(
+                    f"kan: an edge of layer {n} goes from one of {layer.width[0]} inputs to one of {sums} sums with 4 "
+                    f"numbers, got {edge.into}, {edge.out} and {edge.numbers.shape}."
+                )
+    return params
+
+
 def init(
     key: Array,
     widths: Sequence[Width],

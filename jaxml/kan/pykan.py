@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxml import files
 from jaxml.extras import need
-from jaxml.kan import symbolic
+from jaxml.kan import network, symbolic
 from jaxml.kan.layer import Layer, Spec
 from jaxml.kan.library import ALIASES, LIBRARY
 from jaxml.kan.network import KAN, Affine
 
+CONFIG_BYTES, NODES = 4 * files.MIB, 10**6
 BASES = {"silu": "silu", "identity": "identity", "zero": "zero"}  # pykan's base_fun_name → ours
 AFFINE = ("subnode_scale", "subnode_bias", "node_scale", "node_bias")
 
@@ -41,28 +43,48 @@ def load(path: str | Path) -> KAN:
     for file in (config_path, state_path):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; a checkpoint of pykan is PATH_config.yml and PATH_state.")
-    try:
-        config = yaml.safe_load(config_path.read_text())
-        state = torch.load(state_path, weights_only=True, map_location="cpu")
-        state = {k: (v.float() if v.dtype == torch.bfloat16 else v).detach().numpy() for k, v in state.items()}
-    except (yaml.YAMLError, pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, LookupError,
-            AttributeError, TypeError, ValueError) as error:  # fmt: skip
-        raise ValueError(f"{path}: not a checkpoint of pykan, or damaged ({type(error).__name__}).") from error
+    with files.reading(config_path, "pykan's configuration", (yaml.YAMLError,)):
+        # Every scalar as text: other loaders turn them into numbers and merge mappings as the file says.
+        config = yaml.load(files.read_text(config_path, CONFIG_BYTES), Loader=yaml.BaseLoader)
+    with files.reading(state_path, "a state of torch", (pickle.UnpicklingError, RuntimeError)):
+        state = _state(torch, state_path)
     if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: not a configuration of pykan, got {config!r}.")
+        raise ValueError(f"{config_path}: not a configuration of pykan, got {type(config).__name__}.")
     missing = {"width", "k", "base_fun_name", "mult_arity"} - set(config)
     if missing:
         raise ValueError(f"{config_path}: not a configuration of pykan, {', '.join(sorted(missing))} missing.")
-    if config["base_fun_name"] not in BASES:
-        raise ValueError(f"{path}: base_fun is one of {', '.join(BASES)}, got {config['base_fun_name']!r}.")
+    base = config["base_fun_name"]
+    if not isinstance(base, str) or base not in BASES:
+        raise ValueError(f"{path}: base_fun is one of {', '.join(BASES)}, got {_said(base)}.")
     try:
-        return _network(config, state, path)
-    except (TypeError, LookupError, AttributeError) as error:
+        made = _network(config, state, path)
+    except files.IMPOSSIBLE as error:
         raise ValueError(f"{path}: configuration and state do not fit each other ({error}).") from error
+    try:
+        return network.check(made)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _state(torch: Any, path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dictionary, none of which is larger than its file."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type for member in archive.infolist()):
+            raise ValueError(f"{path}: torch.save compresses nothing, this is compressed.")
+    tensors = torch.load(path, weights_only=True, map_location="cpu")
+    if sum(v.numel() * v.element_size() for v in tensors.values()) > size:
+        raise ValueError(f"{path}: its tensors are larger than its {size:,} bytes.")
+    if odd := [k for k, v in tensors.items() if not v.is_floating_point() or v.is_sparse]:
+        raise ValueError(f"{path}: a state holds dense tensors of real numbers, got another one as {odd[0]}.")
+    return {k: (v.float() if v.dtype == torch.bfloat16 else v).detach().numpy() for k, v in tensors.items()}
 
 
 def _network(config: dict[str, Any], state: dict[str, np.ndarray], path: str | Path) -> KAN:
-    width = [w if isinstance(w, (list, tuple)) else [w, 0] for w in config["width"]]
+    width = [w if isinstance(w, list) else [w, 0] for w in _counts(config["width"], path)]
+    arity = _counts(config["mult_arity"], path)
+    if len(width) < 2:
+        raise ValueError(f"{path}: a network has at least two widths, got {width}.")
     layers, affine, arities = [], [], []
     for n in range(len(width) - 1):
         part = lambda name: _tensor(state, name, path)
@@ -71,8 +93,9 @@ def _network(config: dict[str, Any], state: dict[str, np.ndarray], path: str | P
         is_plain = all(np.all(np.asarray(a) == (0 if "bias" in name else 1)) for a, name in zip(four, AFFINE))
         affine.append(() if is_plain else Affine(*four))
         products = width[n + 1][1]
-        homogeneous = isinstance(config["mult_arity"], int)
-        arities.append((config["mult_arity"],) * products if homogeneous else tuple(config["mult_arity"][n + 1]))
+        if products > layers[-1].width[1]:
+            raise ValueError(f"{path}: layer {n} multiplies at most its {layers[-1].width[1]} sums, got {products}.")
+        arities.append((arity,) * products if isinstance(arity, int) else tuple(arity[n + 1]))
     return KAN(tuple(layers), tuple(affine), tuple(arities))
 
 
@@ -82,8 +105,28 @@ def _tensor(state: dict[str, np.ndarray], name: str, path: str | Path) -> np.nda
     return state[name]
 
 
+def _counts(value: Any, path: str | Path) -> Any:
+    """A number, a list of them or a list of such lists, from text."""
+
+    def number(text: Any) -> int:
+        if not isinstance(text, str) or not text.isdecimal() or len(text) > 9:
+            raise ValueError(f"{path}: a configuration of pykan counts in whole numbers, got {_said(text)}.")
+        return int(text)
+
+    if not isinstance(value, list):
+        return number(value)
+    if sum(len(inner) if isinstance(inner, list) else 1 for inner in value) > NODES:
+        raise ValueError(f"{path}: a configuration of pykan counts at most {NODES:,} times.")
+    return [list(map(number, inner)) if isinstance(inner, list) else number(inner) for inner in value]
+
+
+def _said(value: Any) -> str:
+    """A text in short, or what is there in its place, which may refer to itself."""
+    return repr(value[:50]) if isinstance(value, str) else type(value).__name__
+
+
 def _layer(part, n: int, config: dict[str, Any], path: str | Path) -> Layer:
-    order = int(config["k"])
+    order = _counts(config["k"], path)
     knots, coef = part(f"act_fun.{n}.grid"), part(f"act_fun.{n}.coef")
     points = knots[:, order : knots.shape[1] - order]
     shapes = [coef.shape, part(f"act_fun.{n}.scale_base").shape]

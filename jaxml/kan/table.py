@@ -1,5 +1,6 @@
 """Columns of a CSV file, and a sentence for everything about them that a fit would trip over."""
 
+import collections
 import csv
 import math
 import re
@@ -9,9 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxml import files
 from jaxml.axes import Float
 
 FAR = 20.0  # interquartile ranges from the median: an outlier
+TABLE_BYTES = 512 * files.MIB
 MISSING = ("", "na", "nan", "null", "none", "n/a", "?")
 
 
@@ -41,15 +44,16 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
     """
     header, rows = _rows(Path(path))
     wanted = [target, *(features if features is not None else [n for n in header if n != target])]
-    unknown = [n for n in wanted if n not in header]
+    places = {name: at for at, name in enumerate(header)}
+    unknown = [n for n in wanted if n not in places]
     if unknown:
-        raise ValueError(f"{path}: no column {', '.join(map(repr, unknown))}; there are {', '.join(header)}.")
+        there = ", ".join(header[:50]) + (" and others" if len(header) > 50 else "")
+        raise ValueError(f"{path}: no column {', '.join(map(repr, unknown))}; there are {there}.")
     if target in wanted[1:]:
         raise ValueError(f"{path}: {target!r} is the target and cannot be a feature.")
     notes, columns = [], {}
     for name in wanted:
-        at = header.index(name)
-        values, words = _numbers([row[at] for row in rows])
+        values, words = _numbers([row[places[name]] for row in rows])
         if not words and name != target and features is None and np.isnan(values).all():
             notes.append(f"column {name} is left out: it has no values.")
         elif not words and name == "column_1" and features is None and _counts(values):
@@ -85,6 +89,8 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
 
 
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
+    if path.is_file() and path.stat().st_size > TABLE_BYTES:
+        raise ValueError(f"{path}: a table has at most {TABLE_BYTES:,} bytes, got {path.stat().st_size:,}.")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = re.sub('"[^"]*"', "", file.readline())
@@ -98,7 +104,7 @@ def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
         raise ValueError(f"{path}: a table has a line of column names and lines of values, got {len(rows)} lines.")
     (_, header), *rows = rows
     header = [name or f"column_{n + 1}" for n, name in enumerate(header)]
-    twice = sorted({n for n in header if header.count(n) > 1})
+    twice = sorted(name for name, times in collections.Counter(header).items() if times > 1)
     if twice:
         raise ValueError(f"{path}: every column has its own name, got {', '.join(map(repr, twice))} more than once.")
     for line, row in rows:

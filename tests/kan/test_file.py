@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,39 @@ def test_damaged_files_are_told(tmp_path, damage):
         path.write_bytes(content[damage])
     with pytest.raises(ValueError, match=r"net\.npz"):
         kan.load(path)
+
+
+def changed(path, change):
+    """The same file with another header or arrays."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    header = json.loads(arrays["header"].tobytes())
+    change(header, arrays)
+    arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda h, a: h.update(layers=[], arities=[]), "a network has layers"),
+        (lambda h, a: h.update(arities=[[2, 9], []]), "multiplies at most its 6 sums"),
+        (lambda h, a: h.update(arities=[[2, -3], []]), "multiplies at most its 6 sums"),
+        (lambda h, a: h.update(arities=[[2], []]), "layer 0 has scales of 6 sums and 5 nodes"),
+        (lambda h, a: h["layers"][0]["fixed"][0].__setitem__(0, 7), "goes from one of 2 inputs"),
+        (lambda h, a: h["layers"][0]["fixed"][0].__setitem__(1, -1), "goes from one of 2 inputs"),
+        (lambda h, a: a.update({"0.fixed.0": np.zeros(3, np.float32)}), "with 4 numbers"),
+        (lambda h, a: a.update({"0.inner_scale": np.zeros(5, np.float32)}), "scales of 6 sums"),
+        (lambda h, a: a.update({"0.coef": np.zeros((2, 2, 6), np.float32)}), "has arrays of the shapes"),
+        (lambda h, a: h.pop("about"), "damaged"),
+        (lambda h, a: h.update(about=3), "is an object, got int"),
+    ],
+)
+def test_networks_whose_parts_do_not_fit_are_told(tmp_path, change, said):
+    kan.save(tmp_path / "net.npz", a_network())
+    changed(tmp_path / "net.npz", change)
+    with pytest.raises(ValueError, match=f"(?s)net.npz.*{said}"):
+        kan.load(tmp_path / "net.npz")
 
 
 def test_bfloat16_is_refused_by_name(tmp_path):

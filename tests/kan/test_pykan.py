@@ -1,6 +1,7 @@
 """Against pykan itself, where it is installed."""
 
 import pickle
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,10 @@ def test_penalty_and_its_gradient_are_pykans(tmp_path, monkeypatch, x, metric):
 
 
 @pytest.mark.parametrize(
-    "damage", ["absent", "cut", "yaml", "key", "empty", "text", "pickle", "null", "number", "another shape"]
-)
+    "damage",
+    ["absent", "cut", "yaml", "key", "empty", "text", "pickle", "null", "number", "another shape", "expanded",
+     "compressed", "whole", "aliases", "base", "sixties"],
+)  # fmt: skip
 def test_damaged_checkpoints_are_told(tmp_path, monkeypatch, x, damage):
     theirs(tmp_path, monkeypatch, x).saveckpt("m")
     state, config = tmp_path / "m_state", tmp_path / "m_config.yml"
@@ -106,6 +109,23 @@ def test_damaged_checkpoints_are_told(tmp_path, monkeypatch, x, damage):
     elif damage == "another shape":
         tensors = torch.load(state)
         torch.save(tensors | {"act_fun.0.coef": tensors["act_fun.0.coef"][..., :3]}, state)
+    elif damage == "expanded":  # a billion numbers that are one in the file
+        torch.save(torch.load(state) | {"node_bias_0": torch.zeros(1).expand(10**9)}, state)
+    elif damage == "compressed":
+        with zipfile.ZipFile(state) as old:
+            parts = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(state, "w", zipfile.ZIP_DEFLATED) as new:
+            for name, content in parts.items():
+                new.writestr(name, content)
+    elif damage == "whole":
+        torch.save(torch.load(state) | {"node_bias_0": torch.zeros(6, dtype=torch.int64)}, state)
+    elif damage == "aliases":  # each list holds the one before 60 times
+        told = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 60)}]\n" for n in range(1, 12))
+        config.write_text(f"a0: &a0 [1]\n{told}width: *a11\nk: 3\nbase_fun_name: silu\nmult_arity: 2\n")
+    elif damage == "base":
+        config.write_text(config.read_text().replace("base_fun_name: silu", "base_fun_name: &b [*b]"))
+    elif damage == "sixties":
+        config.write_text(config.read_text().replace("k: 3\n", "k: 1" + ":59" * 10_000 + "\n"))
     elif damage == "yaml":
         config.write_text("width: [1, {")
     else:

@@ -50,6 +50,18 @@ def test_tables_that_cannot_be_fitted_are_told(tmp_path, lines, target, match):
         table.read(path, target)
 
 
+def test_very_wide_tables_are_read_at_once_and_very_long_ones_not_at_all(tmp_path, monkeypatch):
+    names = [f"c{n}" for n in range(60_000)]
+    wide = written(tmp_path, [",".join([*names, "y"]), *(",".join(["1"] * 60_000 + [str(n)]) for n in range(12))])
+    with pytest.raises(ValueError, match="no column of numbers is left"):
+        table.read(wide, "y")
+    with pytest.raises(ValueError, match=r"there are c0, .* and others"):
+        table.read(wide, "z")
+    monkeypatch.setattr(table, "TABLE_BYTES", 1000)
+    with pytest.raises(ValueError, match="a table has at most 1,000 bytes"):
+        table.read(wide, "y")
+
+
 def test_semicolons_and_byte_order_marks_are_read(tmp_path):
     path = tmp_path / "d.csv"
     path.write_bytes(b"\xef\xbb\xbfa;y\n" + b"\n".join(f"{n};{n}".encode() for n in range(12)))
