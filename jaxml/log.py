@@ -28,7 +28,7 @@ class JSONL:
         """Opens the file to append; rows of steps after `resume_from` (they will come again) are dropped."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_from is None else [r for r in read(path) if r.get("step", 0) <= resume_from]
+        kept = [] if resume_from is None else [r for r in read(path) if _before(r.get("step", 0), resume_from)]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
 
@@ -38,6 +38,10 @@ class JSONL:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _before(step: Any, last: int) -> bool:
+    return isinstance(step, int | float) and step <= last
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

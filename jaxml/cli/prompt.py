@@ -180,7 +180,7 @@ def _show(step: int, loss: float) -> None:
 
 
 def _search(args):
-    from jaxml import prompts
+    from jaxml import files, prompts
 
     out = Path(args.out)
     pool, held = _examples(args)
@@ -189,7 +189,7 @@ def _search(args):
         raise ValueError("prompt search: DATA holds at least 2 questions, one to show and one to measure, got 1.")
     said = [*args.instruction]
     if args.instructions:
-        lines = Path(args.instructions).read_text(encoding="utf-8").splitlines()
+        lines = files.read_text(args.instructions).splitlines()
         said += [line.strip() for line in lines if line.strip()]
     ask = [{"role": "user", "content": "{prompt}"}] if args.chat else "{prompt}"
     task = prompts.Task(pool, ask=prompts.Template(ask), metric=args.metric)
@@ -199,7 +199,10 @@ def _search(args):
     if args.propose:
         writer = _other(args.proposer) if args.proposer else model
         proposer = prompts.propose(writer, [(e["prompt"], e["response"]) for e in pool[:4]], seed=args.seed)
-    shots = [int(n) for n in args.shots.split(",")]
+    shots = args.shots.split(",")
+    if not all(n.strip().isdecimal() for n in shots):
+        raise ValueError(f"prompt search: --shots are whole numbers parted by commas, got {args.shots!r}.")
+    shots = list(map(int, shots))
     with closing(model):
         report = prompts.search(
             model, task, ["", *said], dev, held, shots=[n for n in shots if n <= len(pool)], sets=args.sets,
@@ -230,7 +233,7 @@ def _examples(args) -> tuple[list[dict], list[dict]]:
         return [q.example for q in asked.train], [q.example for q in asked.new_countries]
     read = [data.read_jsonl(path) for path in (args.data, args.eval) if path]
     for examples in read:
-        if any("response" not in e for e in examples):
+        if any(not isinstance(e.get(key), str) for e in examples for key in ("prompt", "response")):
             raise ValueError("prompt: each example has a prompt and a response. Texts and messages have none.")
     if args.eval:
         return read[0], read[1]
@@ -293,6 +296,8 @@ def _score_data(args, how):
         raise ValueError("prompt score: --calibrate is for one PROMPT. Leave it out.")
     examples = data.read_jsonl(args.data)
     prompts.Task(metric="accuracy").check(examples)
+    if any(not isinstance(e["prompt"], str) for e in examples):
+        raise ValueError("prompt score: a prompt is a text.")
     found = prompts.score_choices(llm(args), [e["prompt"] for e in examples], [e["choices"] for e in examples], **how)
     right = sum(e["choices"][int(s.argmax())] == e["response"] for e, s in zip(examples, found))
     accuracy = facts.Accuracy(right, len(examples))

@@ -1,6 +1,7 @@
 """What a prompt is to be good at, and how good it is: one value an example, paid for once."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,13 +88,18 @@ class Task:
             wanted = [*self.ask.fields, *(["choices"] if counted else [])]
             if missing := [key for key in wanted if key not in example]:
                 raise ValueError(f"Task: an example has {', '.join(wanted)}; number {number} lacks {missing[0]}.")
+            choices = example["choices"] if counted else []
+            if not isinstance(choices, list | tuple) or not all(isinstance(choice, str) for choice in choices):
+                raise ValueError(f"Task: choices are a list of texts, number {number} has {choices!r}.")
             try:
                 answer = "" if callable(self.metric) and not shown else self.answer(example)
             except KeyError as error:
                 raise ValueError(f"Task: an example has an answer; number {number} lacks {error}.") from error
-            if counted and answer not in example["choices"]:
+            if not isinstance(answer, str):
+                raise ValueError(f"Task: an answer is a text, number {number} has {answer!r}.")
+            if counted and answer not in choices:
                 raise ValueError(
-                    f"Task: the answer is among the choices, number {number} has {answer!r} and {example['choices']}."
+                    f"Task: the answer is among the choices, number {number} has {answer!r} and {choices}."
                 )
 
 
@@ -139,6 +145,12 @@ def measure(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Examp
         for i, answer in zip(part, found):
             store.put(questions[i], answer)
     answers = [store.get(question) for question in questions]
+    for question, of, answer in zip(questions, scored, answers):
+        if not _sound(answer, len(of)):
+            raise ValueError(
+                f"{store.path}: the answer that is kept for {json.dumps(question)[:80]} is damaged, "
+                f"{json.dumps(answer)[:80]}. Remove the file."
+            )
     values = [_value(task, example, of, said) for example, of, (said, _) in zip(examples, scored, answers)]
     return Measured(np.array(values, np.float64), sum(tokens for _, tokens in answers))
 
@@ -157,6 +169,17 @@ def _question(llm: LLM, task: Task, prompt: Prompt, scored: list[str]) -> dict[s
     if scored:
         return question | {"choices": scored}
     return question | {"limit": task.max_new_tokens, "stop": list(task.stop)}
+
+
+def _sound(answer: Any, choices: int) -> bool:
+    """Whether it is [likelihoods of so many choices, or what was written; tokens]."""
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    if not isinstance(answer, list) or len(answer) != 2 or not number(answer[1]):
+        return False
+    said = answer[0]
+    if not choices:
+        return isinstance(said, str)
+    return isinstance(said, list) and len(said) == choices and all(map(number, said))
 
 
 def _value(task: Task, example: Example, scored: list[str], said: Any) -> float:

@@ -25,6 +25,8 @@ class Chunking:
     overlap: int = 24
 
     def __post_init__(self):
+        if not isinstance(self.size, int) or not isinstance(self.overlap, int):
+            raise ValueError(f"Chunking: size and overlap are whole numbers, got {self.size!r} and {self.overlap!r}.")
         if self.size < 1 or not 0 <= self.overlap < self.size:
             raise ValueError(
                 f"Chunking: size is at least 1 and overlap in 0 … size − 1, got {self.size} and {self.overlap}."

@@ -67,7 +67,7 @@ class Index:
                 f"{self.path}: this index was made by the encoder {about['encoder']}, got {name}. Open it with that "
                 "one, or make another index."
             )
-        self.chunking = Chunking(**about["chunking"])
+        self.chunking = about["chunking"]
         self.store = store if store is not None else Folder(self.path / "store")
         self._lexical: tuple[Any, Lexical] | None = None
 
@@ -195,7 +195,10 @@ class Index:
     def _by_words(self, questions: Sequence[str], k: int) -> list[list[Hit]]:
         found = self.lexical.search(questions, k)
         keys = list(dict.fromkeys(key for of in found for key, _ in of))
-        passages = dict(zip(keys, self.store.passages(keys)))
+        try:
+            passages = dict(zip(keys, self.store.passages(keys)))
+        except KeyError as error:
+            raise ValueError(f"{self.path / 'lexical'}: names a passage that is not there. Remove it.") from error
         return [[Hit(passages[key], score) for key, score in of] for of in found]
 
     @property
@@ -224,6 +227,11 @@ class _Files:
 
     def __init__(self, index: Index, kept: Kept, changes: Changes):
         self.index, self.kept, self.changes = index, kept, changes
+        if wrong := [about for about in kept.answers() if not _sound(about)]:
+            said = json.dumps(wrong[0])[:80]
+            raise ValueError(
+                f"{kept.path}: a file has a name, a hash and keys, got {said}. Remove it; all is read again."
+            )
         self.known = {about["file"]: about for about in kept.answers() if about["keys"] is not None}
         self.held = Counter(key for about in self.known.values() for key in about["keys"])
         self.passages: list[Passage] = []  # that are not in the store yet
@@ -282,6 +290,15 @@ class _Files:
         self.index.store.delete(free)
 
 
+def _sound(about: Any) -> bool:
+    """Whether it is what `_note` writes of a file."""
+    if not isinstance(about, dict) or set(about) != {"file", "hash", "keys"}:
+        return False
+    keys = about["keys"] or []
+    texts = isinstance(about["file"], str) and isinstance(about["hash"], str)
+    return texts and isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+
+
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
     """Keeps other processes from changing an index.
@@ -307,7 +324,7 @@ def _hash(path: Path) -> str:
 
 
 def check(path: str | Path) -> dict[str, Any]:
-    """What an index says of itself.
+    """What an index says of itself: the encoder's fingerprint and the chunking.
 
     Raises:
         FileNotFoundError, ValueError: no index there, or a damaged one.
@@ -319,7 +336,8 @@ def check(path: str | Path) -> dict[str, Any]:
         )
     try:
         about = files.read_json(path)
-        good = about["format"] == FORMAT and isinstance(about["encoder"], str) and isinstance(about["chunking"], dict)
+        good = about["format"] == FORMAT and isinstance(about["encoder"], str)
+        about["chunking"] = Chunking(**about["chunking"])
     except (ValueError, *files.IMPOSSIBLE) as error:
         raise ValueError(f"{path}: damaged ({error!r}). Make the index again.") from error
     if not good:

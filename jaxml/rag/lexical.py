@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from jaxml.extras import need
 from jaxml.rag.passages import Passage
 
 WORD = r"(?u)\b\w+\b"
+BM25 = dict(  # whatever a folder says of itself
+    k1=1.5, b=0.75, delta=0.5, method="lucene", idf_method=None, dtype="float32", int_dtype="int32", backend="numpy",
+    csc_backend="numpy",
+)  # fmt: skip
 
 
 class Lexical:
@@ -84,14 +89,32 @@ class Lexical:
             if about["stamp"] != stamp:
                 return None
             keys = np.load(folder / "keys.npy", allow_pickle=False)
-            engine = need("bm25s", "rag").BM25.load(str(folder), mmap=True, show_progress=False)
+            engine = need("bm25s", "rag").BM25.load(
+                str(folder), mmap=True, show_progress=False, override_params=BM25 | {"num_docs": about["count"]}
+            )
+            if keys.shape != (about["count"],) or keys.dtype != np.dtype("S32"):
+                raise ValueError(f"keys are [{about['count']}] of S32, got {keys.shape} of {keys.dtype}")
+            _check(engine, about["count"])
         except FileNotFoundError:
             return None
         except (ValueError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{folder}: damaged ({error}). Remove it; it is built again.") from error
-        if keys.shape != (about["count"],):
-            raise ValueError(f"{folder}: damaged. Remove it; it is built again.")
         return cls(engine, keys)
+
+
+def _check(engine: Any, count: int) -> None:
+    """Refuses tables that point beyond each other; the package follows them wherever they point."""
+    values, rows, starts = (np.asarray(engine.scores[name]) for name in ("data", "indices", "indptr"))
+    whole = all(a.ndim == 1 and a.dtype.kind == kind for a, kind in ((values, "f"), (rows, "i"), (starts, "i")))
+    if not whole or len(rows) != len(values) or not len(starts):
+        raise ValueError("scores, their rows and where words begin are three lists of numbers")
+    if starts[0] != 0 or starts[-1] != len(rows) or (np.diff(starts) < 0).any():
+        raise ValueError("words begin one after the other")
+    if len(rows) and not (rows.min() >= 0 and rows.max() < count):
+        raise ValueError(f"a score is of one of {count} passages")
+    numbers = [i for word, i in engine.vocab_dict.items() if word]  # the empty one stands for no word
+    if not all(isinstance(i, int) and 0 <= i < len(starts) - 1 for i in numbers):
+        raise ValueError(f"a word is one of {len(starts) - 1}")
 
 
 def _words(bm25s, texts: list[str]):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxml import files
 from jaxml.rag.passages import Passage
 from jaxml.tune.data import read_lines
 
@@ -65,15 +66,17 @@ def ramdocs(row: Any) -> Question:
         ValueError: another form.
     """
     try:
-        passages = [
-            Passage(d["text"], f"document {i} ({d['type']})", start=i) for i, d in enumerate(row["documents"], 1)
-        ]
+        documents = [(d["text"], d["type"]) for d in row["documents"]]
         right, wrong = (_texts(row[key], key) for key in ("gold_answers", "wrong_answers"))
-        return Question(row["question"], right, wrong, passages)
-    except (KeyError, TypeError) as error:
+        asked = row["question"]
+    except files.IMPOSSIBLE as error:
         raise ValueError(
             f"a question of RAMDocs has question, documents, gold_answers, wrong_answers ({error!r})."
-        ) from (error)
+        ) from error
+    if not isinstance(asked, str) or not all(isinstance(text, str) for pair in documents for text in pair):
+        raise ValueError("a question of RAMDocs, its documents' text and their type are texts.")
+    passages = [Passage(text, f"document {i} ({kind})", start=i) for i, (text, kind) in enumerate(documents, 1)]
+    return Question(asked, right, wrong, passages)
 
 
 def _passage(one: Any, number: int) -> Passage:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import re
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from html import unescape as html_entities
@@ -36,11 +37,13 @@ class Limits:
         file: bytes of a file (JSONL files are streamed and may have any size).
         line: bytes of a line of JSONL.
         pages: of a PDF.
+        seconds: for a PDF, whose pages may share what takes long to read.
     """
 
     file: int = 64 * 2**20
     line: int = 4 * 2**20
     pages: int = 5000
+    seconds: float = 600.0
 
 
 USUAL = Limits()
@@ -151,13 +154,25 @@ def pdf(path: Path, limits: Limits) -> Iterator[Block]:
         ArithmeticError, struct.error, zlib.error, OSError, NotImplementedError, MemoryError, AssertionError,
         pypdf.errors.DependencyError,
     )  # fmt: skip
+    until, characters = time.monotonic() + limits.seconds, 0
+
+    def late(*_) -> None:
+        if time.monotonic() > until:
+            raise ValueError(f"it takes more than {limits.seconds} s")
+
     try:
         reader = pypdf.PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise ValueError("it is encrypted. Save it without a password")
         if len(reader.pages) > limits.pages:
             raise ValueError(f"a PDF has at most {limits.pages} pages, got {len(reader.pages)}")
-        pages = [page.extract_text() for page in reader.pages]
+        pages = []
+        for page in reader.pages:
+            pages.append(page.extract_text(visitor_operand_before=late))
+            late()  # what is raised within a form, the package takes for a broken form
+            characters += len(pages[-1])
+            if characters > limits.file:
+                raise ValueError(f"a PDF has at most {limits.file:,} characters, got more")
     except broken as error:
         raise ValueError(f"{path}: this PDF cannot be read ({error}).") from error
     for number, said in enumerate(pages, 1):

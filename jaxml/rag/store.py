@@ -80,7 +80,7 @@ class Folder:
         self.path, self.devices = Path(path), devices
         self._about = _read(self.path / "store.json")
         self.width, self.dtype, self.codes = (self._about[k] for k in ("width", "dtype", "codes"))
-        self.segments = [_Segment.open(self.path, entry, self.width) for entry in self._about["segments"]]
+        self.segments = [_Segment.open(self.path, e, self._about) for e in self._about["segments"]]
         self._matrix: dense.Matrix | None = None
         self._order: tuple[np.ndarray, np.ndarray] | None = None  # rows by key, and the keys
         self._keys: set[bytes] | None = None  # that are there
@@ -252,7 +252,7 @@ class Folder:
     def _take(self, about: dict[str, Any]) -> None:
         opened = {json.dumps(e): s for e, s in zip(self._about["segments"], self.segments)}
         entries = about["segments"]
-        self.segments = [opened.get(json.dumps(e)) or _Segment.open(self.path, e, self.width) for e in entries]
+        self.segments = [opened.get(json.dumps(e)) or _Segment.open(self.path, e, about) for e in entries]
         self._about = about
         self._matrix = self._order = self._keys = None
 
@@ -270,10 +270,9 @@ class _Segment:
     dead: np.ndarray  # [n] bool
 
     @classmethod
-    def open(cls, folder: Path, entry: dict, width: int) -> "_Segment":
-        path, n = folder / entry["name"], entry["count"]
+    def open(cls, folder: Path, entry: dict, about: dict) -> "_Segment":
+        path, n, width, coded = folder / entry["name"], entry["count"], about["width"], about["codes"]
         array = lambda name, shape, dtypes: _load(path / f"{name}.npy", shape, dtypes)
-        coded = (path / "codes.npy").exists()
         made = cls(
             path, array("keys", (n,), ("S32",)), array("offsets", (n + 1,), ("int64",)),
             array("vectors", (n, width), DTYPES), array("codes", (n, width), ("int8",)) if coded else None,
@@ -304,8 +303,9 @@ class _Segment:
     def _parse(self, line: bytes) -> Passage:
         try:
             passage = Passage(**json.loads(line))
-            if not all(isinstance(part, str) for part in (passage.text, passage.source, passage.title)):
-                raise ValueError("a passage's text, source and title are texts")
+            for field in dataclasses.fields(passage):
+                if not isinstance(getattr(passage, field.name), field.type):
+                    raise ValueError(f"a passage's {field.name} is of type {field.type.__name__}")
             return passage
         except (ValueError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{self.path / 'passages.jsonl'}: damaged ({error}). Make the index again.") from error

@@ -51,8 +51,8 @@ def test_tables_that_cannot_be_fitted_are_told(tmp_path, lines, target, match):
 
 
 def test_very_wide_tables_are_read_at_once_and_very_long_ones_not_at_all(tmp_path, monkeypatch):
-    names = [f"c{n}" for n in range(60_000)]
-    wide = written(tmp_path, [",".join([*names, "y"]), *(",".join(["1"] * 60_000 + [str(n)]) for n in range(12))])
+    names = [f"c{n}" for n in range(8_000)]
+    wide = written(tmp_path, [",".join([*names, "y"]), *(",".join(["1"] * 8_000 + [str(n)]) for n in range(12))])
     with pytest.raises(ValueError, match="no column of numbers is left"):
         table.read(wide, "y")
     with pytest.raises(ValueError, match=r"there are c0, .* and others"):

@@ -76,6 +76,27 @@ def test_where_nothing_is_better_it_says_so():
     assert "not told apart" in report.markdown() or "nothing better was found" in report.markdown()
 
 
+@pytest.mark.parametrize("kept", [3, [1], [[], 2], [[1.0, 2.0], 2], [["x"], 2], [[1.0], "2"], ["said", 2]])
+def test_kept_answers_that_are_damaged_are_told(tmp_path, kept):
+    find(folder=tmp_path)
+    path = next(tmp_path.glob("*.jsonl"))
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps([json.loads(first)[0], kept]), *rest, ""]))
+    with pytest.raises(ValueError, match=r"is kept for .* is damaged"):
+        find(folder=tmp_path)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"choices": "ab"}, "choices are a list of texts"), ({"choices": [1]}, "choices are a list of texts"),
+    ({"response": 3}, "an answer is a text"), ({"response": "x"}, "the answer is among the choices"),
+])  # fmt: skip
+def test_examples_of_another_form_are_told(change, said):
+    example = {"prompt": "a", "response": "b", "choices": ["b", "c"]}
+    Task(metric="accuracy").check([example])
+    with pytest.raises(ValueError, match=said):
+        Task(metric="accuracy").check([example | change])
+
+
 def test_a_stopped_search_goes_on_to_the_same_report_and_pays_nothing_twice(tmp_path):
     class Dies(Pretend):
         def score(self, *args):

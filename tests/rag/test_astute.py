@@ -510,3 +510,8 @@ def test_questions_are_read_from_files(tmp_path):
             rag.questions.read(str(path))
     with pytest.raises(ValueError, match="RAMDocs has question"):
         rag.questions.read(f"ramdocs:{path}")
+    right = {"question": "q?", "documents": [{"text": "t", "type": "x"}], "gold_answers": ["a"], "wrong_answers": []}
+    for wrong in ({"question": 3}, {"documents": [{"text": 1, "type": "x"}]}, {"documents": "ab"}, {"documents": 1}):
+        path.write_text(json.dumps(right | wrong) + "\n")
+        with pytest.raises(ValueError, match="line 1: a question of RAMDocs"):
+            rag.questions.read(f"ramdocs:{path}")

@@ -95,8 +95,6 @@ def test_damaged_files_are_named(tmp_path):
             (copy / name).unlink()
             if cut is not None:
                 (copy / name).write_bytes(data[: int(len(data) * cut)])
-            if name.name == "codes.npy" and cut is None:
-                continue  # a segment without codes is one that was made without
             with pytest.raises((ValueError, FileNotFoundError), match=name.name):
                 Folder(copy)
     for key, value in (("format", 9), ("segments", [{"name": "../x", "count": 1, "dead": None}]), ("width", "8")):
@@ -105,6 +103,12 @@ def test_damaged_files_are_named(tmp_path):
         with pytest.raises(ValueError, match="store of format 1"):
             Folder(copy)
     assert segment in str(files)
+    shutil.rmtree(copy)
+    shutil.copytree(whole, copy)
+    lines = (copy / segment / "passages.jsonl").read_text()
+    (copy / segment / "passages.jsonl").write_text(lines.replace('"page": 0', '"page":""'))
+    with pytest.raises(ValueError, match="a passage's page is of type int"):
+        list(Folder(copy).passages())
 
 
 # ---- words ------------------------------------------------------------------------------------------
@@ -124,6 +128,41 @@ def test_words_that_are_rare_count_most(tmp_path):
         Lexical.load(tmp_path / "words", "1")
     with pytest.raises(ValueError, match="at least one passage"):
         Lexical.build([])
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("indices.csc.index.npy", lambda a: a + 9),
+        ("indices.csc.index.npy", lambda a: -a - 1),
+        ("indptr.csc.index.npy", lambda a: a[::-1].copy()),
+        ("indptr.csc.index.npy", lambda a: a * 1000),
+        ("data.csc.index.npy", lambda a: a[:-1]),
+        ("keys.npy", lambda a: a.astype("S31")),
+        ("vocab.index.json", lambda a: a | {"zebra": 10**9}),
+        ("vocab.index.json", lambda a: a | {"zebra": "x"}),
+        ("params.index.json", lambda a: a | {"nothing": 1}),
+        ("params.index.json", lambda a: []),
+    ],
+)
+def test_words_that_point_beyond_their_tables_are_refused(tmp_path, name, change):
+    made = Lexical.build([Passage("the cat and the dog", "a"), Passage("the cat", "b"), Passage("the zebra", "c")])
+    made.save(tmp_path / "words", "1")
+    path = tmp_path / "words" / name
+    if path.suffix == ".npy":
+        np.save(path, change(np.load(path)))
+    else:
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=r"damaged .* Remove it"):
+        Lexical.load(tmp_path / "words", "1")
+
+
+def test_what_a_folder_says_of_how_words_count_is_not_heard(tmp_path):
+    made = Lexical.build([Passage("the cat and the dog", "a"), Passage("the zebra", "c")])
+    made.save(tmp_path / "words", "1")
+    path = tmp_path / "words" / "params.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"method": "bm25l", "backend": "numba", "num_docs": 99}))
+    assert Lexical.load(tmp_path / "words", "1").search(["zebra"], 2) == made.search(["zebra"], 2)
 
 
 # ---- rankings ---------------------------------------------------------------------------------------
@@ -306,6 +345,35 @@ def test_passages_without_words_are_found_by_meaning_alone(tmp_path, words):
     assert len(index.search(["???"], 2)[0]) == 2 and index.search(["???"], 2, how="lexical") == [[]]
     (tmp_path / "index" / "lexical" / "keys.npy").write_bytes(b"x")
     assert len(Index(tmp_path / "index", words).search(["???"], 2)[0]) == 2  # damaged words are made again
+
+
+@pytest.mark.parametrize(
+    "about", ["x", {"file": "a"}, {"file": 1, "hash": "", "keys": []}, {"file": "a", "hash": "", "keys": "ab"}]
+)
+def test_what_is_known_of_files_is_checked(tmp_path, docs, words, about):
+    index = Index.create(tmp_path / "index", words)
+    index.update(docs)
+    with prompts.Store(tmp_path / "index" / "files.jsonl") as kept:
+        kept.put("new", about)
+    with pytest.raises(ValueError, match="a file has a name, a hash and keys"):
+        Index(tmp_path / "index", words).update(docs)
+
+
+@pytest.mark.parametrize("chunking", [{"size": "x"}, {"size": 0}, {"length": 9}, [], {"size": 1.5, "overlap": 0}])
+def test_an_index_says_how_long_its_passages_are(tmp_path, words, chunking):
+    Index.create(tmp_path / "index", words)
+    path = tmp_path / "index" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chunking": chunking}))
+    with pytest.raises(ValueError, match="damaged"):
+        Index(tmp_path / "index", words)
+
+
+def test_words_of_passages_that_are_gone_are_told(tmp_path, docs, words):
+    index = Index.create(tmp_path / "index", words)
+    index.update(docs)
+    index.lexical.keys[:] = b"0" * 32
+    with pytest.raises(ValueError, match="names a passage that is not there"):
+        index.search(["bread"], 1, how="lexical")
 
 
 def test_a_changed_collection_elsewhere_is_read_anew(tmp_path, docs, words):

@@ -93,6 +93,11 @@ def pdf(pages: list[str]) -> bytes:
         )  # fmt: skip
         objects.append(b"<< /Length " + str(len(stream)).encode() + b" >>\nstream\n" + stream + b"\nendstream")
     objects[1] = f"<< /Type /Pages /Kids [{' '.join(kids)}] /Count {len(pages)} >>".encode()
+    return whole(objects)
+
+
+def whole(objects):
+    """The file that these objects make, the first of them its catalogue."""
     out, offsets = b"%PDF-1.4\n", []
     for number, content in enumerate(objects, 1):
         offsets.append(len(out))
@@ -112,6 +117,33 @@ def test_a_pdf_is_read_page_by_page(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match=r"a\.pdf: this PDF cannot be read"):
             list(read.read(path))
+
+
+def forms(levels):
+    """A PDF whose page shows a form that shows the next one ten times, and so on; the last one shows a text."""
+    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+               b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R "
+               b"/Resources << /XObject << /F0 5 0 R >> >> >>",
+               b"<< /Length 6 >>\nstream\n/F0 Do\nendstream"]  # fmt: skip
+    font = b"/Resources << /Font << /F1 << /Type /Font /Subtype /Type1 /BaseFont /Helvetica >> >> >>"
+    for n in range(levels):
+        last = n == levels - 1
+        stream = b"BT /F1 12 Tf 72 720 Td (ten letters) Tj ET" if last else f"/F{n + 1} Do ".encode() * 10
+        names = font if last else f"/Resources << /XObject << /F{n + 1} {n + 6} 0 R >> >>".encode()
+        head = b"<< /Type /XObject /Subtype /Form /BBox [0 0 612 792] " + names + f" /Length {len(stream)} >>".encode()
+        objects.append(head + b"\nstream\n" + stream + b"\nendstream")
+    return whole(objects)
+
+
+def test_a_pdf_that_takes_for_ever_is_refused(tmp_path):
+    path = tmp_path / "a.pdf"
+    path.write_bytes(forms(12))
+    with pytest.raises(ValueError, match=r"it takes more than 0\.5 s"):
+        list(read.read(path, Limits(seconds=0.5)))
+    path.write_bytes(forms(4))
+    assert next(iter(read.read(path))).text.count("ten letters") == 1000
+    with pytest.raises(ValueError, match="at most 5,000 characters"):
+        list(read.read(path, Limits(file=5000)))
 
 
 def test_lines_of_json_are_passages_with_their_number(tmp_path):

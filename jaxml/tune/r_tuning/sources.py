@@ -187,7 +187,10 @@ def pararel(folder: str | Path, relations: Sequence[str] | None = None) -> list[
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             try:
                 triple = json.loads(line)
-                answers.setdefault(triple["sub_label"], []).append(triple["obj_label"])
+                subject, object_ = triple["sub_label"], triple["obj_label"]
+                if not isinstance(subject, str) or not isinstance(object_, str):
+                    raise TypeError("both are texts")
+                answers.setdefault(subject, []).append(object_)
             except (ValueError, *files.IMPOSSIBLE) as error:
                 raise ValueError(f"{path}, line {number}: a triple has sub_label and obj_label ({error}).") from error
         items += [
