@@ -13,6 +13,8 @@ again and the run goes on. Needs the right to mount (root, or user namespaces).
 restore: 50 times a checkpoint of SmolLM2-135M's LoRA training is written and read; memory of the process and of the
 device after each.
 soak: 2,000 steps of LoRA on SmolLM2-135M (1 × 64 tokens), checkpoints every 200; memory over the last 1,500 steps.
+Both run in a process of their own, once as it is and once with MALLOC_ARENA_MAX=1, with which glibc keeps one heap for
+all threads: what grows in the first only is what it keeps of the heaps of threads that wrote checkpoints.
 """
 
 import argparse
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--table", action="store_true", help="print the table of the newest results and stop")
     options = parser.parse_args()
     if options.table:
@@ -48,6 +51,9 @@ def main() -> None:
         return
     if options.inside:
         print(json.dumps(_on_small_disks(Path(options.inside))))
+        return
+    if options.alone:
+        print(json.dumps({"restore": restore, "soak": soak}[options.alone]()))
         return
     import jax
 
@@ -57,7 +63,7 @@ def main() -> None:
     report |= {"date": date, "jax": jax.__version__, "cores": os.cpu_count()}
     made = {
         "kill": lambda: killed(1, options.seed), "hosts": lambda: killed(2, options.seed),
-        "disk": disk, "restore": restore, "soak": soak,
+        "disk": disk, "restore": lambda: alone("restore"), "soak": lambda: alone("soak"),
     }  # fmt: skip
     for subject in options.subjects:
         report[subject] = made[subject]()
@@ -250,6 +256,18 @@ def _slope(rows: list[tuple[float, float, float]], column: int) -> float:
     return float(np.polyfit(x, y, 1)[0] * 1000)
 
 
+def alone(subject: str) -> dict:
+    """A subject in a process of its own, as it is and ("one_heap") where glibc keeps one heap."""
+
+    def child(**more: str) -> dict:
+        command = [sys.executable, __file__, "--alone", subject]
+        done = subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return child() | {"one_heap": child(MALLOC_ARENA_MAX="1")}
+
+
 def restore() -> dict:
     import jax
 
@@ -334,19 +352,19 @@ def _rows(subject: str, r: dict) -> list[tuple[str, str, str]]:
         names = {"full": "the disk runs full", "read_only": "the disk becomes read-only"}
         left = lambda one: f"{one['checkpoints_read']} checkpoints whole; given room, {yes(one['bits_equal'])}"
         return [(names[k], f"ends with code {one['code']}", left(one)) for k, one in r.items()]
-    if subject == "restore":
-        memory = f"process {r['process_mib'][1]:.0f} → {r['process_mib'][2]:.0f} MiB over the last 40"
-        return [("saved and restored", f"{r['cycles']} times", f"{yes(r['bits_equal'])}; {memory}, device "
-                 f"{r['device_mib'][0]:.0f} → {r['device_mib'][1]:.0f} MiB")]  # fmt: skip
-    process, device = r["process_mib"], r["device_mib"]
-    memory = f"process {process[1]:.0f} → {process[2]:.0f} MiB ({r['process_mib_per_1000_steps']:+.1f} per 1,000 steps)"
-    return [
-        (
-            "trained on",
-            f"{r['steps']:,} steps",
-            f"{memory}, device {device[0]:.0f} → {device[1]:.0f} MiB after step 500",
-        )
-    ]
+    rows = []
+    for heaps, one in (("", r), (", MALLOC_ARENA_MAX=1", r["one_heap"])):
+        process, device = one["process_mib"], one["device_mib"]
+        flat = f"device {device[0]:.0f} → {device[1]:.0f} MiB, process {process[1]:.0f} → {process[2]:.0f} MiB"
+        if subject == "restore":
+            grown = f"over the last 40 ({one['process_mib_per_cycle']:+.2f} each)"
+            rows.append(
+                (f"saved and restored{heaps}", f"{one['cycles']} times", f"{yes(one['bits_equal'])}; {flat} {grown}")
+            )
+        else:
+            grown = f"over the last 1,500 ({one['process_mib_per_1000_steps']:+.1f} per 1,000)"
+            rows.append((f"trained on{heaps}", f"{one['steps']:,} steps", f"{flat} {grown}"))
+    return rows
 
 
 if __name__ == "__main__":

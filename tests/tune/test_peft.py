@@ -384,3 +384,43 @@ def test_damaged_tensors_are_named(tmp_path, method, name, damage, words):
     hf.save_safetensors(file, {k: damage(a) if k.endswith(name) else a for k, a in tensors.items()})
     with pytest.raises(ValueError, match=words):
         adapters.load_peft(tmp_path / "a", model.params, model.config)
+
+
+def respelled(folder, change):
+    """The same adapter with other tensors."""
+    from safetensors.numpy import load_file
+
+    path = folder / "adapter_model.safetensors"
+    hf.save_safetensors(path, change(load_file(path)))
+
+
+@pytest.mark.parametrize(
+    "ending, make, said",
+    [
+        ("vera_A", lambda a: a[None], "VeRA's projections are"),
+        ("vera_A", lambda a: a[:-1], "VeRA's projections are"),
+        ("vera_A", lambda a: a[:, :8], "is of another model"),
+        ("vera_lambda_b", lambda a: a[None], "vera_lambda_b has the shape"),
+        ("vera_lambda_b", lambda a: a[:-1], "vera_lambda_b has the shape"),
+        ("vera_lambda_d", lambda a: a[None], "vera_lambda_d has the shape"),
+    ],
+)
+def test_veras_vectors_and_projections_fit_the_model(ending, make, said, tmp_path):
+    model = tiny_model()
+    params = adapters.attach(model.params, jax.random.key(0), **LAYOUTS["vera"])
+    adapters.save_peft(tmp_path / "a", params, model.config)
+    respelled(tmp_path / "a", lambda t: {k: make(v) if k.endswith(ending) else v for k, v in t.items()})
+    with pytest.raises(ValueError, match=said):
+        adapters.load_peft(tmp_path / "a", model.params, model.config)
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefix"])
+def test_a_prompt_without_places_is_refused(kind, tmp_path):
+    from jaxml.tune import prompt
+
+    model = tiny_model()
+    made = prompt.soft(model, length=3) if kind == "soft" else prompt.prefix(model, length=3)
+    adapters.save_peft(tmp_path / "a", made.params, model.config)
+    respelled(tmp_path / "a", lambda t: {k: v[:0] for k, v in t.items()})
+    with pytest.raises(ValueError, match="a prompt has places"):
+        adapters.load_peft(tmp_path / "a", model.params, model.config)

@@ -80,7 +80,12 @@ def _projections(folder, method, about, names, read) -> tuple[Array, Array] | No
             f"{folder}: VeRA's projections are not in the file (save_projection={about.get('save_projection')}); they "
             "are random numbers of torch. Save the adapter with save_projection=True."
         )
-    return tuple(read(name).T for name in VERA)
+    a, b = (read(name).T for name in VERA)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not a.shape[1]:
+        raise ValueError(
+            f"{folder}: VeRA's projections are [rank, in] and [out, rank], got {a.shape[::-1]}, {b.shape[::-1]}."
+        )
+    return a, b
 
 
 def _by_path(folder, names, modules: Modules, found) -> dict[str, dict[int, dict[str, str]]]:
@@ -127,6 +132,8 @@ class _Reader:
             self._complete(path, layers, "weight", count)
             turn = w.ndim - stacked == 2 and path not in paths.TABLES
             arrays = [self.read(layers[i]["weight"]) for i in range(count)]
+            for a in arrays:
+                self._fits(path, a.shape, arrays[0].shape)
             value = jnp.stack([a.T if turn else a for a in arrays]) if stacked else arrays[0]
             self._fits(path, value.shape, w.shape)
             return Whole(w, value)
@@ -169,10 +176,13 @@ class _Reader:
         if self.method == "VERA":
             self._complete(path, layers, "vera_lambda_b", count)
             a, b = self.projections
-            outer, diagonal = (join([get(i, f"vera_lambda_{x}") for i in range(count)]) for x in "bd")
-            if a.shape[0] < d or b.shape[1] < f or outer.shape[-1] != f:
-                raise ValueError(self._other(path, (d, f), (a.shape[0], outer.shape[-1])))
-            self._fits(f"{path}'s vera_lambda_d", diagonal.shape[-1:], a.shape[1:])
+            if a.shape[0] < d or b.shape[1] < f:
+                raise ValueError(self._other(path, (d, f), (a.shape[0], b.shape[1])))
+            vectors = {x: [get(i, f"vera_lambda_{x}") for i in range(count)] for x in "bd"}
+            for x, length in (("b", f), ("d", a.shape[1])):
+                for vector in vectors[x]:
+                    self._fits(f"{path}'s vera_lambda_{x}", vector.shape, (length,))
+            outer, diagonal = join(vectors["b"]), join(vectors["d"])
             dropout = float(self.about.get("vera_dropout", 0.0))
             return LoRA(
                 w, weights.Shared(a), weights.Shared(b), jnp.ones(w.shape[:-2]), diagonal=diagonal, outer=outer,

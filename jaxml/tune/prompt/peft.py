@@ -109,9 +109,9 @@ def load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCon
             f"{folder}: prompt_embeddings of this model have the shape [places, {width}], got {list(rows.shape)}. "
             "The prompt is of another model."
         )
-    if len(rows) >= config.max_length:
+    if not 0 < len(rows) < config.max_length:
         raise ValueError(
-            f"{folder}: a prompt leaves room in the context of {config.max_length} tokens, got {len(rows)}."
+            f"{folder}: a prompt has places, and fewer than the context of {config.max_length}, got {len(rows)}."
         )
     if kind == TYPES[2]:
         key, value = rows.reshape(-1, L, 2, K, H).transpose(2, 1, 3, 0, 4)[:, :, None]
@@ -120,7 +120,7 @@ def load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCon
         return params | {"prefix": SoftPrompt(rows[None])}
     columns, tasks = factors
     N, R = columns.shape[0], columns.shape[-1]
-    if columns.shape != (N, len(rows), R) or tasks.shape != (N, R, D):
+    if columns.shape != (N, len(rows), R) or tasks.shape != (N, R, D) or not N * R:
         raise ValueError(
             f"{folder}: of {len(rows)} places, prefix_task_cols are [tasks, {len(rows)}, ranks] and prefix_task_rows "
             f"[tasks, ranks, {D}], got {list(columns.shape)} and {list(tasks.shape)}."
