@@ -310,6 +310,47 @@ def index(folder: Path) -> tuple[list[Path], Reader]:
     return [path for path in sorted((folder / "store").rglob("*")) if path.is_file()], read
 
 
+def words(folder: Path) -> tuple[list[Path], Reader]:
+    from jaxml.rag import Lexical
+    from jaxml.rag.passages import Passage
+
+    of = [Passage(f"the cat number {i} sat by the dog", "a", start=i) for i in range(9)]
+    Lexical.build(of).save(folder / "words", "1")
+
+    def read(where: Path) -> None:
+        made = Lexical.load(where / "words", "1")
+        if made is not None:
+            made.search(["a cat", "number 3"], 4)
+
+    return [path for path in sorted((folder / "words").iterdir()) if path.is_file()], read
+
+
+def questions(folder: Path) -> tuple[list[Path], Reader]:
+    from jaxml.rag import questions as rag
+    from jaxml.tune import r_tuning
+
+    (folder / "a.jsonl").write_text('{"question": "q?", "answer": "a", "passages": ["x", {"text": "y"}]}\n' * 3)
+    document = {"text": "t", "type": "noise"}
+    row = {"question": "q?", "documents": [document] * 2, "gold_answers": ["a"], "wrong_answers": ["b"]}
+    (folder / "b.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    (folder / "c.jsonl").write_text('{"question": "q?", "answers": ["a"], "choices": ["a", "b"], "group": "g"}\n' * 3)
+
+    def read(where: Path) -> None:
+        rag.read(str(where / "a.jsonl"))
+        rag.read(f"ramdocs:{where / 'b.jsonl'}")
+        r_tuning.read(where / "c.jsonl")
+
+    return [folder / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")], read
+
+
+def columns(folder: Path) -> tuple[list[Path], Reader]:
+    from jaxml.kan import table as tables
+
+    rows = "".join(f"{i / 7},{i % 3},w{i},{i * i}\n" for i in range(30))
+    (folder / "a.csv").write_text("a,b,word,y\n" + rows)
+    return [folder / "a.csv"], lambda at: tables.read(at / "a.csv", "y")
+
+
 def checkpoint(folder: Path) -> tuple[list[Path], Reader]:
     import jax.numpy as jnp
 
@@ -371,8 +412,8 @@ def encoder(folder: Path) -> tuple[list[Path], Reader]:
 
 
 READERS = (
-    gguf_model, weights, tokenizer, nf4, adapter, prompt, jsonl, passages, pdf, index, checkpoint, orbax, network,
-    encoder,
+    gguf_model, weights, tokenizer, nf4, adapter, prompt, jsonl, passages, pdf, index, words, questions, columns,
+    checkpoint, orbax, network, encoder,
 )  # fmt: skip
 
 
@@ -383,12 +424,13 @@ def attack(name: str, files: int, seed: int, kept: Path) -> dict[str, Any]:
     """Spoils so many files for a reader, in this process."""
     made = next(reader for reader in READERS if reader.__name__ == name)
     dice, outcome, failures = random.Random(f"{seed} {name}"), {"read": 0, "refused": 0}, []
-    slowest, memory = 0.0, _resident()
+    slowest = 0.0
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
         targets, read = made(where)
         read(where)  # whole, it is read; and all is imported and compiled
         _limit()
+        memory = _resident()
         whole = {path: path.read_bytes() for path in targets}
         others = list(whole.values())
         for number in range(files):
