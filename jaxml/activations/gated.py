@@ -39,6 +39,11 @@ def halves(x: Float[Array, "... 2F"], axis: int = -1) -> tuple[Float[Array, "...
 def glu(x: Float[Array, "... 2F"], axis: int = -1) -> Float[Array, "... F"]:
     """Gated linear unit of one array, as in jax.nn and torch: first half times sigmoid of the second.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in glu(jnp.array([1.0, 2.0, 0.0, 1.0]))]
+        ['0.500', '1.462']
+
     Reference:
         Dauphin, Fan, Auli, Grangier 2016, https://arxiv.org/abs/1612.08083, equation 1.
     """
@@ -48,19 +53,37 @@ def glu(x: Float[Array, "... 2F"], axis: int = -1) -> Float[Array, "... F"]:
 
 @activation(lambda gate, value: sigmoids.sigmoid.slope(gate) * value)
 def siglu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """σ(gate) · value, the gated linear unit of two arrays."""
+    """σ(gate) · value, the gated linear unit of two arrays.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in siglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['0.807', '0.440']
+    """
     return sigmoids.sigmoid.formula(gate) * value
 
 
 @activation(lambda gate, value: value)
 def bilinear(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """gate · value."""
+    """gate · value.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in bilinear(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['-3.000', '1.000']
+    """
     return gate * value
 
 
 @activation(lambda gate, value: jnp.where(gate > 0, value, 0))
 def reglu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """max(gate, 0) · value."""
+    """max(gate, 0) · value.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in reglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['0.000', '1.000']
+    """
     return positive(gate) * value
 
 
@@ -75,7 +98,13 @@ def _geglu_exact(gate, value):
 
 
 def geglu(gate: Float[Array, "... F"], value: Float[Array, "... F"], approximate: bool = True) -> Float[Array, "... F"]:
-    """gelu(gate) · value, with the default of `gelu`."""
+    """gelu(gate) · value, with the default of `gelu`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in geglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['-0.476', '0.977']
+    """
     return _geglu_tanh(gate, value) if approximate else _geglu_exact(gate, value)
 
 
@@ -95,19 +124,36 @@ def swiglu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[A
 
 @activation(lambda gate, value: rectifiers.selu.slope(gate) * value)
 def seglu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """selu(gate) · value."""
+    """selu(gate) · value.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in seglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['-3.334', '1.051']
+    """
     return rectifiers.selu.formula(gate) * value
 
 
 @activation(lambda gate, value: self_gated.mish.slope(gate) * value)
 def mishglu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """mish(gate) · value."""
+    """mish(gate) · value.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in mishglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['-0.910', '0.972']
+    """
     return self_gated.mish.formula(gate) * value
 
 
 @activation(lambda gate, value: sigmoids.sigmoid.slope(gate) * jnp.tanh(value))
 def gtu(gate: Float[Array, "... F"], value: Float[Array, "... F"]) -> Float[Array, "... F"]:
     """Gated tanh unit: σ(gate) · tanh(value).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gtu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['0.268', '0.407']
 
     Reference:
         van den Oord et al. 2016, "Conditional image generation with PixelCNN decoders",
@@ -131,6 +177,11 @@ def clamped_swiglu(
     limit: float | Array = 7.0,
 ) -> Float[Array, "... F"]:
     """g σ(α g) (v + 1) with g = min(gate, limit) and v = value clipped to ±limit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in clamped_swiglu(jnp.array([-1.0, 2.0]), jnp.array([3.0, 0.5]))]
+        ['-0.617', '2.903']
 
     Reference:
         OpenAI 2025, "gpt-oss-120b & gpt-oss-20b model card", and the reference code published with the weights. There

@@ -41,6 +41,11 @@ def _quick_gelu_slope(x):
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU through a sigmoid: x σ(1.702 x).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in quick_gelu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.154', '0.350', '1.936']
+
     Reference:
         Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2.
     """
@@ -72,6 +77,11 @@ def _gelu_exact_slope(x):
 @activation(_gelu_exact_slope)
 def gelu_exact(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Gaussian error linear unit: x Φ(x), Φ the standard normal distribution; accurate in the left tail.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gelu_exact(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.159', '0.346', '1.954']
 
     Reference:
         Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415, equation 1.
@@ -105,6 +115,11 @@ def _gelu_tanh_slope(x):
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU through a hyperbolic tangent: x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))), as a sigmoid of twice that.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gelu_tanh(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.159', '0.346', '1.955']
+
     Reference:
         Hendrycks, Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2.
     """
@@ -122,6 +137,11 @@ def _phish_slope(x):
 @activation(_phish_slope)
 def phish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Phish: x tanh(gelu(x)), of the exact GELU.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in phish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.157', '0.166', '1.921']
 
     Reference:
         Naveen 2022, "Phish: a novel hyper-optimizable activation function", TechRxiv.

@@ -20,6 +20,11 @@ def _between(x, low, high):
 def hard_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Clipped line: min(max(x, −1), 1). Derivative 0 at both bounds.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_tanh(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '0.500', '1.000']
+
     Reference:
         Collobert 2004, "Large scale machine learning".
     """
@@ -29,6 +34,11 @@ def hard_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x: _between(x, -3, 3) / 6)
 def hard_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Clipped line: min(max(x + 3, 0), 6) / 6. Derivative 0 at both bounds.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_sigmoid(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.333', '0.583', '0.833']
 
     Reference:
         Howard et al. 2019, "MobileNetV3", https://arxiv.org/abs/1905.02244, section 5.2.
@@ -40,6 +50,11 @@ def hard_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def hard_silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Hard swish: x min(max(x + 3, 0), 6) / 6. Derivative 0 at −3, 1 at 3.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_silu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.333', '0.292', '1.667']
+
     Reference:
         Howard et al. 2019, "MobileNetV3", https://arxiv.org/abs/1905.02244, section 5.2.
     """
@@ -49,6 +64,11 @@ def hard_silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x: jnp.where(x >= 0, 1, _between(x, -2, 0) * (bounded(x, -2, 0) + 1)))
 def hard_mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Hard mish: x/2 min(max(x + 2, 0), 2).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_mish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.500', '0.500', '2.000']
 
     Reference:
         Wightman, "PyTorch Image Models" (timm), after a proposal of D. Misra.
@@ -66,6 +86,11 @@ def _hard_elish_slope(x):
 def hard_elish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Hard ELiSH: x where x ≥ 0, exp(x) − 1 elsewhere, times min(max((x + 1) / 2, 0), 1). Derivative 1 at 1.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_elish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.000', '0.375', '2.000']
+
     Reference:
         Basirat, Roth 2018, https://arxiv.org/abs/1808.00783, equation 7.
     """
@@ -75,6 +100,11 @@ def hard_elish(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x, width: jnp.where(mirror(x) > width, 1.0, 0.0))
 def hard_shrink(x: Float[Array, "..."], width: float | Array = 0.5) -> Float[Array, "..."]:
     """Hard shrinkage: x where |x| > width, 0 elsewhere.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in hard_shrink(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '0.000', '2.000']
 
     Reference:
         Donoho, Johnstone 1994, "Ideal spatial adaptation by wavelet shrinkage".
@@ -86,6 +116,11 @@ def hard_shrink(x: Float[Array, "..."], width: float | Array = 0.5) -> Float[Arr
 def soft_shrink(x: Float[Array, "..."], width: float | Array = 0.5) -> Float[Array, "..."]:
     """Soft shrinkage: sign(x) max(|x| − width, 0).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in soft_shrink(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.500', '0.000', '1.500']
+
     Reference:
         Donoho, Johnstone 1994, "Ideal spatial adaptation by wavelet shrinkage".
     """
@@ -94,13 +129,24 @@ def soft_shrink(x: Float[Array, "..."], width: float | Array = 0.5) -> Float[Arr
 
 @activation(lambda x, at, value: jnp.where(x > at, 1.0, 0.0))
 def threshold(x: Float[Array, "..."], at: float | Array = 0.0, value: float | Array = 0.0) -> Float[Array, "..."]:
-    """x where x > at, `value` elsewhere. (torch.nn.Threshold has no defaults; at 0 and value 0 are the ReLU.)"""
+    """x where x > at, `value` elsewhere. (torch.nn.Threshold has no defaults; at 0 and value 0 are the ReLU.)
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in threshold(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.500', '2.000']
+    """
     return jnp.where(x > at, x, value)
 
 
 @activation(lambda x, n: jnp.where((x > 0) & (x < n), 1.0, 0.0))
 def relu_n(x: Float[Array, "..."], n: float | Array = 1.0) -> Float[Array, "..."]:
     """Rectifier with a ceiling: min(max(x, 0), n). Derivative 0 at 0 and at n.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in relu_n(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.500', '1.000']
 
     Reference:
         Krizhevsky 2010, "Convolutional deep belief networks on CIFAR-10" (n = 6).
@@ -112,6 +158,11 @@ def relu_n(x: Float[Array, "..."], n: float | Array = 1.0) -> Float[Array, "..."
 def shifted_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rectifier with a floor of −1: max(x, −1).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in shifted_relu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '0.500', '2.000']
+
     Reference:
         Clevert, Unterthiner, Hochreiter 2015, https://arxiv.org/abs/1511.07289, section 4.1.
     """
@@ -121,6 +172,11 @@ def shifted_relu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x: 2 * positive(x))
 def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Squared rectifier: max(x, 0)².
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in relu_squared(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.250', '4.000']
 
     Reference:
         So et al. 2021, "Primer", https://arxiv.org/abs/2109.08668.
@@ -134,6 +190,11 @@ def star_relu(
 ) -> Float[Array, "..."]:
     """StarReLU: scale max(x, 0)² + bias; mean 0 and variance 1 of standard normal inputs at the defaults.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in star_relu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.447', '-0.224', '3.130']
+
     Reference:
         Yu et al. 2022, "MetaFormer baselines for vision", https://arxiv.org/abs/2210.13452, equation 3.
     """
@@ -142,7 +203,13 @@ def star_relu(
 
 @activation(lambda x, negative_slope: 2 * x * side(x, 1.0, negative_slope * negative_slope))
 def leaky_relu_squared(x: Float[Array, "..."], negative_slope: float | Array = 0.01) -> Float[Array, "..."]:
-    """Squared leaky rectifier: x² where x ≥ 0, (negative_slope x)² elsewhere."""
+    """Squared leaky rectifier: x² where x ≥ 0, (negative_slope x)² elsewhere.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in leaky_relu_squared(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.250', '4.000']
+    """
     y = x * side(x, 1.0, negative_slope)
     return y * y
 
@@ -150,6 +217,11 @@ def leaky_relu_squared(x: Float[Array, "..."], negative_slope: float | Array = 0
 @activation(lambda x: jnp.sign(x))
 def absolute(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Absolute value. Derivative 0 at 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in absolute(jnp.array([-1.0, 0.5, 2.0]))]
+        ['1.000', '0.500', '2.000']
 
     Reference:
         Jarrett, Kavukcuoglu, Ranzato, LeCun 2009, "What is the best multi-stage architecture for object recognition?".
@@ -171,6 +243,11 @@ def srelu(
 ) -> Float[Array, "..."]:
     """S-shaped rectifier of three lines: 1 between `left` and `right`, the slopes given outside.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in srelu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '0.500', '1.100']
+
     Reference:
         Jin et al. 2015, https://arxiv.org/abs/1512.07030, equation 1.
     """
@@ -182,6 +259,11 @@ def srelu(
 def sqnl(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Square nonlinearity, a tanh of parabolas: sign(x) (|x| − x²/4) where |x| ≤ 2, sign(x) elsewhere.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sqnl(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.750', '0.438', '1.000']
+
     Reference:
         Wuraola, Patel 2018, "SQNL: a new computationally efficient activation function".
     """
@@ -191,13 +273,24 @@ def sqnl(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @activation(lambda x: -_between(x, -1, 1) * jnp.sign(x))
 def triangle(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Triangle: max(1 − |x|, 0). Derivative 0 at the three kinks."""
+    """Triangle: max(1 − |x|, 0). Derivative 0 at the three kinks.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in triangle(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.500', '0.000']
+    """
     return jnp.maximum(1 - jnp.abs(x), 0)
 
 
 @activation(lambda x: jnp.clip((x + 1) / 2, 0, 1))
 def sparse_plus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Softplus' sparse twin: 0 where x ≤ −1, (x + 1)²/4 between, x where x ≥ 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sparse_plus(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.562', '2.000']
 
     Reference:
         Blondel, Martins, Niculae 2019, "Learning with Fenchel–Young losses", https://arxiv.org/abs/1901.02324.
@@ -209,6 +302,11 @@ def sparse_plus(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x: _between(x, -1, 1) / 2)
 def sparse_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sigmoid's sparse twin, and the derivative of `sparse_plus`: min(max((x + 1)/2, 0), 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sparse_sigmoid(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.750', '1.000']
 
     Reference:
         Blondel, Martins, Niculae 2019, "Learning with Fenchel–Young losses", https://arxiv.org/abs/1901.02324.
@@ -223,6 +321,11 @@ def sparse_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def step(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Heaviside's step, 1 where x > 0, with the gradient of `sparse_sigmoid` (straight through).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in step(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '1.000', '1.000']
+
     Reference:
         Bengio, Léonard, Courville 2013, https://arxiv.org/abs/1308.3432.
     """
@@ -232,6 +335,11 @@ def step(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x: _between(x, -1, 1))
 def sign(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sign, with the gradient of `hard_tanh` (straight through).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sign(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '1.000', '1.000']
 
     Reference:
         Courbariaux, Hubara, Soudry, El-Yaniv, Bengio 2016, https://arxiv.org/abs/1602.02830, equation 4.
@@ -262,6 +370,11 @@ def maxout(x: Float[Array, "..."], pieces: int = 2, axis: int = -1) -> Float[Arr
 
     Raises:
         ValueError: `pieces` does not divide the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in maxout(jnp.array([-1.0, 0.5, 2.0, 1.0]))]
+        ['0.500', '2.000']
 
     Reference:
         Goodfellow, Warde-Farley, Mirza, Courville, Bengio 2013, https://arxiv.org/abs/1302.4389.

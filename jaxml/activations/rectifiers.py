@@ -24,6 +24,11 @@ from jaxml.axes import Array, Float
 def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Softplus: log(1 + exp(x)).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in softplus(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.313', '0.974', '2.127']
+
     Reference:
         Dugas, Bengio, Bélisle, Nadeau, Garcia 2001, "Incorporating second-order functional knowledge".
     """
@@ -33,6 +38,11 @@ def softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(logistic)
 def shifted_softplus(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Softplus that is 0 at 0: log(½ exp(x) + ½).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in shifted_softplus(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.380', '0.281', '1.434']
 
     Reference:
         Schütt et al. 2017, "SchNet", https://arxiv.org/abs/1706.08566.
@@ -51,6 +61,11 @@ def _squareplus_slope(x, b):
 def squareplus(x: Float[Array, "..."], b: float | Array = 4.0) -> Float[Array, "..."]:
     """Squareplus: (x + √(x² + b)) / 2, b > 0; on the left b / (2 (√(x² + b) − x)), which does not cancel.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in squareplus(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.618', '1.281', '2.414']
+
     Reference:
         Barron 2021, https://arxiv.org/abs/2112.11687, equation 1.
     """
@@ -62,6 +77,11 @@ def squareplus(x: Float[Array, "..."], b: float | Array = 4.0) -> Float[Array, "
 def elu(x: Float[Array, "..."], alpha: float | Array = 1.0) -> Float[Array, "..."]:
     """Exponential linear unit: x where x > 0, α (exp(x) − 1) elsewhere.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in elu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.632', '0.500', '2.000']
+
     Reference:
         Clevert, Unterthiner, Hochreiter 2015, https://arxiv.org/abs/1511.07289, equation 2.
     """
@@ -71,6 +91,11 @@ def elu(x: Float[Array, "..."], alpha: float | Array = 1.0) -> Float[Array, "...
 @activation(lambda x, alpha: jnp.where(x > 0, 1, jnp.exp(negative(x) / alpha)))
 def celu(x: Float[Array, "..."], alpha: float | Array = 1.0) -> Float[Array, "..."]:
     """Continuously differentiable ELU: x where x > 0, α (exp(x/α) − 1) elsewhere.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in celu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.632', '0.500', '2.000']
 
     Reference:
         Barron 2017, https://arxiv.org/abs/1704.07483, equation 2.
@@ -85,6 +110,11 @@ SELU_SCALE, SELU_ALPHA = 1.0507009873554804934193349852946, 1.673263242354377284
 def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scaled ELU, 1.0507 elu(x, 1.6733): keeps mean 0 and variance 1 of standard normal inputs.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in selu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.111', '0.525', '2.101']
+
     Reference:
         Klambauer, Unterthiner, Mayr, Hochreiter 2017, https://arxiv.org/abs/1706.02515, equation 2.
     """
@@ -95,6 +125,11 @@ def selu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 def isrlu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Inverse square root linear unit: x where x ≥ 0, x / √(1 + x²) elsewhere.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in isrlu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.707', '0.500', '2.000']
+
     Reference:
         Carlile, Delamarter, Kinney, Marti, Whitney 2017, https://arxiv.org/abs/1710.09967, equation 2, α = 1.
     """
@@ -104,6 +139,11 @@ def isrlu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x, beta: jnp.where(x > 0, beta / (1 + beta * positive(x)), 0))
 def nlrelu(x: Float[Array, "..."], beta: float | Array = 1.0) -> Float[Array, "..."]:
     """Natural logarithm of a ReLU: log(1 + β max(x, 0)). Derivative 0 at 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in nlrelu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.405', '1.099']
 
     Reference:
         Liu, Zhang, Chen, Li, Du 2019, https://arxiv.org/abs/1908.03682.

@@ -58,6 +58,11 @@ def _dsilu_slope(x):
 def dsilu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Derivative of SiLU, a step that overshoots: σ(x) (1 + x σ(−x)).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in dsilu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.072', '0.740', '1.091']
+
     Reference:
         Elfwing, Uchibe, Doya 2017, https://arxiv.org/abs/1702.03118, equation 5.
     """
@@ -67,6 +72,11 @@ def dsilu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 @activation(lambda x, beta: beta * _silu_slope(x))
 def eswish(x: Float[Array, "..."], beta: float | Array = 1.375) -> Float[Array, "..."]:
     """E-swish: β x σ(x).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in eswish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.370', '0.428', '2.422']
 
     Reference:
         Alcaide 2018, https://arxiv.org/abs/1801.07145.
@@ -86,6 +96,11 @@ def _mish_slope(x):
 @activation(_mish_slope)
 def mish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Mish: x tanh(log(1 + exp(x))), as a ratio of polynomials in exp(−|x|).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in mish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.303', '0.375', '1.944']
 
     Reference:
         Misra 2019, https://arxiv.org/abs/1908.08681, equation 1.
@@ -109,6 +124,11 @@ def _serf_slope(x):
 def serf(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Serf: x erf(log(1 + exp(x))).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in serf(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.342', '0.416', '1.995']
+
     Reference:
         Nag, Bhattacharyya, Mukherjee, Kundu 2021, https://arxiv.org/abs/2108.09598.
     """
@@ -126,6 +146,11 @@ def _tanhexp_slope(x):
 def tanhexp(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """TanhExp: x tanh(exp(x)).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in tanhexp(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.352', '0.464', '2.000']
+
     Reference:
         Liu, Di 2020, https://arxiv.org/abs/2003.09855.
     """
@@ -140,6 +165,11 @@ def _aptx_slope(x):
 @activation(_aptx_slope)
 def aptx(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """APTx, like Mish and cheaper: (1 + tanh(x)) x/2, computed as x σ(2x), whose left tail does not cancel.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in aptx(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.119', '0.366', '1.964']
 
     Reference:
         Kumar 2022, https://arxiv.org/abs/2209.06119, α = β = 1, γ = ½.
@@ -159,6 +189,11 @@ def _logish_slope(x):
 @activation(_logish_slope)
 def logish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Logish: x log(1 + σ(x)).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in logish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.238', '0.242', '1.263']
 
     Reference:
         Zhu, Zeng, Lin, Lin, Yang 2021, "Logish: a new nonlinear nonmonotonic activation function", Neurocomputing 458.
@@ -180,6 +215,11 @@ def _smish_slope(x):
 def smish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Smish: x tanh(log(1 + σ(x))), as a ratio of polynomials in σ(x).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in smish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.234', '0.225', '1.118']
+
     Reference:
         Wang, Ren, Wang 2022, "Smish: a novel activation function for deep learning methods", Electronics 11(4).
     """
@@ -196,6 +236,11 @@ def _elish_slope(x):
 @activation(_elish_slope)
 def elish(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """ELiSH: x σ(x) where x ≥ 0, (exp(x) − 1) σ(x) elsewhere.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in elish(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.170', '0.311', '1.762']
 
     Reference:
         Basirat, Roth 2018, https://arxiv.org/abs/1808.00783, equation 6.

@@ -42,13 +42,25 @@ def sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @activation(lambda x: logistic(-x))
 def log_sigmoid(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Logarithm of the logistic sigmoid: −log(1 + exp(−x))."""
+    """Logarithm of the logistic sigmoid: −log(1 + exp(−x)).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in log_sigmoid(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.313', '-0.474', '-0.127']
+    """
     return -log1p_exp(-x)
 
 
 @activation(tanh_slope)
 def tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Hyperbolic tangent, (exp(x) − exp(−x)) / (exp(x) + exp(−x)); its derivative is right where it rounds to ±1."""
+    """Hyperbolic tangent, (exp(x) − exp(−x)) / (exp(x) + exp(−x)); its derivative is right where it rounds to ±1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in tanh(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.762', '0.462', '0.964']
+    """
     return jnp.tanh(x)
 
 
@@ -61,6 +73,11 @@ def _lecun_tanh_slope(x):
 @activation(_lecun_tanh_slope)
 def lecun_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Scaled hyperbolic tangent: 1.7159 tanh(2 x / 3), which takes ±1 to ±1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in lecun_tanh(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-1.000', '0.552', '1.493']
 
     Reference:
         LeCun, Bottou, Orr, Müller 1998, "Efficient BackProp", section 4.4.
@@ -77,6 +94,11 @@ def _soft_sign_slope(x):
 def soft_sign(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Softsign (Elliott's sigmoid): x / (1 + |x|).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in soft_sign(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.500', '0.333', '0.667']
+
     Reference:
         Elliott 1993, "A better activation function for artificial neural networks".
     """
@@ -91,19 +113,36 @@ def _one_over_one_plus_square(x):
 
 @activation(_one_over_one_plus_square)
 def arctan(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Inverse tangent."""
+    """Inverse tangent.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in arctan(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.785', '0.464', '1.107']
+    """
     return jnp.arctan(x)
 
 
 @activation(lambda x: (2 / math.sqrt(math.pi)) * exp_square(x, -1.0))
 def erf(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Error function: 2/√π ∫₀ˣ exp(−t²) dt."""
+    """Error function: 2/√π ∫₀ˣ exp(−t²) dt.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in erf(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.843', '0.520', '0.995']
+    """
     return jax.lax.erf(x)
 
 
 @activation(lambda x, alpha: unit_slope(jnp.sqrt(alpha) * x))
 def isru(x: Float[Array, "..."], alpha: float | Array = 1.0) -> Float[Array, "..."]:
     """Inverse square root unit: x / √(1 + α x²), α > 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in isru(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.707', '0.447', '0.894']
 
     Reference:
         Carlile, Delamarter, Kinney, Marti, Whitney 2017, https://arxiv.org/abs/1710.09967, equation 1.
@@ -133,6 +172,11 @@ def _laplace_slope(x):
 def laplace(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """A smooth step like relu²: Φ((x − √½) √(4π)), Φ the standard normal distribution.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in laplace(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.231', '1.000']
+
     Reference:
         Ma et al. 2022, "Mega", https://arxiv.org/abs/2209.10655, equation 11.
     """
@@ -146,5 +190,11 @@ def _gompertz_slope(x):
 
 @activation(_gompertz_slope)
 def gompertz(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Gompertz' curve: exp(−exp(−x)). Its left tail has a relative error of exp(−x) roundings."""
+    """Gompertz' curve: exp(−exp(−x)). Its left tail has a relative error of exp(−x) roundings.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gompertz(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.066', '0.545', '0.873']
+    """
     return jnp.exp(-jnp.exp(-x))

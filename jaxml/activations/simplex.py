@@ -18,7 +18,13 @@ logsumexp = widened(jax.nn.logsumexp)
 
 
 def softmin(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
-    """exp(−xᵢ) / Σⱼ exp(−xⱼ)."""
+    """exp(−xᵢ) / Σⱼ exp(−xⱼ).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in softmin(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.786', '0.175', '0.039']
+    """
     return softmax(-real(x, "softmin"), axis)
 
 

@@ -23,6 +23,11 @@ from jaxml.axes import Array, Float
 def sin(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sine.
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sin(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.841', '0.479', '0.909']
+
     Reference:
         Sitzmann, Martel, Bergman, Lindell, Wetzstein 2020, "SIREN", https://arxiv.org/abs/2006.09661.
     """
@@ -31,7 +36,13 @@ def sin(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @activation(lambda x: -jnp.sin(x))
 def cos(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cosine."""
+    """Cosine.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in cos(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.540', '0.878', '-0.416']
+    """
     return jnp.cos(x)
 
 
@@ -47,7 +58,13 @@ def _sinc_slope(x):
 
 @activation(_sinc_slope)
 def sinc(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cardinal sine, not normalised: sin(x) / x, 1 at 0. (`jnp.sinc` and `torch.sinc` are sin(πx) / (πx).)"""
+    """Cardinal sine, not normalised: sin(x) / x, 1 at 0. (`jnp.sinc` and `torch.sinc` are sin(πx) / (πx).)
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sinc(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.841', '0.959', '0.455']
+    """
     return jnp.where(x == 0, 1, jnp.sin(finite(x)) / jnp.where(x == 0, 1, x))
 
 
@@ -60,6 +77,11 @@ def _snake_slope(x, alpha):
 @activation(_snake_slope)
 def snake(x: Float[Array, "..."], alpha: float | Array = 1.0) -> Float[Array, "..."]:
     """Snake, a line with waves: x + sin²(α x) / α. Learnable in `learnable.snake`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in snake(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.292', '0.730', '2.827']
 
     Reference:
         Ziyin, Hartwig, Ueda 2020, https://arxiv.org/abs/2006.08195, equation 3.
@@ -76,6 +98,11 @@ def _gcu_slope(x):
 def gcu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Growing cosine unit: x cos(x).
 
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gcu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.540', '0.439', '-0.832']
+
     Reference:
         Noel, Trivedi, Dutta 2021, https://arxiv.org/abs/2108.12943.
     """
@@ -84,7 +111,13 @@ def gcu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @activation(lambda x: -2 * bounded(x, -FAR, FAR) * exp_square(x, -1.0))
 def gaussian(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Gaussian bell: exp(−x²)."""
+    """Gaussian bell: exp(−x²).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in gaussian(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.368', '0.779', '0.018']
+    """
     return exp_square(x, -1.0)
 
 
@@ -98,7 +131,13 @@ def _mexican_hat_slope(x):
 
 @activation(_mexican_hat_slope)
 def mexican_hat(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Mexican hat (Ricker's wavelet), of unit energy: 2 / (√3 π^¼) (1 − x²) exp(−x²/2)."""
+    """Mexican hat (Ricker's wavelet), of unit energy: 2 / (√3 π^¼) (1 − x²) exp(−x²/2).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in mexican_hat(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.000', '0.574', '-0.352']
+    """
     near = bounded(x, -FAR, FAR)
     return _RICKER * ((1 - near) * (1 + near)) * exp_square(x, -0.5)
 
@@ -110,6 +149,11 @@ def _lisht_slope(x):
 @activation(_lisht_slope)
 def lisht(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """LiSHT, even and positive: x tanh(x).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in lisht(jnp.array([-1.0, 0.5, 2.0]))]
+        ['0.762', '0.231', '1.928']
 
     Reference:
         Roy, Manna, Dubey, Chaudhuri 2019, https://arxiv.org/abs/1901.05894.
@@ -126,6 +170,11 @@ def _sinlu_slope(x):
 @activation(_sinlu_slope)
 def sinlu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """SinLU: (x + sin(x)) σ(x).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [f"{y:.3f}" for y in sinlu(jnp.array([-1.0, 0.5, 2.0]))]
+        ['-0.495', '0.610', '2.563']
 
     Reference:
         Paul, Bandyopadhyay, Yoon, Geem, Sarkar 2022, "SinLU: sinu-sigmoidal linear unit", Mathematics 10(3).

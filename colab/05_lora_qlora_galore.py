@@ -1,0 +1,138 @@
+# %% [markdown]
+# # LoRA, QLoRA and GaLore side by side
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxml/jaxml/blob/main/colab/05_lora_qlora_galore.ipynb)
+#
+# Three ways to train a model in little memory, on the same data: [LoRA](https://arxiv.org/abs/2106.09685) trains two thin matrices beside each weight, [QLoRA](https://arxiv.org/abs/2305.14314) does so on weights of four bits, [GaLore](https://arxiv.org/abs/2403.03507) trains every weight with an optimizer whose state is low-rank. SmolLM2-135M learns facts about countries; memory, loss and what was learnt are compared. Minutes on a free TPU or T4, a quarter of an hour on a CPU.
+
+# %%
+# %pip install -q "jaxml[lm,facts,plot] @ git+https://github.com/jaxml/jaxml"
+
+# %%
+import os
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+from jaxml import lm, log, optim, tune
+from jaxml.tune import adapters, facts
+
+SMOKE = "JAXML_SMOKE" in os.environ  # smallest sizes, for tests
+on_cpu = jax.default_backend() == "cpu"
+print(jax.devices())
+if on_cpu:
+    print("No accelerator: the same cells, with patience.")
+
+# %% [markdown]
+# ## The task
+#
+# Questions about 12 countries in several phrasings; afterwards the same facts are asked in words that were never trained on.
+
+# %%
+lm.zoo.download("smollm2-135m")
+questions = facts.make(countries=2 if SMOKE else 12, new_countries=1, relations=("capital", "currency"), seed=0)
+examples = [q.example for q in questions.train]
+print(len(examples), "examples, such as", examples[0])
+
+# %% [markdown]
+# ## Three methods, one loop
+#
+# `attach` puts adapters around weights; `tune.fit` trains what is trainable. GaLore wraps the optimizer instead and leaves the model as it is.
+
+# %%
+options = dict(steps=2 if SMOKE else 60, batch_size=1 if SMOKE else 2, length=64 if SMOKE else 128, schedule="linear", save_every=0, unroll=on_cpu and not SMOKE)
+
+
+def lora(quantize=None):
+    model = lm.load("smollm2-135m", quantize=quantize)
+    return model.replace(params=adapters.attach(model.params, jax.random.key(0), rank=8)), tune.Options(learning_rate=1e-3, **options), lambda adamw: adamw
+
+
+methods = {
+    "LoRA": lambda: lora(),
+    "QLoRA": lambda: lora("nf4"),
+    "GaLore": lambda: (lm.load("smollm2-135m"), tune.Options(learning_rate=1e-3, **options), lambda adamw: optim.galore(adamw, rank=64, scale=0.25)),
+}
+
+
+def mib(tree):
+    return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / 2**20
+
+
+results = {}
+for name, make in methods.items():
+    model, how, around = make()
+    before = facts.exact_match(facts.answer(model, questions.held_out), questions.held_out)
+    tx = lambda steps: tune.optimizer(how, steps, around=around)
+    trained, frozen = adapters.split(model.params)
+    memory = {"frozen weights": mib(frozen), "trained weights": mib(trained), "gradients": mib(trained), "optimizer": mib(jax.eval_shape(tx(1).init, trained))}
+    tuned, info = tune.fit(model, examples, how, tx=tx, folder=name, progress=False)
+    merged = tuned.replace(params=adapters.merge(tuned.params))
+    after = facts.exact_match(facts.answer(merged, questions.held_out), questions.held_out)
+    losses = [row["loss"] for row in log.read(f"{name}/log.jsonl") if "loss" in row]
+    results[name] = dict(memory=memory, losses=losses, before=before, after=after, rate=info["tokens"] / info["seconds"])
+    print(f"{name:7} right before {before.value:5.1%}, after {after.value:5.1%}; {sum(memory.values()):5.0f} MiB, {results[name]['rate']:.0f} tokens/s with compiling")
+
+# %% [markdown]
+# ## Memory
+#
+# What lies in memory between two steps, and the gradients. Full fine-tuning with Adam would hold the weights four times.
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+parts, below = list(results["LoRA"]["memory"]), np.zeros(len(results) + 1)
+full = {"frozen weights": 0.0, "trained weights": mib(lm.load("smollm2-135m").params)}
+full |= {"gradients": full["trained weights"], "optimizer": 2 * full["trained weights"]}
+columns = {name: r["memory"] for name, r in results.items()} | {"all of it,\nAdam": full}
+for part, colour in zip(parts, ("#9db8d9", "#1f5fa8", "#5b8c5a", "#d9822b")):
+    heights = np.array([of[part] for of in columns.values()])
+    axes.bar(list(columns), heights, bottom=below, label=part, color=colour)
+    below += heights
+axes.set(title="Memory of SmolLM2-135M in training", xlabel="method", ylabel="memory (MiB)")
+axes.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## Loss
+
+# %%
+figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
+for (name, r), colour in zip(results.items(), ("#1f5fa8", "#d9822b", "#5b8c5a")):
+    axes.plot(range(1, len(r["losses"]) + 1), r["losses"], label=name, color=colour)
+axes.set(title="Training loss", xlabel="optimizer step", ylabel="loss (nats per learnt token)")
+axes.set_ylim(bottom=0)
+axes.grid(alpha=0.3)
+axes.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## What was learnt
+#
+# The taught facts, asked in new words, with 95 % intervals.
+
+# %%
+figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+places = np.arange(len(results))
+for shift, when, colour in ((-0.2, "before", "#9aa4b0"), (0.2, "after", "#1f5fa8")):
+    found = [r[when] for r in results.values()]
+    middle = np.array([a.value for a in found])
+    ends = np.abs(np.array([a.interval for a in found]).T - middle)
+    axes.bar(places + shift, 100 * middle, 0.4, yerr=100 * ends, capsize=3, label=when, color=colour)
+axes.set_xticks(places, list(results))
+axes.set(title=f"Right answers to {len(questions.held_out)} questions in new words", xlabel="method", ylabel="exact match (%)", ylim=(0, 105))
+axes.legend(frameon=False)
+plt.show()
+
+# %% [markdown]
+# ## Use it elsewhere
+#
+# An adapter is a folder that PEFT reads; `lm.save` writes the merged model for transformers, vLLM or llama.cpp's converter.
+
+# %%
+model, how, _ = lora()
+folder = adapters.save_peft("adapter", model.params, model.config, base_model="HuggingFaceTB/SmolLM2-135M-Instruct")
+print(sorted(os.listdir(folder)))
+
+# %% [markdown]
+# Next: [change the prompt instead of the weights](06_prompts.ipynb).
