@@ -52,7 +52,7 @@ def execute(name: str, smoke: bool = False):
     os.environ |= {"JAXML_SMOKE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if smoke else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": folder}}).execute()
+            NotebookClient(notebook, timeout=3600, coalesce_streams=True, resources={"metadata": {"path": folder}}).execute()
     finally:
         os.environ.clear()
         os.environ.update(before)

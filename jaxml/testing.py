@@ -8,11 +8,15 @@ import os
 import re
 import subprocess
 import tempfile
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxml.lm.config import DecoderConfig
 from jaxml.parallel import topology
@@ -77,6 +81,36 @@ def tiny_model(seed: int = 0, **fields):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}<assistant>{% endif %}"
     return Model(params, config, tiny_tokenizer(config.vocab_size, template))
+
+
+@dataclasses.dataclass
+class TinyEncoder:
+    """An encoder that is instant, in the place of `lm.encoder.Encoder`: a vector of hashed words.
+
+    Example:
+        >>> vectors = TinyEncoder()(["the cat", "a cat", "dogs"])
+        >>> bool(vectors[0] @ vectors[1] > vectors[0] @ vectors[2])
+        True
+    """
+
+    width: int = 64
+    seed: int = 0
+    tokenizer = SimpleNamespace(bos_id=0, eos_ids=(), add_bos=False, chat_template=None, vocab_size=1)
+
+    @property
+    def config(self) -> SimpleNamespace:
+        return SimpleNamespace(width=self.width, seed=self.seed)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        out = np.zeros((len(texts), self.width), np.float32)
+        for row, text in zip(out, texts):
+            for word in text.lower().split():
+                row[zlib.crc32(f"{self.seed}{word.strip('.,?')}".encode()) % self.width] += 1
+        return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-9)
 
 
 TPU_TOPOLOGIES = {

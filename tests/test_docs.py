@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 from pathlib import Path
@@ -23,6 +24,17 @@ def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
     assert doctest.testmod(module).failed == 0
+
+
+PACKAGES = ["jaxml", *(m.name for m in pkgutil.walk_packages(jaxml.__path__, "jaxml.") if m.ispkg)]
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGES if name != "jaxml.cli"])
+def test_every_public_name_has_an_example(name):
+    module = importlib.import_module(name)
+    public = [getattr(module, known) for known in module.__all__]
+    ours = [o for o in public if (inspect.isfunction(o) or inspect.isclass(o)) and o.__module__.startswith("jaxml")]
+    assert not [o.__qualname__ for o in ours if ">>>" not in (inspect.getdoc(o) or "")]
 
 
 def test_the_readme_tree_names_every_file_and_only_those():

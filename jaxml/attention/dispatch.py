@@ -113,7 +113,12 @@ def flash_attention(
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which backend a call gets, and why not the others."""
+    """Which backend a call gets, and why not the others.
+
+    Example:
+        >>> Explanation("blockwise", {"mosaic_tpu": "it needs a TPU, this is cpu"}).chosen
+        'blockwise'
+    """
 
     chosen: str
     refused: dict[str, str]

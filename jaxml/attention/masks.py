@@ -42,6 +42,13 @@ class Mask:
     """What all masks can do. `_roles` says along which axes each field of data lies.
 
     "row" [b, T], "column" [b, S], "both" [b, n, t, s], "batch" [B], or "data": what a function is given.
+
+    Example:
+        >>> shown = lambda mask: whole(mask, 1, 1, 4, 4)[0, 0].astype(int).tolist()
+        >>> shown(Causal() & Window(left=1))
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+        >>> shown(~Causal())
+        [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
     """
 
     _roles: ClassVar[dict[str, str]] = {}
@@ -116,6 +123,10 @@ class Causal(Mask):
 
     Args:
         q_positions, kv_positions: [B, T] and [B, S], or 1 in place of B; the index where None.
+
+    Example:
+        >>> whole(Causal(), 1, 1, 3, 3)[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     q_positions: Int[Array, "B T"] | None = None
@@ -132,7 +143,12 @@ class Causal(Mask):
 
 @_mask(left=True, right=True)
 class Window(Mask):
-    """A query sees keys at most `left` places before it and `right` places after it (None: any number)."""
+    """A query sees keys at most `left` places before it and `right` places after it (None: any number).
+
+    Example:
+        >>> whole(Window(left=1, right=0), 1, 1, 3, 3)[0, 0].astype(int).tolist()
+        [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
 
     left: int | None = None
     right: int | None = None
@@ -157,7 +173,12 @@ class Window(Mask):
 
 @_mask()
 class Segments(Mask):
-    """A query sees keys of its own segment (packed sequences); `kv_ids` are the queries' own where None."""
+    """A query sees keys of its own segment (packed sequences); `kv_ids` are the queries' own where None.
+
+    Example:
+        >>> whole(Segments(jnp.array([[1, 1, 2]])), 1, 1, 3, 3)[0, 0].astype(int).tolist()
+        [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    """
 
     q_ids: Int[Array, "B T"]
     kv_ids: Int[Array, "B S"] | None = None
@@ -176,7 +197,12 @@ class Segments(Mask):
 
 @_mask()
 class Lengths(Mask):
-    """Only the first `q_lengths[b]` queries and `kv_lengths[b]` keys of row b exist, [B] each (None: all)."""
+    """Only the first `q_lengths[b]` queries and `kv_lengths[b]` keys of row b exist, [B] each (None: all).
+
+    Example:
+        >>> whole(Lengths(kv_lengths=jnp.array([2])), 1, 1, 2, 3)[0, 0].astype(int).tolist()
+        [[1, 1, 0], [1, 1, 0]]
+    """
 
     q_lengths: Int[Array, "B"] | None = None
     kv_lengths: Int[Array, "B"] | None = None
@@ -199,7 +225,12 @@ class Lengths(Mask):
 
 @_mask()
 class Prefix(Mask):
-    """Keys among the first `lengths[b]` are visible to every query; use it as ``Causal() | Prefix(lengths)``."""
+    """Keys among the first `lengths[b]` are visible to every query; use it as ``Causal() | Prefix(lengths)``.
+
+    Example:
+        >>> whole(Causal() | Prefix(jnp.array([2])), 1, 1, 3, 3)[0, 0].astype(int).tolist()
+        [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    """
 
     lengths: Int[Array, "B"]
     _roles: ClassVar = {"lengths": "batch"}
@@ -214,7 +245,12 @@ class Prefix(Mask):
 
 @_mask(size=True)
 class Chunked(Mask):
-    """A query sees keys of its own chunk of `size` positions (Llama 4's local layers)."""
+    """A query sees keys of its own chunk of `size` positions (Llama 4's local layers).
+
+    Example:
+        >>> whole(Chunked(2), 1, 1, 4, 4)[0, 0].astype(int).tolist()
+        [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]
+    """
 
     size: int
     q_positions: Int[Array, "B T"] | None = None
@@ -231,7 +267,13 @@ class Chunked(Mask):
 
 @_mask()
 class Dense(Mask):
-    """A boolean array, True where visible; axes of length 1 are broadcast and never made longer."""
+    """A boolean array, True where visible; axes of length 1 are broadcast and never made longer.
+
+    Example:
+        >>> seen = jnp.array([[True, False], [True, True]])[None, None]
+        >>> whole(Dense(seen) & Causal(), 1, 1, 2, 2)[0, 0].astype(int).tolist()
+        [[1, 0], [1, 1]]
+    """
 
     array: Bool[Array, "b n t s"]
     _roles: ClassVar = {"array": "both"}
@@ -259,6 +301,10 @@ class Fn(Mask):
     """Visible where ``function(batch, head, query, key, *data)`` is true, of broadcasting index arrays.
 
     Which tiles are empty is not known of a function, so that none is skipped on its account.
+
+    Example:
+        >>> whole(Fn(lambda batch, head, query, key: (query + key) % 2 == 0), 1, 1, 2, 3)[0, 0].astype(int).tolist()
+        [[1, 0, 1], [0, 1, 0]]
     """
 
     function: Callable[..., Array]

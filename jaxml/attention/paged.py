@@ -41,7 +41,13 @@ KERNELS = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Pages:
-    """Keys and values of all rows, the heads of a token side by side, as the TPU kernel reads them."""
+    """Keys and values of all rows, the heads of a token side by side, as the TPU kernel reads them.
+
+    Example:
+        >>> pages = Pages(jnp.zeros((4, 16, 128)), jnp.zeros((4, 16, 128)), num_heads=2)
+        >>> pages.size
+        16
+    """
 
     key: Float[Array, "P page K*H"]
     value: Float[Array, "P page K*H2"]

@@ -32,7 +32,15 @@ class Spread(NamedTuple):
 
 
 class Attribution(NamedTuple):
-    """Scores: shares of the outputs' spread, passed back from the nodes of one layer to the inputs."""
+    """Scores: shares of the outputs' spread, passed back from the nodes of one layer to the inputs.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = kan.init(jax.random.key(0), [2, 5, 1])
+        >>> scores = kan.attribute(params, jax.random.normal(jax.random.key(1), (50, 2)))
+        >>> [s.shape for s in scores.nodes], [s.shape for s in scores.edges]
+        ([(2,), (5,), (1,)], [(2, 5), (5, 1)])
+    """
 
     nodes: tuple[Float[Array, "... W"], ...]  # of the inputs, then of each layer's nodes
     sums: tuple[Float[Array, "... S"], ...]  # of what each layer sums up, before products

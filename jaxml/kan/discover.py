@@ -22,7 +22,12 @@ from jaxml.kan.prune import prune
 
 
 class Discovery(NamedTuple):
-    """A formula and how it came about."""
+    """A formula and how it came about.
+
+    Example:
+        >>> Discovery._fields[:2]
+        ('formulas', 'error')
+    """
 
     formulas: list[Any]  # SymPy expressions, one an output
     error: float  # of the formula: root mean square over y's standard deviation

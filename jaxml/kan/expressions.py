@@ -82,7 +82,14 @@ def rounded(expression: Any, digits: int) -> Any:
 
 
 def latex(params: KAN, names: Sequence[str] | None = None, *, digits: int = 5) -> list[str]:
-    """The formulas as LaTeX, with 1, x^2 and the like where numbers round to whole ones."""
+    """The formulas as LaTeX, with 1, x^2 and the like where numbers round to whole ones.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = kan.fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "sin", numbers=[2.0, 0.0, 3.0, 0.0])
+        >>> latex(params, ["x"])[0].startswith("3 ")
+        True
+    """
     sympy = need("sympy", "symbolic")
     return [sympy.latex(expression) for expression in formula(params, names, digits=digits)]
 

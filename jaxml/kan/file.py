@@ -82,6 +82,14 @@ def load(path: str | Path, functions: Mapping[str, Function] | None = None) -> K
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is no network or is damaged; a function that is not known.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import kan
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/network.npz", kan.init(jax.random.key(0), [2, 3, 1]))
+        ...     load(f"{folder}/network.npz").widths
+        (2, 3, 1)
     """
     arrays, header = _read(path)
     known = {**LIBRARY, **(functions or {})}

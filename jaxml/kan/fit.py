@@ -362,6 +362,12 @@ def _by_optax(params: KAN, x, y, key, *, tx, steps: int, size: int, **penalty: f
 
 
 def with_dtype(params: KAN, dtype) -> KAN:
-    """All arrays in another dtype (float64 inside `jax.enable_x64(True)`)."""
+    """All arrays in another dtype (float64 inside `jax.enable_x64(True)`).
+
+    Example:
+        >>> from jaxml import kan
+        >>> with_dtype(kan.init(jax.random.key(0), [2, 1]), jnp.bfloat16).layers[0].coef.dtype.name
+        'bfloat16'
+    """
     cast = lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
     return jax.tree.map(cast, params)

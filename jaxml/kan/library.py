@@ -18,7 +18,14 @@ Numbers = tuple[float, float, float, float]
 
 
 class Function(NamedTuple):
-    """f of c f(a x + b) + d."""
+    """f of c f(a x + b) + d.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> cosh = Function("cosh", jnp.cosh, lambda sympy, u: sympy.cosh(u), complexity=3)
+        >>> float(cosh.call(0.0))
+        1.0
+    """
 
     name: str
     call: Callable[[Array], Array]

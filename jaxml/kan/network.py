@@ -34,7 +34,13 @@ class Affine:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KAN:
-    """Everything of a network: a pytree to train, to checkpoint and to hand to `apply`."""
+    """Everything of a network: a pytree to train, to checkpoint and to hand to `apply`.
+
+    Example:
+        >>> params = init(jax.random.key(0), [2, (3, 2), 1])
+        >>> params.widths, params.layers[0].coef.shape
+        ((2, (3, (2, 2)), 1), (8, 2, 7))
+    """
 
     layers: tuple[Layer, ...]
     affine: tuple[Affine | tuple, ...]  # of each layer; () where there is none
@@ -159,6 +165,11 @@ def apply(
 
     Raises:
         ValueError: another number of inputs than the network has.
+
+    Example:
+        >>> params = init(jax.random.key(0), [2, 5, 1])
+        >>> apply(params, jnp.zeros((7, 2))).shape
+        (7, 1)
     """
     told, x = [], floating(x, params.layers[0].coef.dtype)
     for layer, affine, arities in zip(params.layers, params.affine, params.arities):
@@ -220,5 +231,11 @@ def split(params: KAN) -> tuple[KAN, KAN]:
 
 
 def combine(trained: KAN, rest: KAN) -> KAN:
-    """The network that `split` took apart."""
+    """The network that `split` took apart.
+
+    Example:
+        >>> params = init(jax.random.key(0), [2, 1])
+        >>> jax.tree.structure(combine(*split(params))) == jax.tree.structure(params)
+        True
+    """
     return jax.tree.map(lambda a, b: b if a is None else a, trained, rest, is_leaf=lambda a: a is None)

@@ -35,20 +35,43 @@ def prune(params: KAN, x: Float[Array, "... I"], *, node: float = 1e-2, edge: fl
 
 
 def prune_nodes(params: KAN, x: Float[Array, "... I"], threshold: float = 1e-2) -> KAN:
-    """The network without hidden nodes whose score is at most the threshold; of each layer the best node stays."""
+    """The network without hidden nodes whose score is at most the threshold; of each layer the best node stays.
+
+    Example:
+        >>> from jaxml import kan
+        >>> x = jax.random.normal(jax.random.key(1), (50, 2))
+        >>> prune_nodes(kan.init(jax.random.key(0), [2, 5, 1]), x, 0.3).widths
+        (2, 3, 1)
+    """
     scores = jax.device_get(_scores(params, x).nodes[1:-1])
     kept = [np.flatnonzero((s > threshold) | (s == s.max())) for s in scores]
     return keep(params, x, kept)
 
 
 def prune_edges(params: KAN, x: Float[Array, "... I"], threshold: float = 3e-2) -> KAN:
-    """The network with the edges masked whose score is at most the threshold."""
+    """The network with the edges masked whose score is at most the threshold.
+
+    Example:
+        >>> from jaxml import kan
+        >>> x = jax.random.normal(jax.random.key(1), (50, 2))
+        >>> params = prune_edges(kan.init(jax.random.key(0), [2, 5, 1]), x, 0.1)
+        >>> int(sum(layer.kept.sum() for layer in params.layers))
+        14
+    """
     scores = _scores(params, x).edges
     return mask(params, x, [s > threshold for s in scores])
 
 
 def prune_inputs(params: KAN, x: Float[Array, "... I"], threshold: float = 1e-2) -> tuple[KAN, list[int]]:
-    """(the network without inputs whose score is at most the threshold, the inputs that it still takes)."""
+    """(the network without inputs whose score is at most the threshold, the inputs that it still takes).
+
+    Example:
+        >>> from jaxml import kan
+        >>> x = jax.random.normal(jax.random.key(1), (50, 3)).at[:, 2].set(0.0)
+        >>> params, kept = prune_inputs(kan.init(jax.random.key(0), [3, 2, 1]), x)
+        >>> kept, params.widths
+        ([0, 1], (2, 2, 1))
+    """
     score = np.asarray(_scores(params, x).nodes[0])
     kept = np.flatnonzero((score > threshold) | (score == score.max()))
     masked = mask(params, x, [jnp.zeros(params.layers[0].width, bool).at[kept].set(True), *_all(params)[1:]])
@@ -76,6 +99,12 @@ def keep(params: KAN, x: Float[Array, "... I"], kept: Sequence[Sequence[int]]) -
 
     Raises:
         ValueError: another number of hidden layers, a layer without nodes, a node that does not exist.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = kan.init(jax.random.key(0), [2, 5, 1])
+        >>> keep(params, jax.random.normal(jax.random.key(1), (50, 2)), [[0, 3]]).widths
+        (2, 2, 1)
     """
     if len(kept) != len(params.layers) - 1:
         raise ValueError(f"kan.keep: kept names the nodes of {len(params.layers) - 1} hidden layers, got {len(kept)}.")

@@ -287,7 +287,14 @@ def _with(params: KAN, layer: int, into: int, out: int, function: Function, numb
 
 
 def unfix(params: KAN, layer: int, into: int, out: int) -> KAN:
-    """The network with the spline back on an edge; as it is where no function is fixed there."""
+    """The network with the spline back on an edge; as it is where no function is fixed there.
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "sin")
+        >>> len(params.layers[0].fixed), len(unfix(params, 0, 0, 0).layers[0].fixed)
+        (1, 0)
+    """
     _edge(params, layer, into, out)
     old = params.layers[layer]
     fixed = tuple(e for e in old.fixed if (e.into, e.out) != (into, out))
@@ -303,7 +310,14 @@ def _replaced(params: KAN, layer: int, new: Layer) -> KAN:
 
 
 def simplify(params: KAN) -> KAN:
-    """The same functions by plainer numbers: c exp(x + b) as c' exp(x), phases within a quarter of a turn, …"""
+    """The same functions by plainer numbers: c exp(x + b) as c' exp(x), phases within a quarter of a turn, …
+
+    Example:
+        >>> from jaxml import kan
+        >>> params = fix(kan.init(jax.random.key(0), [1, 1]), 0, 0, 0, "exp", numbers=[1.0, 0.0, 1.0, 2.0])
+        >>> kan.formula(simplify(params), ["x"])
+        [1.0*exp(1.0*x) + 2.0]
+    """
     layers_ = []
     for layer in params.layers:
         plain = lambda e: dataclasses.replace(

@@ -42,6 +42,10 @@ class RopeScaling:
 
     kind: "linear" (all divided by factor), "llama3" (low frequencies only, smoothly),
         "yarn" (by number of rotations, with a temperature), "factors" (a divisor per frequency).
+
+    Example:
+        >>> RopeScaling("linear", factor=4.0).factor
+        4.0
     """
 
     kind: str
@@ -71,7 +75,14 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shapes and rules of a Llama-family decoder (letters as in `jaxml.axes`)."""
+    """Shapes and rules of a Llama-family decoder (letters as in `jaxml.axes`).
+
+    Example:
+        >>> from jaxml.testing import tiny_config
+        >>> config = tiny_config()
+        >>> config.num_layers, config.width, DecoderConfig.from_hf(config.to_hf()) == config
+        (2, 32, True)
+    """
 
     family: str
     vocab_size: int  # V

@@ -193,6 +193,13 @@ def generate(
 
     Raises:
         ValueError: a prompt with as many tokens as the context or more, or an empty one.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> [text] = generate(model, ["the fox"], max_new_tokens=4)
+        >>> text == generate(model, "the fox", max_new_tokens=4)[0]
+        True
     """
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         prompts = [prompts]
@@ -221,6 +228,11 @@ def samples(
 
     Raises:
         ValueError: n below 1, or as in `generate`.
+
+    Example:
+        >>> from jaxml import testing
+        >>> len(samples(testing.tiny_model(), "the fox", 3, max_new_tokens=2))
+        3
     """
     if n < 1:
         raise ValueError(f"generate.samples: n is at least 1, got {n}.")

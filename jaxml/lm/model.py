@@ -26,7 +26,14 @@ QUANTISED = "quantised.json"  # beside it: how weights are quantised, by path
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A pytree whose leaves are the parameters; config and tokenizer travel along as static data."""
+    """A pytree whose leaves are the parameters; config and tokenizer travel along as static data.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> model.config.family, sorted(model.params), model.replace(params={}).params
+        ('llama', ['embed', 'layers', 'norm'], {})
+    """
 
     params: Params
     config: DecoderConfig = dataclasses.field(metadata=dict(static=True))
@@ -60,6 +67,14 @@ def load(
     Raises:
         FileNotFoundError: no such file, folder or name.
         ValueError: an architecture, config key, tensor or file that cannot be read, by name.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = load(save(testing.tiny_model(), f"{folder}/model"))
+        ...     model.params["embed"].shape == (model.config.vocab_size, model.config.width)
+        True
     """
     convert = None if quantize is None else _convert(quantize, targets)
     entry = zoo.NAMES.get(str(source))
@@ -123,6 +138,13 @@ def save_orbax(model: Model, folder: str | Path) -> Path:
     Raises:
         FileExistsError: the folder exists and is not empty.
         ValueError: adapters in the tree (they are saved alone, or merged), or several processes.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in save_orbax(testing.tiny_model(), f"{folder}/model").iterdir())[:2]
+        ['chat_template.jinja', 'config.json']
     """
     if jax.process_count() > 1:
         raise ValueError(f"save_orbax: one process writes, got {jax.process_count()}. Take lm.save.")
@@ -150,5 +172,12 @@ def save(model: Model, folder: str | Path, *, shard_bytes: int = 5 * 2**30) -> P
 
     Raises:
         FileExistsError: the folder exists and is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(path.name for path in save(testing.tiny_model(), f"{folder}/model").iterdir())[:2]
+        ['chat_template.jinja', 'config.json']
     """
     return hf.write(folder, model.params, model.config, model.tokenizer, shard_bytes=shard_bytes)

@@ -21,6 +21,10 @@ class Sampling:
             multiplied (1: nothing), as in CTRL (Keskar et al. 2019), on prompt and output alike.
 
     Filters act in the order in which they stand here, each on what the one before has left.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.9).top_k
+        0
     """
 
     temperature: float = 0.0

@@ -66,6 +66,12 @@ def score(model: Model, prompts: Sequence[Prompt], continuations: Sequence[str],
 
     Raises:
         ValueError: numbers that differ, an empty continuation, or a pair longer than the context.
+
+    Example:
+        >>> from jaxml import testing
+        >>> scores = score(testing.tiny_model(), ["the fox"] * 2, [" jumps", " sleeps"])
+        >>> scores.shape, bool((scores < 0).all())
+        ((2,), True)
     """
     if isinstance(prompts, str) or len(prompts) != len(continuations):
         raise ValueError(
@@ -150,6 +156,11 @@ def perplexity(model: Model, text: str, *, window: int = 512) -> float:
 
     Raises:
         ValueError: a text of fewer than two tokens.
+
+    Example:
+        >>> from jaxml import testing
+        >>> perplexity(testing.tiny_model(), "the quick brown fox") > 1
+        True
     """
     ids = model.tokenizer.encode(text)
     if len(ids) < 2:

@@ -20,7 +20,14 @@ TOKEN = 1024  # characters of a token, at most; published ones have up to 130
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """Encodes without surprises: special tokens only where the text or `add_bos` says so."""
+    """Encodes without surprises: special tokens only where the text or `add_bos` says so.
+
+    Example:
+        >>> from jaxml.testing import tiny_tokenizer
+        >>> made = tiny_tokenizer()
+        >>> made.decode(made.encode("the fox"))
+        'the fox'
+    """
 
     backend: Any  # tokenizers.Tokenizer
     bos_id: int | None = None

@@ -37,10 +37,28 @@ def adam8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, *
 
 
 def adamw8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, **kwargs) -> Aware:
-    """`optax.adamw` with moments of eight bits; other arguments are its own."""
+    """`optax.adamw` with moments of eight bits; other arguments are its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((64, 64))}
+        >>> tx = adamw8bit(1e-3)
+        >>> updates, state = tx.update({"w": jnp.ones((64, 64))}, tx.init(params), params)
+        >>> updates["w"].shape
+        (64, 64)
+    """
     return eight_bit(optax.adamw(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size)
 
 
 def lion8bit(learning_rate, *, stochastic: bool = False, min_size: int = 4096, **kwargs) -> Aware:
-    """`optax.lion` with its moment in eight bits; other arguments are its own."""
+    """`optax.lion` with its moment in eight bits; other arguments are its own.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((64, 64))}
+        >>> tx = lion8bit(1e-4)
+        >>> updates, state = tx.update({"w": jnp.ones((64, 64))}, tx.init(params), params)
+        >>> updates["w"].shape
+        (64, 64)
+    """
     return eight_bit(optax.lion(learning_rate, **kwargs), stochastic=stochastic, min_size=min_size)

@@ -27,6 +27,10 @@ class DimensionNumbers(NamedTuple):
 
     A query kernel [D, N, H] is `DimensionNumbers(0, (1, 2))`, an output kernel [N, H, D] `DimensionNumbers((0, 1), 2)`,
     a convolution [kernel..., in, out] `DimensionNumbers((0, 1, 2), 3)`.
+
+    Example:
+        >>> DimensionNumbers(0, (1, 2)).output_axis
+        (1, 2)
     """
 
     reduction_axis: int | Sequence[int] = -2

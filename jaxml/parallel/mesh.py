@@ -74,7 +74,12 @@ def parse(text: str, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spell(sizes: Any) -> str:
-    """The axes of more than one device, as `parse` reads them."""
+    """The axes of more than one device, as `parse` reads them.
+
+    Example:
+        >>> spell({"data": 2, "fsdp": 4, "tensor": 1})
+        'data=2,fsdp=4'
+    """
     return ",".join(f"{axis}={n}" for axis, n in dict(sizes).items() if n != 1) or "data=1"
 
 

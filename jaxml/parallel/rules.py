@@ -139,12 +139,24 @@ def shard(tree: Any, on: Mesh, names: Mapping[str, tuple[Axis, ...]] | None = No
     """The same arrays, each spread over the devices of a mesh as `shardings` says.
 
     Where several processes make up the mesh, each is given the whole arrays and keeps the parts of its own devices.
+
+    Example:
+        >>> from jaxml import parallel, testing
+        >>> params = shard(testing.tiny_model().params, parallel.mesh(fsdp=-1))
+        >>> sorted(params)
+        ['embed', 'layers', 'norm']
     """
     return jax.tree.map(put, tree, shardings(tree, on, names))
 
 
 def put(a: Any, sharding: NamedSharding) -> Array:
-    """An array that this process has whole, on the devices of all processes."""
+    """An array that this process has whole, on the devices of all processes.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> put(jnp.ones((8, 4)), NamedSharding(parallel.mesh(data=-1), P())).shape
+        (8, 4)
+    """
     if isinstance(a, jax.Array) and a.sharding == sharding:
         return a
     if sharding.is_fully_addressable or (isinstance(a, jax.Array) and not a.is_fully_addressable):

@@ -24,7 +24,12 @@ Body = tuple[str, dict[str, Any]]  # (path, JSON) of a request
 
 
 class EndpointError(RuntimeError):
-    """The endpoint did not answer, or not as it should, however often it was asked."""
+    """The endpoint did not answer, or not as it should, however often it was asked.
+
+    Example:
+        >>> issubclass(EndpointError, RuntimeError)
+        True
+    """
 
 
 @dataclasses.dataclass
@@ -46,6 +51,12 @@ class Endpoint:
 
     Raises:
         EndpointError: after the last retry, or at once for a status that a retry does not help; says what came.
+
+    Example:
+        >>> llm = Endpoint("http://localhost:8000/v1", "my-model")
+        >>> llm.name, llm.cost("Who keeps the lighthouse?")
+        ('http://localhost:8000/v1#my-model', 7)
+        >>> llm.close()
     """
 
     url: str

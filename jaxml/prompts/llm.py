@@ -16,7 +16,12 @@ from jaxml.lm.score import encode_continuation, score_trees, sums
 
 
 class Reply(NamedTuple):
-    """What a model wrote."""
+    """What a model wrote.
+
+    Example:
+        >>> Reply("Paris", prompt_tokens=6, new_tokens=1).log_prob is None
+        True
+    """
 
     text: str
     prompt_tokens: int
@@ -25,7 +30,12 @@ class Reply(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """How likely each of C continuations of one prompt is."""
+    """How likely each of C continuations of one prompt is.
+
+    Example:
+        >>> Scores(np.array([-0.3, -7.6]), np.array([1, 1]), cost=14).log_probs.argmax().item()
+        0
+    """
 
     log_probs: np.ndarray  # [C] float64, in nats, summed over its tokens
     tokens: np.ndarray  # [C] how many it has
@@ -33,7 +43,13 @@ class Scores(NamedTuple):
 
 
 class LLM(Protocol):
-    """What the functions of this package ask of a model."""
+    """What the functions of this package ask of a model.
+
+    Example:
+        >>> from jaxml import testing
+        >>> Local(testing.tiny_model()).cost("the fox") > 0
+        True
+    """
 
     name: str  # of the model and all that changes its answers: what a kept answer belongs to
 

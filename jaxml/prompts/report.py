@@ -49,7 +49,17 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """The winner of a search beside the prompt that it began with, on examples that the search never saw."""
+    """The winner of a search beside the prompt that it began with, on examples that the search never saw.
+
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> examples = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(9)]
+        >>> task = prompts.Task(examples[:3])
+        >>> llm = prompts.Local(testing.tiny_model())
+        >>> found = prompts.search(llm, task, ["", "Add."], examples[3:6], examples[6:], shots=[0])
+        >>> isinstance(found, Report), found.metric
+        (True, 'likelihood')
+    """
 
     winner: Candidate
     baseline: Candidate

@@ -60,6 +60,15 @@ def search(
         ValueError: no instructions or examples, an example that lacks what the task asks or counts, examples that are
             in two of pool, dev and held_out, or a budget too small for the held-out examples.
 
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> examples = [{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(9)]
+        >>> task = prompts.Task(examples[:3])
+        >>> llm = prompts.Local(testing.tiny_model())
+        >>> found = search(llm, task, ["", "Add."], examples[3:6], examples[6:], shots=[0])
+        >>> found.winner.instruction in ("", "Add.")
+        True
+
     Reference:
         Jamieson and Talwalkar 2016, "Non-stochastic Best Arm Identification" (successive halving); Zhou et al. 2023,
         "Large Language Models Are Human-Level Prompt Engineers" (search by likelihood).
@@ -150,6 +159,14 @@ def propose(llm: LLM, examples: Sequence[tuple[str, str]], count: int = 4, *, te
         llm: that writes them; any, not only the one that is prompted.
         examples: (question, answer) pairs that it is shown.
         count: instructions each time.
+
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> model = testing.tiny_model(max_length=1024)
+        >>> proposer = propose(prompts.Local(model), [("1+1=", "2")], count=2)
+        >>> texts, tokens = proposer([("Add.", -1.0)], 1)
+        >>> tokens > 0
+        True
 
     Reference:
         Zhou et al. 2023 (APE); Yang et al. 2024, "Large Language Models as Optimizers" (OPRO).

@@ -19,7 +19,12 @@ METRICS = ("likelihood", "accuracy", "match")
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A prompt that is tried: what is said first, and which examples are shown."""
+    """A prompt that is tried: what is said first, and which examples are shown.
+
+    Example:
+        >>> Candidate("Add.", (0, 3)).words
+        'Add. + 2 examples'
+    """
 
     instruction: str = ""
     demonstrations: tuple[int, ...] = ()  # numbers in the task's pool, in the order in which they are shown

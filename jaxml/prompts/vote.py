@@ -14,7 +14,12 @@ WEIGHTS = ("count", "likelihood", "per_token")
 
 @dataclasses.dataclass(frozen=True)
 class Votes:
-    """What n samples answered."""
+    """What n samples answered.
+
+    Example:
+        >>> Votes("Paris", {"paris": 0.75, "lyon": 0.25}, unread=0, samples=[]).answer
+        'Paris'
+    """
 
     answer: str | None  # the winner, as its likeliest sample wrote it; None where no sample has an answer
     shares: dict[str, float]  # normalised answer → its share of the weight, largest first

@@ -69,7 +69,14 @@ def quantized(quantize: Callable, path: str, w: Any, options: dict[str, Any]) ->
 
 
 def dequantize_params(params: Params, dtype=None) -> Params:
-    """The same parameters with an array for every quantised matrix; adapters stay around them."""
+    """The same parameters with an array for every quantised matrix; adapters stay around them.
+
+    Example:
+        >>> from jaxml import testing
+        >>> params = quantize_params(testing.tiny_model(width=64, hidden_dim=64).params, "int8")
+        >>> dequantize_params(params)["layers"]["q"].dtype.name
+        'float32'
+    """
     is_q = lambda w: isinstance(w, QArray)
     plain = lambda w: w.dense() if is_q(w) else w
     params = jax.tree.map(plain, params, is_leaf=is_q)

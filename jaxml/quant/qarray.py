@@ -36,6 +36,12 @@ class QArray:
 
     Rows are columns of a matrix [in, out] (`axis` −2: torch's [out, in]), or rows of a table [V, D] (`axis` −1). Where
     a row is no whole number of blocks, the matrix is one run of blocks, as in bitsandbytes.
+
+    Example:
+        >>> from jaxml import quant
+        >>> q = quant.nf4.quantize(jnp.ones((64, 128)))
+        >>> q.shape, q.codes.shape, q.dense().dtype.name
+        ((64, 128), (128, 32), 'float32')
     """
 
     codes: Int[Array, "... rows bytes"]  # two 4-bit codes a byte, the first one high; or int8. Or [..., bytes]

@@ -19,6 +19,12 @@ class Sharded:
 
     Inside, the arrays of `whole` are a device's own rows; a product gathers the others' and lets them go again, in the
     backward pass as well (fully sharded data parallelism of frozen weights).
+
+    Example:
+        >>> from jaxml import quant
+        >>> import jax.numpy as jnp
+        >>> Sharded(quant.nf4.quantize(jnp.ones((64, 128))), "data").shape
+        (64, 128)
     """
 
     whole: QArray

@@ -19,6 +19,10 @@ class Chunking:
 
     Raises:
         ValueError: a size below 1, or an overlap that leaves no room.
+
+    Example:
+        >>> Chunking(size=60, overlap=10).size
+        60
     """
 
     size: int = 120

@@ -36,7 +36,12 @@ WAYS = ("hybrid", "dense", "lexical")
 
 @dataclasses.dataclass
 class Changes:
-    """What an update did, in files; `refused` names those that cannot be read, and why."""
+    """What an update did, in files; `refused` names those that cannot be read, and why.
+
+    Example:
+        >>> Changes(added=2, passages=5).unchanged
+        0
+    """
 
     added: int = 0
     changed: int = 0
@@ -57,6 +62,15 @@ class Index:
     Raises:
         FileNotFoundError: no index there.
         ValueError: made by another encoder or format, or damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     index = Index.create(f"{folder}/index", testing.TinyEncoder())
+        ...     count = index.add([Passage("Ada keeps the lighthouse.", "a"), Passage("Carl bakes bread.", "b")])
+        ...     index.search(["who bakes?"], 1)[0][0].passage.source
+        'b'
     """
 
     def __init__(self, path: str | Path, encoder: Encoder, store: Store | None = None):

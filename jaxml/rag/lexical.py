@@ -88,6 +88,8 @@ class Lexical:
             about = files.read_json(folder / "stamp.json")
             if about["stamp"] != stamp:
                 return None
+            if type(about["count"]) is not int:
+                raise ValueError(f"a count is a whole number, got {about['count']!r}")
             keys = np.load(folder / "keys.npy", allow_pickle=False)
             engine = need("bm25s", "rag").BM25.load(
                 str(folder), mmap=True, show_progress=False, override_params=BM25 | {"num_docs": about["count"]}

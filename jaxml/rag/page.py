@@ -70,7 +70,14 @@ def page(answers: Sequence[Answer], title: str = "Answers") -> str:
 
 
 def write(answers: Sequence[Answer], path: str | Path, title: str = "Answers") -> Path:
-    """The page in a file, whole or not at all."""
+    """The page in a file, whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write([Answer("who?", "plain", "me")], f"{folder}/answers.html").name
+        'answers.html'
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     log.write_text(path, page(answers, title))

@@ -38,6 +38,10 @@ class Limits:
         line: bytes of a line of JSONL.
         pages: of a PDF.
         seconds: for a PDF, whose pages may share what takes long to read.
+
+    Example:
+        >>> Limits(pages=100).pages
+        100
     """
 
     file: int = 64 * 2**20

@@ -26,14 +26,27 @@ REFINE = 8  # candidates of codes that are ranked again, for each that is wanted
 
 
 class Hit(NamedTuple):
-    """A passage that was found."""
+    """A passage that was found.
+
+    Example:
+        >>> Hit(Passage("Oslo is the capital.", "norway.md"), 0.9).passage.source
+        'norway.md'
+    """
 
     passage: Passage
     score: float
 
 
 class Store(Protocol):
-    """What retrieval asks of a place that keeps passages with their vectors."""
+    """What retrieval asks of a place that keeps passages with their vectors.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store: Store = Folder.create(f"{folder}/store", width=2)
+        ...     store.add([Passage("a", "x")], np.ones((1, 2), np.float32)), len(store)
+        (1, 1)
+    """
 
     revision: Any  # another one after each change, where the store can tell
 

@@ -8,7 +8,12 @@ from jaxml.rag.passages import Passage
 
 
 class Evidence(NamedTuple):
-    """A text that the answer may rest on."""
+    """A text that the answer may rest on.
+
+    Example:
+        >>> Evidence(1, "Oslo is the capital.").source
+        'memory'
+    """
 
     number: int  # from 1, as it is cited
     text: str
@@ -25,7 +30,12 @@ class Evidence(NamedTuple):
 
 @dataclasses.dataclass
 class Group:
-    """Evidence that says the same."""
+    """Evidence that says the same.
+
+    Example:
+        >>> Group("the capital is Oslo", members=[1, 3], answer="Oslo").conflicts
+        []
+    """
 
     claim: str
     members: list[int]  # numbers of evidence
@@ -52,6 +62,10 @@ class Answer:
         groups: of the last round, the chosen one at `chosen`.
         irrelevant: numbers of evidence that says nothing about the question.
         notes: what did not go as it should, in sentences: repairs, fallbacks.
+
+    Example:
+        >>> str(Answer("who?", "plain", "Ada")), str(Answer("who?", "plain"))
+        ('Ada', 'Insufficient evidence.')
     """
 
     question: str
@@ -91,7 +105,13 @@ def row(answer: Answer) -> dict[str, Any]:
 
 
 def report(answer: Answer) -> str:
-    """The answer and its evidence as text for a terminal."""
+    """The answer and its evidence as text for a terminal.
+
+    Example:
+        >>> print(report(Answer("who?", "plain", "Ada", confidence=0.9)).strip())
+        who?
+        → Ada (confidence 0.90)
+    """
     sure = "" if answer.confidence is None else f" (confidence {answer.confidence:.2f})"
     lines = [_short(answer.question, 1000), f"→ {_short(str(answer), 1000)}{sure}", ""]
     by_number = {e.number: e for e in answer.evidence}

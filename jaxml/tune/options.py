@@ -35,6 +35,10 @@ class Options:
             not finite always is (None: only those). Its batch is passed over, and nothing of the state changes.
         patience: so many skipped steps in a row, and the run goes back to its last checkpoint and on with the batches
             that follow; at most `rollbacks` times.
+
+    Example:
+        >>> Options(steps=100, learning_rate=1e-3).schedule
+        'cosine'
     """
 
     steps: int | None = None

@@ -44,7 +44,12 @@ def begin(trainable: Params, tx: optax.GradientTransformation) -> State:
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal; its state is on disk."""
+    """The run was asked to stop by a signal; its state is on disk.
+
+    Example:
+        >>> print(Stopped(signal.SIGTERM, 40))
+        stopped by SIGTERM after step 40; the same command goes on from there.
+    """
 
     def __init__(self, signum: int, step: int):
         super().__init__(
@@ -54,7 +59,12 @@ class Stopped(Exception):
 
 
 class Diverged(ArithmeticError):
-    """Steps were skipped one after the other, and going back did not help."""
+    """Steps were skipped one after the other, and going back did not help.
+
+    Example:
+        >>> issubclass(Diverged, Exception)
+        True
+    """
 
 
 class Run:

@@ -24,6 +24,11 @@ def optimizer(options: Options, steps: int, around=lambda adamw: adamw) -> optax
 
     Args:
         around: what to make of AdamW, as `lambda adamw: galore(adamw, rank=128)`.
+
+    Example:
+        >>> tx = optimizer(Options(learning_rate=1e-3), steps=100)
+        >>> tx.init({"w": jnp.zeros(3)}) is not None
+        True
     """
     o, warm = options, round(options.warmup * steps)
     top = o.learning_rate

@@ -6,8 +6,8 @@ import pytest
 
 from jaxml.cli.main import main
 from jaxml.rag.scripted import Scripted
+from jaxml.testing import TinyEncoder as Words
 from tests.prompts.server import Script, serve
-from tests.rag.conftest import Words
 
 
 @pytest.fixture(autouse=True)

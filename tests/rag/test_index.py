@@ -8,8 +8,8 @@ import pytest
 
 from jaxml import prompts
 from jaxml.rag import Chunking, Folder, Hit, Index, Lexical, Passage, retrieve
+from jaxml.testing import TinyEncoder as Words
 from jaxml.testing import tiny_model
-from tests.rag.conftest import Words
 
 MANY = [Passage(f"text {i}", f"file {i % 7}") for i in range(60)]
 VECTORS = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
@@ -143,6 +143,7 @@ def test_words_that_are_rare_count_most(tmp_path):
         ("vocab.index.json", lambda a: a | {"zebra": "x"}),
         ("params.index.json", lambda a: a | {"nothing": 1}),
         ("params.index.json", lambda a: []),
+        ("stamp.json", lambda a: a | {"count": 3.0}),
     ],
 )
 def test_words_that_point_beyond_their_tables_are_refused(tmp_path, name, change):

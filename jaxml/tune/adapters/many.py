@@ -59,6 +59,14 @@ def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
 
     Raises:
         ValueError: nothing to choose from, or a number that there is not.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = testing.tiny_model().params
+        >>> attached = [adapters.attach(params, jax.random.key(i), rank=2, targets=["q"]) for i in range(3)]
+        >>> sorted(of(select(adapters.stack(attached), jnp.array([2, -1, 0]))))
+        ['layers/q']
     """
     found = {path: w for path, w in of(stacked).items() if hasattr(w, "ids")}
     if not found:
@@ -74,13 +82,30 @@ def select(stacked: Params, ids: Int[Array, "B"]) -> Params:
 
 
 def tasks(params: Params) -> int | None:
-    """How many prompts are trained side by side, one for each task; None where there is one at most."""
+    """How many prompts are trained side by side, one for each task; None where there is one at most.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import prompt
+        >>> model = testing.tiny_model()
+        >>> tasks(model.params), tasks(prompt.soft(model, length=4, count=3, rank=1).params)
+        (None, 3)
+    """
     counts = [w.count for w in of(params).values() if w.train and hasattr(w, "ids") and w.count > 1]
     return min(counts, default=None)
 
 
 def take(stacked: Params, number: int) -> Params:
-    """One adapter of a stack, as a LoRA again."""
+    """One adapter of a stack, as a LoRA again.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = testing.tiny_model().params
+        >>> attached = [adapters.attach(params, jax.random.key(i), rank=2, targets=["q"]) for i in range(3)]
+        >>> of(take(adapters.stack(attached), 1))["layers/q"].rank
+        2
+    """
     found, new = _stacks(stacked, "adapters.take"), {}
     for path, w in found.items():
         lead = len(w.shape) - 2

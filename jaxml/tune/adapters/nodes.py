@@ -54,6 +54,12 @@ class LoRA(Adapter):
 
     A leads from inputs to the rank and B to outputs, whichever way W is stored. All arrays may have layers or experts
     stacked in front; A and B may be `weights.Shared` by all layers (VeRA).
+
+    Example:
+        >>> w, key = jnp.eye(4), jax.random.key(0)
+        >>> lora = LoRA(w, jax.random.normal(key, (4, 2)), jnp.zeros((2, 4)), jnp.float32(1.0))
+        >>> lora.matmul(jnp.ones((1, 4))).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
     """
 
     base: Any  # [..., D, F], an array or another node
@@ -164,7 +170,12 @@ class LoRA(Adapter):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Scaled(Adapter):
-    """diag(inner)·W·diag(outer) in the place of W: one number for each input, or for each output."""
+    """diag(inner)·W·diag(outer) in the place of W: one number for each input, or for each output.
+
+    Example:
+        >>> Scaled(jnp.eye(2), outer=jnp.array([1.0, 3.0])).matmul(jnp.ones((1, 2))).tolist()
+        [[1.0, 3.0]]
+    """
 
     base: Any  # [..., D, F]
     inner: Float[Array, "... D"] | None = None
@@ -196,7 +207,12 @@ class Scaled(Adapter):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Whole(Adapter):
-    """A weight that is trained whole, beside the one that it began as."""
+    """A weight that is trained whole, beside the one that it began as.
+
+    Example:
+        >>> Whole(jnp.eye(2), 2 * jnp.eye(2)).matmul(jnp.ones((1, 2))).tolist()
+        [[2.0, 2.0]]
+    """
 
     base: Any
     value: Array | None
@@ -220,7 +236,12 @@ class Whole(Adapter):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stack(Adapter):
-    """Many LoRAs around one W; row i of the batch takes number ids[i], or none where that is negative."""
+    """Many LoRAs around one W; row i of the batch takes number ids[i], or none where that is negative.
+
+    Example:
+        >>> Stack(jnp.eye(4), jnp.zeros((3, 4, 2)), jnp.zeros((3, 2, 4))).count
+        3
+    """
 
     base: Any  # [..., D, F]
     a: Float[Array, "... M D R"]

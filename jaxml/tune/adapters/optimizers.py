@@ -45,6 +45,16 @@ def lora_fa(inner: optax.GradientTransformation, adapted: Params, damping: float
     Raises:
         ValueError: a LoRA whose A is trained, or none at all.
 
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, freeze_a=True)
+        >>> tx = lora_fa(optax.adam(1e-3), params)
+        >>> trained, _ = adapters.split(params)
+        >>> updates, _ = tx.update(trained, tx.init(trained), trained)
+        >>> jax.tree.structure(updates) == jax.tree.structure(trained)
+        True
+
     Reference:
         Zhang et al. 2023, "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning";
         the corrected gradient of its authors' optimizer, as in PEFT.

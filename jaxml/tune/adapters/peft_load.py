@@ -32,6 +32,17 @@ def load_peft(folder: str | Path, params: Params, config: DecoderConfig | Module
     Raises:
         FileNotFoundError, ValueError: files missing or truncated, an option that is not implemented, or an adapter of
             another model (names the first tensor that does not fit).
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> model = testing.tiny_model()
+        >>> params = adapters.attach(model.params, jax.random.key(0), rank=2, targets=["q"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = adapters.save_peft(f"{folder}/adapter", params, model.config)
+        ...     adapters.has_adapters(load_peft(saved, model.params, model.config))
+        True
     """
     folder = Path(folder)
     about = peft_config.read(folder)

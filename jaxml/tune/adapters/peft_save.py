@@ -36,6 +36,16 @@ def save_peft(
         ValueError: no adapters in the tree, several methods, a weight that PEFT has no name for, a start that moved a
             part of W which PEFT cannot find again.
         FileExistsError: the folder exists and is not empty.
+
+    Example:
+        >>> import jax, tempfile
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> model = testing.tiny_model()
+        >>> params = adapters.attach(model.params, jax.random.key(0), rank=2, targets=["q"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(p.name for p in save_peft(f"{folder}/adapter", params, model.config).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     found = of(params)
     if "prefix" in found:

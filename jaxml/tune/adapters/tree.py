@@ -31,7 +31,15 @@ def check_shapes(nodes: Sequence[Any], path: str, name: str) -> None:
 
 
 def has_adapters(params: Params) -> bool:
-    """Whether an adapter stands anywhere in the tree."""
+    """Whether an adapter stands anywhere in the tree.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> has_adapters(params), has_adapters(detach(params))
+        (True, False)
+    """
     return bool(of(params))
 
 
@@ -66,6 +74,13 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
     Raises:
         ValueError: parts of different trees (names the first adapter that lacks its own).
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> has_adapters(combine(*split(params)))
+        True
     """
     if not frozen:
         return trainable
@@ -92,7 +107,15 @@ def combine(trainable: Params, frozen: Params) -> Params:
 
 
 def detach(params: Params) -> Params:
-    """The model under the adapters."""
+    """The model under the adapters.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> detach(params)["layers"]["q"].shape
+        (2, 32, 32)
+    """
     bare = jax.tree.map(lambda w: w.base if is_adapter(w) else w, params, is_leaf=is_node)
     return (
         {k: w for k, w in bare.items() if w is not None} if isinstance(bare, Mapping) else bare
@@ -110,6 +133,13 @@ def merge(params: Params, *, requantize: bool = False) -> Params:
 
     Raises:
         ValueError: many adapters in one stack (`take` one first).
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> merge(params)["layers"]["q"].shape
+        (2, 32, 32)
     """
 
     def one(w):
@@ -199,7 +229,15 @@ def _some(wrong: Array) -> bool:
 
 
 def delta(params: Params) -> dict[str, Array]:
-    """What each adapter adds to its weight, as stored, by path."""
+    """What each adapter adds to its weight, as stored, by path.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> {path: change.shape for path, change in delta(params).items()}
+        {'layers/q': (2, 32, 32)}
+    """
 
     def one(w):
         if isinstance(w, LoRA) and w.magnitude is None:
@@ -222,6 +260,14 @@ def plain(adapted: Params, begun: Params, params: Params) -> Params:
 
     Raises:
         ValueError: an adapter that is no LoRA, or with magnitudes.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = testing.tiny_model().params
+        >>> begun = adapters.attach(params, jax.random.key(0), rank=2, targets=["q"], start="pissa")
+        >>> of(plain(begun, begun, params))["layers/q"].rank
+        4
     """
     new, found, before = {}, of(begun), paths.named(params)
     for path, w in of(adapted).items():
@@ -239,7 +285,15 @@ def plain(adapted: Params, begun: Params, params: Params) -> Params:
 
 
 def with_key(params: Params, key: Array) -> Params:
-    """The same adapters, which drop out what `key` decides; one for each step of training."""
+    """The same adapters, which drop out what `key` decides; one for each step of training.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])
+        >>> with_key(params, jax.random.key(1))["layers"]["q"].dropout
+        0.0
+    """
     found = {path: w for path, w in of(params).items() if getattr(w, "dropout", 0)}
     new = {}
     for i, (path, w) in enumerate(found.items()):

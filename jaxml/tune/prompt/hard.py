@@ -21,7 +21,12 @@ from jaxml.tune.step import batch_loss
 
 @dataclasses.dataclass(frozen=True)
 class Hard:
-    """A prompt in words, and what they cost: mean losses of a learnt token, in nats."""
+    """A prompt in words, and what they cost: mean losses of a learnt token, in nats.
+
+    Example:
+        >>> Hard([5, 9], "the fox", soft_loss=1.0, projected_loss=2.5, loss=1.75, history=[2.0, 1.75]).gap
+        0.75
+    """
 
     ids: list[int]
     text: str
@@ -41,6 +46,12 @@ def nearest(model: Model, rows: Float[Array, "P D"], allowed: Sequence[int] | No
 
     Args:
         allowed: the tokens to choose from.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> nearest(model, model.params["embed"][jnp.array([5, 9])], allowed=[5, 7, 9])
+        [5, 9]
     """
     allowed = np.asarray(common_tokens(model, count=model.config.vocab_size) if allowed is None else allowed)
     table = weights.take(model.params["embed"], jnp.asarray(allowed)).astype(jnp.float32)
@@ -80,6 +91,15 @@ def harden(
 
     Raises:
         ValueError: no soft prompt, or several; a start that its own text is not tokenised to.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import prompt
+        >>> model = prompt.soft(testing.tiny_model(), length=2)
+        >>> examples = [{"prompt": "the fox ", "response": "jumps"}]
+        >>> found = harden(model, examples, steps=1, candidates=2, top_k=4, batch_size=1, length=32)
+        >>> len(found.ids)
+        2
 
     Reference:
         Lester et al. 2021, section 7 (nearest tokens); Zou et al. 2023, "Universal and Transferable Adversarial

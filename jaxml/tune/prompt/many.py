@@ -47,6 +47,12 @@ def take(stacked: Params, number: int) -> Params:
 
     Raises:
         ValueError: no prompt, or no such number.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import prompt
+        >>> take(prompt.soft(testing.tiny_model(), length=4, count=3).params, 1)["prefix"].count
+        1
     """
     node = _plain(only(settle(stacked), "prompt.take"))
     if not 0 <= number < node.count:

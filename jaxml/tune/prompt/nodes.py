@@ -82,6 +82,10 @@ class SoftPrompt(Prompt):
 
     With `columns` and `tasks`, the prompt of task n is rows ⊙ (columns[n] tasks[n]): one prompt that all tasks share,
     times a matrix of low rank of its own (Wang et al. 2023, multitask prompt tuning).
+
+    Example:
+        >>> SoftPrompt(jnp.zeros((1, 4, 32))).places
+        4
     """
 
     rows: Float[Array, "N P D"]  # as the first layer reads them
@@ -118,7 +122,12 @@ class SoftPrompt(Prompt):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix(Prompt):
-    """Trained keys and values of every layer (Li and Liang 2021; Liu et al. 2022, P-tuning v2)."""
+    """Trained keys and values of every layer (Li and Liang 2021; Liu et al. 2022, P-tuning v2).
+
+    Example:
+        >>> Prefix(jnp.zeros((2, 1, 2, 4, 8)), jnp.zeros((2, 1, 2, 4, 8))).places
+        4
+    """
 
     key: Float[Array, "L N K P H"]  # as attention reads them: rotated
     value: Float[Array, "L N K P H"]
@@ -149,7 +158,15 @@ class Prefix(Prompt):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Projected(Prompt):
-    """A prefix made of a table by an MLP, which steadies training: W₂ tanh(W₁ table + b₁) + b₂ (+ where it began)."""
+    """A prefix made of a table by an MLP, which steadies training: W₂ tanh(W₁ table + b₁) + b₂ (+ where it began).
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import prompt
+        >>> made = prompt.prefix(testing.tiny_model(), length=4, start="random", hidden_dim=8).params["prefix"]
+        >>> isinstance(made, Projected), made.table.shape[1]
+        (True, 4)
+    """
 
     table: Float[Array, "N P E"]
     w1: Float[Array, "E M"]

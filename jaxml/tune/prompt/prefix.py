@@ -83,6 +83,12 @@ def settle(params: Params) -> Params:
 
     Raises:
         ValueError: no prompt in the tree.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = prefix(testing.tiny_model(), length=4, start="random", hidden_dim=8)
+        >>> type(model.params["prefix"]).__name__, type(settle(model.params)["prefix"]).__name__
+        ('Projected', 'Prefix')
     """
     node = only(params, "prompt.settle")
     return params | {"prefix": node.settled() if isinstance(node, Projected) else node}

@@ -27,7 +27,13 @@ Tick = Callable[[int], None]  # told how many more questions were dealt with
 
 
 class Answered(NamedTuple):
-    """A model's answers to n questions."""
+    """A model's answers to n questions.
+
+    Example:
+        >>> answered = Answered(["Paris", "Rome"], np.array([True, False]), np.array([0.9, 0.4]), np.array([0.8, 0.2]))
+        >>> answered.take([0]).texts
+        ['Paris']
+    """
 
     texts: list[str]  # n
     right: np.ndarray  # [n] bool
@@ -59,6 +65,12 @@ class Asker:
         batch_size: answers in a batch.
         store: keeps what was answered, that no model is asked the same twice.
         tick: told how many more questions were dealt with.
+
+    Example:
+        >>> from jaxml import testing
+        >>> found = Asker(max_new_tokens=3).answer(testing.tiny_model(), [Item("who?", ("me",))], PLAIN)
+        >>> len(found.texts), found.right.shape
+        (1, (1,))
     """
 
     max_new_tokens: int = 15
@@ -212,6 +224,12 @@ def certainty(
     Args:
         texts: an answer to each question; of one with choices, a choice. An empty one and one of the form's refusals
             have no confidence and no certainty.
+
+    Example:
+        >>> from jaxml import testing
+        >>> found = certainty(testing.tiny_model(), [Item("who?", ("me",))], ["me"], PLAIN)
+        >>> found.right.tolist(), found.sure.shape
+        ([True], (1,))
     """
     trees = [_tree(model, item, text, form) for item, text in zip(items, texts, strict=True)]
     confidence, sure = np.zeros(len(items)), np.zeros(len(items))

@@ -21,6 +21,10 @@ class Scale:
 
     Raises:
         ValueError: phrases and values that do not agree, or that are no scale.
+
+    Example:
+        >>> WORDS.phrases[0]
+        'Certain.'
     """
 
     question: str

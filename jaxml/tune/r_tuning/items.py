@@ -25,6 +25,10 @@ class Item:
     Raises:
         ValueError: an empty question, answers or choices that are one text, or choices that lack the answer or hold one
             twice.
+
+    Example:
+        >>> Item("Who keeps the lighthouse?", ("Ada", "Ada Lovelace")).answerable
+        True
     """
 
     question: str
@@ -60,6 +64,13 @@ def read(path: str | Path) -> list[Item]:
 
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(f"{folder}/q.jsonl").write_text('{"question": "1+1?", "answer": "2"}')
+        ...     read(f"{folder}/q.jsonl")[0].answers
+        ('2',)
     """
     return read_lines(path, item, "question")
 
@@ -105,7 +116,13 @@ def row(one: Item) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The parts of a run; no question stands in two of them."""
+    """The parts of a run; no question stands in two of them.
+
+    Example:
+        >>> parts = split([Item(f"what is {i}?", (str(i),)) for i in range(100)], new_groups=[])
+        >>> isinstance(parts, Split), len(parts.new)
+        (True, 0)
+    """
 
     shots: list[Item]  # shown to the untuned model, that it may know the form
     train: list[Item]
@@ -140,6 +157,12 @@ def split(
     Raises:
         ValueError: fewer than 20 different questions with an answer, an unknown group, a part without questions, or an
             answer to a question that is said to have none.
+
+    Example:
+        >>> items = [Item(f"what is {i}?", (str(i),), group=str(i % 4)) for i in range(100)]
+        >>> parts = split(items, train=40, calibration=10, test=10, new=10)
+        >>> len(parts.train), len(parts.seen)
+        (40, 10)
     """
     asked: dict[tuple, Item] = {}
     for one in items:

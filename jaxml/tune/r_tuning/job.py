@@ -34,6 +34,10 @@ class Recipe:
 
     Raises:
         ValueError: an unknown variant or text, numbers out of range, or options that the variant does not take.
+
+    Example:
+        >>> Recipe(variant="refusal").refuses
+        True
     """
 
     variant: str = "standard"
@@ -94,7 +98,12 @@ PUBLISHED = Recipe(fresh=False, balance=False)
 
 
 class Made(NamedTuple):
-    """A tuned model, and what it was tuned on."""
+    """A tuned model, and what it was tuned on.
+
+    Example:
+        >>> Made._fields
+        ('model', 'labels', 'answered', 'stages')
+    """
 
     model: Model
     labels: Labels | None  # None where nothing is labelled ("grounded")

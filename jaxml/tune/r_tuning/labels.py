@@ -19,7 +19,12 @@ Same = Callable[[Sequence[str]], list[int]]  # texts → the number of each one'
 
 
 class Labels(NamedTuple):
-    """Of n questions: how sure the model is to say it is, and whether the question is trained on at all."""
+    """Of n questions: how sure the model is to say it is, and whether the question is trained on at all.
+
+    Example:
+        >>> Labels(np.array([1.0, 0.0]), np.array([True, True])).sure.tolist()
+        [1.0, 0.0]
+    """
 
     sure: np.ndarray  # [n] float64 in [0, 1]; 1 and 0 are the published two
     keep: np.ndarray  # [n] bool

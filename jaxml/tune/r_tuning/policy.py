@@ -30,6 +30,12 @@ class Policy:
 
     Raises:
         ValueError: a weight outside [0, 1], or a threshold that is no number.
+
+    Example:
+        >>> from jaxml.tune.r_tuning.ask import Answered
+        >>> answered = Answered(["a", "b"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> Policy(weight=0.5, threshold=0.6).willing(answered).tolist()
+        [True, False]
     """
 
     weight: float = 0.5
@@ -122,6 +128,12 @@ def calibrate(
 
     Raises:
         ValueError: no questions, or options that are unknown or do not go together.
+
+    Example:
+        >>> from jaxml.tune.r_tuning.ask import Answered
+        >>> answered = Answered(["a", "b"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> calibrate(answered).willing(answered).tolist()
+        [True, False]
     """
     if risk is not None and coverage is not None:
         raise ValueError("policy.calibrate: risk or coverage is given, got both.")
@@ -257,7 +269,12 @@ def _youden(confidence: np.ndarray, right: np.ndarray) -> tuple[float, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Said:
-    """An answer, or none."""
+    """An answer, or none.
+
+    Example:
+        >>> str(Said("Paris", 0.9, "Paris")), str(Said(None, 0.1, "Lyon"))
+        ('Paris', 'I do not know.')
+    """
 
     answer: str | None  # None: refused
     confidence: float

@@ -28,6 +28,11 @@ class Method:
     Args:
         policy: weighs its two confidences, and says from where on it answers.
         answers: part ("seen", "new", "unanswerable") → what it answers.
+
+    Example:
+        >>> answered = Answered(["a", "b"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> Method("tuned", Policy(), {"seen": answered}).confidence("seen").shape
+        (2,)
     """
 
     name: str
@@ -89,6 +94,12 @@ def compare(methods: Sequence[Method], before: dict[str, np.ndarray] | None = No
         first method gives (NaN where it gives none), and of the others difference_at_equal_coverage: [mean, low, high]
         of the first minus it, paired; "unanswerable" → method → refusal_rate, and refusal_rate_at_equal_coverage of the
         first of the other parts.
+
+    Example:
+        >>> answered = Answered(["a", "b"] * 9, np.arange(18) % 2 == 0, np.linspace(1, 0, 18), np.linspace(1, 0, 18))
+        >>> found = compare([Method("tuned", Policy(), {"seen": answered})])
+        >>> found["seen"]["tuned"]["accuracy"]
+        0.5
     """
     first, out = methods[0], {}
     for part in PARTS:

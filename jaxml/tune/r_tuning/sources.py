@@ -34,6 +34,10 @@ def countries(relations: Sequence[str] = tuple(COUNTRY)) -> list[Item]:
     Raises:
         ValueError: an unknown relation.
         ImportError: the package is not installed.
+
+    Example:
+        >>> {item.group for item in countries(("capital",))}
+        {'capital'}
     """
     if unknown := [r for r in relations if r not in COUNTRY]:
         raise ValueError(f"r_tuning.countries: relations are {', '.join(COUNTRY)}, got {unknown[0]!r}.")
@@ -170,6 +174,14 @@ def pararel(folder: str | Path, relations: Sequence[str] | None = None) -> list[
 
     Raises:
         FileNotFoundError, ValueError: no triples there, an unknown relation, or a line that holds none.
+
+    Example:
+        >>> import json, tempfile
+        >>> triple = json.dumps({"sub_label": "Oslo", "obj_label": "Norway"})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(f"{folder}/P17.jsonl").write_text(triple)
+        ...     pararel(folder)[0].answers
+        ('Norway',)
     """
     folder = Path(folder)
     found = next((p for p in (folder, folder / "trex_lms_vocab", folder / "data" / "trex_lms_vocab") if
