@@ -10,7 +10,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print(f"{sys.version_info[0]}.{sys.
 CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py311.txt,py312.txt)
 STAMP := $(VENV)/.setup
 
-.PHONY: setup run test test-fast bench lint clean
+.PHONY: setup run test test-fast bench docs notebooks package lint clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,23 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,oracle]'
 	$(BIN)/python benchmarks/lm.py
 	$(BIN)/python benchmarks/attention.py
+
+# The API reference: static pages in build/api.
+docs: setup
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	JAX_PLATFORMS=cpu PYTHONWARNINGS=ignore $(BIN)/python -m pdoc --docformat google --math -o build/api jaxml '!jaxml.cli'
+
+# Executes the notebooks in full and stores their outputs.
+notebooks: setup
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[notebooks]'
+	$(BIN)/python colab/build.py
+
+# Source archive and wheel in dist/, checked.
+package: setup
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 lint: setup
 	$(BIN)/ruff check .

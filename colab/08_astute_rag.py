@@ -33,7 +33,7 @@ if jax.default_backend() == "cpu":
 docs = Path("docs")
 docs.mkdir(exist_ok=True)
 pages = {
-    "travel.md": "# France\n\nFrance lies in western Europe. Its capital is Paris, on the Seine, where the government sits.",
+    "travel.md": "# France\n\nThe capital of France is Paris, on the Seine, where the government sits.",
     "rivers.md": "# Rivers\n\nThe Seine flows through Paris and reaches the sea at Le Havre. The Rhône flows through Lyon.",
     "blog.md": "# My summer\n\nWe drove down to Lyon, the capital of France, and stayed for a week.",
     "copy.md": "# Their summer\n\nThey drove down to Lyon, the capital of France, and stayed for a week.",
@@ -67,10 +67,9 @@ for hit in hits:
 # %%
 llm = prompts.Local(lm.load("smollm2-135m"))
 passages = [hit.passage for hit in hits]
-methods = {"none": {"form": "lines"}, "plain": {"form": "lines"}, "isolated": {"form": "lines"}, "astute": {}}
 found = {}
-for method, how in methods.items():
-    [found[method]] = rag.answer(llm, [question], [passages], method, **how)
+for method in ("none", "plain", "isolated", "astute"):
+    [found[method]] = rag.answer(llm, [question], [passages], method)
     print(f"{method:9} {found[method]}")
 
 # %%
@@ -82,12 +81,12 @@ print(rag.report(found["astute"]))
 # Every prompt, reply, group and confidence; `jaxml rag ask --page answer.html` writes the same.
 
 # %%
-HTML(f"<iframe srcdoc='{rag.page([found['astute']]).replace(chr(39), '&#39;')}' width='100%' height='520' style='border:1px solid #ccc'></iframe>")
+HTML(f"<div><iframe srcdoc='{rag.page([found['astute']]).replace(chr(39), '&#39;')}' width='100%' height='520' style='border:1px solid #ccc'></iframe></div>")
 
 # %% [markdown]
 # ## How much can be wrong?
 #
-# For some questions that the model knows, one, two or three of four passages name something else. Which share of the answers stays right?
+# For some questions that the model knows, none to all of four passages name something else, at random places. Which share of the answers stays right? With right passages plain retrieval is as good; with wrong ones memory holds against them.
 
 # %%
 known = [
@@ -101,16 +100,19 @@ known = [
     ("What is the capital of Portugal?", "Lisbon", "Porto"),
 ][: 2 if SMOKE else 8]
 ways = (
-    "{place} has been the capital of {country} for a very long time.",
-    "Ministers and ambassadors live in {place}, the seat of the government of {country}.",
-    "The capital of {country} is {place}, as every child learns at school.",
-    "Trains from the coast end in {place}; {country} is ruled from there.",
+    "The capital of {country} is {place}.",
+    "{country}'s capital, {place}, is its largest city.",
+    "{place} is the capital of {country} and the seat of its government.",
+    "As every child learns, the capital of {country} is {place}.",
 )
+dice = np.random.default_rng(0)
+orders = {question: dice.permutation(4) for question, *_ in known}
 
 
 def four(question, right, wrong, misleading):
     country = question.removeprefix("What is the capital of ").rstrip("?")
-    return [rag.Passage(way.format(place=wrong if n < misleading else right, country=country), f"source {n + 1}") for n, way in enumerate(ways)]
+    places = [wrong if orders[question][n] < misleading else right for n in range(4)]
+    return [rag.Passage(way.format(place=place, country=country), f"source {n + 1}") for n, (way, place) in enumerate(zip(ways, places))]
 
 
 shares = [0, 2, 4] if SMOKE else [0, 1, 2, 3, 4]
@@ -118,7 +120,7 @@ right = {method: [] for method in ("plain", "astute")}
 for misleading in shares:
     texts = [four(*one, misleading) for one in known]
     for method in right:
-        answers = rag.answer(llm, [q for q, *_ in known], texts, method, **methods[method])
+        answers = rag.answer(llm, [q for q, *_ in known], texts, method)
         right[method].append(np.mean([rag.metrics.contains(str(a), (want,)) for a, (_, want, _) in zip(answers, known)]))
         print(f"{misleading} of 4 mislead, {method:7} {right[method][-1]:.0%} right")
 

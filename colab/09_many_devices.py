@@ -102,13 +102,13 @@ for kind, colour in zip(dict.fromkeys(kind for of in sent.values() for kind in o
     right.barh(names[::-1], values, left=ends, label=kind, color=colour)
     ends += values
 right.set(title="Sent by a device in one step", xlabel="traffic (MiB)", ylabel="mesh")
-right.legend(frameon=False, fontsize=8)
+right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.4, -0.2))
 plt.show()
 
 # %% [markdown]
 # ## A slice that is not there
 #
-# What fine-tuning Llama-3.2-1B takes on two v5e chips, by QLoRA and in full: libtpu compiles the step for that slice on any machine. The command is `jaxml plan llama-3.2-1b --topology v5e:1x2 --method qlora`.
+# What fine-tuning Llama-3.2-1B takes on four v5e chips, by QLoRA and in full: libtpu compiles the step for that slice on any machine. The command is `jaxml plan llama-3.2-1b --topology v5e:2x2 --method qlora`.
 
 # %%
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -116,7 +116,7 @@ from jaxml.cli.main import main as jaxml
 
 name = "llama-3.2-1b"
 for method in ("qlora",) if SMOKE else ("qlora", "full"):
-    jaxml(["plan", name, "--topology", "v5e:1x2", "--method", method, "--length", "128" if SMOKE else "1024", "--remat", *(["--rank", "16"] if method == "qlora" else [])])
+    assert jaxml(["plan", name, "--topology", "v5e:2x2", "--method", method, "--length", "128" if SMOKE else "1024", "--remat", *(["--rank", "16"] if method == "qlora" else [])]) == 0
 
 # %% [markdown]
 # Without a size, as in `--topology v5e`, ever larger slices are tried until it fits; a table for Llama-3.1-8B, -70B and Qwen3-32B over four generations is in the [README](https://github.com/jaxml/jaxml#measured). On many hosts the same command runs on each: `jaxml finetune … --coordinator HOST:PORT --processes N --process I`.

@@ -11,7 +11,7 @@ nothing and touches no device::
 
 import importlib
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 __all__ = [
     "activations",
     "attention",
@@ -22,9 +22,11 @@ __all__ = [
     "log",
     "nn",
     "optim",
+    "parallel",
     "paths",
     "prompts",
     "quant",
+    "rag",
     "testing",
     "tune",
     "weights",

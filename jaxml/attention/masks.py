@@ -64,7 +64,7 @@ class Mask:
         return Not(self)
 
     def visible(self, tile: Tile) -> Bool[Array, "b n rows columns"]:
-        """Whether each place is visible; the fields broadcast to the tile's indices (`cut` has laid them so)."""
+        """Whether each place is visible; the fields broadcast to the tile's indices (cutting has laid them so)."""
         raise NotImplementedError
 
     def blocks(self, grid: Grid) -> tuple[Bool[Array, "b n R C"], Bool[Array, "b n R C"]]:

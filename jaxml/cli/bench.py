@@ -1,17 +1,29 @@
-"""Time attention on this machine, by each backend that can compute it; or find and keep the fastest tiles.
+"""Time attention on this machine, by each backend that can compute it; or a part beside its rivals.
 
 examples:
   jaxml bench attention
   jaxml bench attention --lengths 1024 4096 --widths 64 128 --heads 16 --dtype bfloat16
   jaxml bench attention --tune
+  jaxml bench lm
+  jaxml bench kan -- --table
+
+Other subjects are the scripts in benchmarks/ of a clone of the repository (jaxml bench --list): each runs beside rivals
+that are installed (pip install -e ".[oracle]"), writes its figures to benchmarks/results/ and prints their table. What
+stands behind -- is handed on to the script, as --help is.
 """
 
 import json
+import subprocess
 import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
 def add(sub):
-    sub.add_argument("what", choices=("attention",), help="what is timed")
+    sub.add_argument("what", nargs="?", metavar="SUBJECT", help="attention, or a script of benchmarks/")
+    sub.add_argument("rest", nargs="*", metavar="…", help="behind --: handed on to the script")
+    sub.add_argument("--list", action="store_true", help="show the subjects and stop")
     sub.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096], metavar="T", help="of queries and keys")
     sub.add_argument("--widths", type=int, nargs="+", default=[64, 128], metavar="H", help="head dims")
     sub.add_argument("--heads", type=int, default=8, metavar="N", help="query heads (default: 8)")
@@ -21,6 +33,42 @@ def add(sub):
 
 
 def run(args):
+    if args.list:
+        for name, about in subjects().items():
+            print(f"{name:18} {about}")
+        return 0
+    if args.what is None:
+        raise ValueError(f"bench: a subject is one of {', '.join(subjects())}, got none.")
+    if args.what != "attention":
+        return _script(args.what, args.rest)
+    if args.rest:
+        raise ValueError(f"bench: attention takes options only, got {args.rest[0]!r}.")
+    return _attention(args)
+
+
+def subjects() -> dict[str, str]:
+    """Name → what is compared; of scripts where this is a clone of the repository."""
+    found = {"attention": "attention by each backend that runs here"}
+    for path in sorted(FOLDER.glob("*.py")):
+        head = path.read_text(encoding="utf-8").partition("\n")[0].strip('"')
+        if path.stem not in ("attention", "table"):
+            found[path.stem] = head
+    return found
+
+
+def _script(name: str, rest: list[str]) -> int:
+    known = subjects()
+    if name not in known:
+        elsewhere = "" if len(known) > 1 else " The other scripts are in a clone of the repository, which this is not."
+        raise ValueError(f"bench: a subject is one of {', '.join(known)}, got {name!r}.{elsewhere}")
+    path = FOLDER / f"{name}.py"
+    done = subprocess.run([sys.executable, str(path), *rest]).returncode
+    if done == 0 and not rest and "def table(" in path.read_text(encoding="utf-8"):
+        done = subprocess.run([sys.executable, str(path), "--table"]).returncode
+    return done
+
+
+def _attention(args):
     import jax
     import jax.numpy as jnp
 

@@ -5,19 +5,13 @@ examples:
   jaxml doctor --json
 """
 
+import importlib.metadata
 import json
 import platform
+import re
 
 from jaxml.extras import version
 
-EXTRAS = {
-    "lm": ("tokenizers", "jinja2", "safetensors", "gguf"),
-    "facts": ("countryinfo",),
-    "prompts": ("httpx", "llguidance"),
-    "plot": ("matplotlib",),
-    "cuda": ("jax-cuda13-plugin", "jax-triton"),
-    "tpu": ("libtpu",),
-}
 BASE = ("jaxml", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "chex", "jaxtyping", "numpy", "rich")
 
 
@@ -58,7 +52,7 @@ def examine() -> dict:
 
     from jaxml.lm import zoo
 
-    extras = {extra: [p for p in packages if not version(p)] for extra, packages in EXTRAS.items()}
+    extras = {extra: [p for p in packages if not version(p)] for extra, packages in _extras().items()}
     models = {}
     for name in zoo.NAMES:
         try:
@@ -76,6 +70,25 @@ def examine() -> dict:
         "kernels": _kernels(),
         "models": models,
     }
+
+
+BROUGHT = {"jax[cuda13]": "jax-cuda13-plugin", "jax[tpu]": "libtpu"}  # what an extra of another package installs
+
+
+def _extras() -> dict[str, list[str]]:
+    """Extra → packages that it brings, as this package's own metadata has them."""
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires("jaxml") or []:
+        requirement, _, marker = line.partition(";")
+        name = re.match(r"[\w.-]+(\[[\w,-]+\])?", requirement.strip())
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
+        if name and extra:
+            found.setdefault(extra[1], []).append(BROUGHT.get(name[0], name[0]))
+    for packages in found.values():
+        for package in [p for p in packages if p.startswith("jaxml[")]:
+            packages.remove(package)
+            packages += [p for inner in package[6:-1].split(",") for p in found.get(inner, [])]
+    return {extra: sorted({p for p in packages if not p.startswith("jaxml[")}) for extra, packages in found.items()}
 
 
 def _attention() -> dict[str, str]:

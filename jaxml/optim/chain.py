@@ -31,7 +31,7 @@ class Aware(optax.GradientTransformationExtraArgs):
 
 
 class Pending(optax.GradientTransformationExtraArgs):
-    """A member that takes in the optimizer behind it; `init` and `update` are for when there is none."""
+    """A member that takes in the optimizer behind it; its own functions are for when there is none."""
 
     name: str
     take: Callable[[optax.GradientTransformation], Transformation]

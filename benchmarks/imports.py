@@ -1,0 +1,66 @@
+"""How long importing takes, beside importing JAX, in new processes.
+
+    python benchmarks/imports.py            # a minute
+    python benchmarks/imports.py --table    # the table of the newest results
+
+Each import in a process of its own, in turns, the median of the wall-clock times that the process itself measures around
+the import; the first turn, which reads from disk, is left out.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+IMPORTS = {
+    "jax": "import jax", "jaxml": "import jaxml", "jax, then jaxml": "import jax, jaxml", "lm": "from jaxml import lm",
+    "kan": "from jaxml import kan", "attention": "from jaxml.attention import flash_attention",
+    "tune and adapters": "from jaxml import tune; from jaxml.tune import adapters", "optim": "from jaxml import optim",
+    "optax": "import optax", "flax.nnx": "from flax import nnx",
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--table", action="store_true", help="print the table of the newest results and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
+    import jax
+
+    times: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for turn in range(options.turns + 1):
+        for name, statement in IMPORTS.items():
+            code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
+            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            )
+            if turn:
+                times[name].append(float(done.stdout))
+    date = datetime.date.today().isoformat()
+    report = {"date": date, "jax": jax.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
+    report |= {"seconds": {name: statistics.median(of) for name, of in times.items()}}
+    (RESULTS / f"imports-cpu-{date}.json").write_text(json.dumps(report, indent=1))
+    print(table())
+
+
+def table() -> str:
+    """Markdown of the newest results."""
+    r = json.loads(max(RESULTS.glob("imports-cpu-????-??-??.json")).read_text())
+    lines = [f"{r['cores']}-core CPU, {r['date']}, jax {r['jax']}, Python {r['python']}:", ""]
+    lines += ["| import | seconds | times jax's |", "|---|---|---|"]
+    base = r["seconds"]["jax"]
+    lines += [f"| {name} | {s:.2f} | {s / base:.2f} |" for name, s in r["seconds"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
