@@ -3,7 +3,7 @@
     python benchmarks/imports.py            # a minute
     python benchmarks/imports.py --table    # the table of the newest results
 
-Each import in a process of its own, in turns, the median of the wall-clock times that the process itself measures around
+Each import in a process of its own, in turns: the median of the times that the process itself measures around
 the import; the first turn, which reads from disk, is left out.
 """
 

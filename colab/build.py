@@ -9,12 +9,14 @@ Needs the extra "notebooks".
 """
 
 import argparse
+import base64
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PICTURE = "05_lora_qlora_galore", "learned.png"  # the notebook whose first picture the README shows, and as what
 NAMES = sorted(path.stem for path in HERE.glob("[0-9]*.py"))
 
 
@@ -52,7 +54,8 @@ def execute(name: str, smoke: bool = False):
     os.environ |= {"JAXML_SMOKE": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} if smoke else {}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            NotebookClient(notebook, timeout=3600, coalesce_streams=True, resources={"metadata": {"path": folder}}).execute()
+            where = {"metadata": {"path": folder}}
+            NotebookClient(notebook, timeout=3600, coalesce_streams=True, resources=where).execute()
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -60,6 +63,12 @@ def execute(name: str, smoke: bool = False):
         cell.source = installing.get(cell.id, cell.source)
         cell.metadata = {}  # times
     return notebook
+
+
+def pictures(notebook) -> list[bytes]:
+    """The pictures of an executed notebook, in order."""
+    shown = [out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", ())]
+    return [base64.b64decode(data["image/png"]) for data in shown if "image/png" in data]
 
 
 def main() -> None:
@@ -77,6 +86,8 @@ def main() -> None:
             part = HERE / f".{name}.ipynb"
             part.write_text(nbformat.writes(made, version=4) + "\n")
             part.replace(HERE / f"{name}.ipynb")
+            if name == PICTURE[0]:
+                (HERE / PICTURE[1]).write_bytes(pictures(made)[0])
         print(name, flush=True)
 
 
