@@ -113,7 +113,7 @@ plt.show()
 # What fine-tuning Llama-3.2-1B takes on four v5e chips, by QLoRA and in full: libtpu compiles the step for that slice on any machine. The command is `jaxml plan llama-3.2-1b --topology v5e:2x2 --method qlora`.
 
 # %%
-environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+environment = os.environ | {"FORCE_COLOR": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
 def plan(*options):

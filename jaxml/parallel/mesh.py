@@ -1,6 +1,7 @@
 """A mesh of devices with five axes, and what of it a program that is being traced may spread arrays over."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,10 +67,12 @@ def parse(text: str, devices: Sequence[Any] | None = None) -> Mesh:
     """
     sizes = {}
     for part in filter(None, text.split(",")):
-        axis, _, size = part.partition("=")
-        if axis.strip() not in AXES or not size.strip().lstrip("-").isdigit():
+        axis, _, size = (word.strip() for word in part.partition("="))
+        if axis not in AXES or not re.fullmatch(r"-?[0-9]{1,9}", size):
             raise ValueError(f"parallel.parse: a mesh is AXIS=SIZE by comma, of {', '.join(AXES)}, got {part!r}.")
-        sizes[axis.strip()] = int(size)
+        if axis in sizes:
+            raise ValueError(f"parallel.parse: an axis of a mesh is given once, got {axis} twice in {text!r}.")
+        sizes[axis] = int(size)
     return mesh(**sizes, devices=devices)
 
 

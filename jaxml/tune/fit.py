@@ -117,7 +117,7 @@ def fit(
                 speed = info["tokens"] / (time.perf_counter() - started)
                 bar.update(task, completed=step, loss=f"{info['loss']:.3f}", speed=f"{speed:,.0f} tokens/s")
                 last, norm = step == steps, float(metrics["grad_norm"])
-                if last or step % o.log_every == 0:
+                if last or (o.log_every and step % o.log_every == 0):
                     run.write(step=step, loss=info["loss"], grad_norm=norm, tokens_per_s=speed)
                 if bad := int(metrics["bad"]):
                     info["skipped"] += 1

@@ -1,6 +1,7 @@
 """How a run trains."""
 
 import dataclasses
+import math
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -77,10 +78,24 @@ class Options:
             raise ValueError(f"Options: steps is at least 1, got {self.steps}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
-        if self.spike is not None and self.spike <= 1:
-            raise ValueError(f"Options: spike is above 1, got {self.spike}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"Options: warmup is in [0, 1), got {self.warmup}.")
+        for name in ("save_every", "eval_every", "log_every", "rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Options: {name} is at least 0, got {getattr(self, name)}.")
+        finite = lambda value, low: low <= value < math.inf  # NaN is neither
+        for name, value, low in (
+            ("epochs", self.epochs, 1e-9), ("learning_rate", self.learning_rate, 0),
+            ("weight_decay", self.weight_decay, 0), ("anchor_weight", self.anchor_weight, 0),
+        ):  # fmt: skip
+            if not finite(value, low):
+                rule = "above 0" if low else "at least 0"
+                raise ValueError(f"Options: {name} is a finite number, {rule}, got {value}.")
+        for name in ("clip", "spike"):
+            value, low = getattr(self, name), 1 if name == "spike" else 0
+            if value is not None and not (low < value < math.inf):
+                raise ValueError(f"Options: {name} is above {low}, got {value}.")
+        for name in ("warmup", "b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"Options: {name} is in [0, 1), got {getattr(self, name)}.")
 
 
 USUAL = Options()

@@ -37,6 +37,8 @@ def test_a_mesh_has_all_axes_and_one_takes_the_rest():
         (lambda: parallel.mesh(data=0), "at least 1"),
         (lambda: parallel.parse("rows=8"), "of data, fsdp"),
         (lambda: parallel.parse("data=x"), "got 'data=x'"),
+        (lambda: parallel.parse("data=²"), "got 'data=²'"),
+        (lambda: parallel.parse("data=2,data=4"), "got data twice"),
         (lambda: parallel.parse("data"), "got 'data'"),
     ],
 )

@@ -205,6 +205,13 @@ def test_bad_options_are_refused():
         (dict(batch_size=0), "batch_size"),
         (dict(schedule="step"), "schedule"),
         (dict(warmup=1), "warmup"),
+        (dict(learning_rate=float("nan")), "learning_rate is a finite number, at least 0, got nan"),
+        (dict(learning_rate=-1.0), "learning_rate"),
+        (dict(weight_decay=float("inf")), "weight_decay"),
+        (dict(epochs=0.0), "epochs is a finite number, above 0"),
+        (dict(b2=1.0), "b2 is in"),
+        (dict(clip=0.0), "clip is above 0"),
+        (dict(save_every=-1), "save_every is at least 0"),
     ):
         with pytest.raises(ValueError, match=word):
             tune.Options(**fields)
