@@ -10,7 +10,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 SCRIPTS = [
     "table", "attention", "tpu_schedule", "optim", "optim_training", "activations", "feed_forward", "kan", "kan_tables",
-    "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz",
+    "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz", "imports",
 ]  # fmt: skip
 
 
