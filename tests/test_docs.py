@@ -1,8 +1,10 @@
 """Every example in a docstring runs, and the README says what is there."""
 
+import contextlib
 import doctest
 import importlib
 import inspect
+import io
 import pkgutil
 import re
 from pathlib import Path
@@ -24,6 +26,25 @@ def test_examples_in_docstrings_run(name):
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} has no docstring"
     assert doctest.testmod(module).failed == 0
+
+
+BLOCKS = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.optimised
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_readmes_examples_print_what_it_says(number, smollm2, tmp_path, monkeypatch):
+    code, printed = BLOCKS[number]
+    monkeypatch.chdir(tmp_path)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert said.getvalue() == printed
+
+
+def test_the_readme_has_examples():
+    assert len(BLOCKS) == 3
 
 
 PACKAGES = ["jaxml", *(m.name for m in pkgutil.walk_packages(jaxml.__path__, "jaxml.") if m.ispkg)]
