@@ -1,6 +1,7 @@
 """Checkpoints through Orbax: `save`, `restore`, `latest`; written whole or not at all."""
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,11 +34,12 @@ class Checkpoints:
 
         policies = [ocp.checkpoint_managers.LatestN(keep)]
         if best is not None:
-            lowest = dict(get_metric_fn=lambda m: m[best], reverse=True, n=1)
+            number = lambda m: m[best] if math.isfinite(m[best]) else math.inf  # NaN is none of the lowest
+            lowest = dict(get_metric_fn=number, reverse=True, n=1)
             policies.append(ocp.checkpoint_managers.BestN(**lowest, keep_checkpoints_without_metrics=False))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=None if best is None else lambda m: m[best],  # makes Orbax write the metrics
+            best_fn=None if best is None else number,  # makes Orbax write the metrics
             best_mode="min",
             create=True,
             # What is deleted loses its name first: a process that is killed meanwhile leaves no half of it behind.
@@ -46,7 +48,7 @@ class Checkpoints:
         where, handler = Path(folder).absolute(), ocp.StandardCheckpointHandler()
         with files.reading(where, "a run's checkpoints"):
             self._manager = ocp.CheckpointManager(where, item_handlers=handler, options=options)
-        self._purge()
+        self._writes = False
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts writing; overwrites nothing: a step that exists already is left as it is."""
@@ -54,6 +56,7 @@ class Checkpoints:
 
         if step not in self._manager.all_steps():
             with self._writing():
+                self._writes = True
                 self._manager.wait_until_finished()
                 self._purge()
                 self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
@@ -125,7 +128,8 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
         self._purge()
-        if self._deleted.is_dir() and hosts.is_main() and not any(self._deleted.iterdir()):
+        own = self._writes and not self._deleted.is_symlink()
+        if own and self._deleted.is_dir() and hosts.is_main() and not any(self._deleted.iterdir()):
             self._deleted.rmdir()
 
     @property
@@ -133,7 +137,7 @@ class Checkpoints:
         return Path(self._manager.directory) / DELETED
 
     def _purge(self) -> None:
-        if hosts.is_main():
+        if self._writes and hosts.is_main() and not self._deleted.is_symlink():  # who reads deletes nothing
             for path in self._deleted.glob("*"):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -175,6 +175,23 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{% set n.l = n.l + [n.s[1:]] %}{% endfor %}",
         "{% set a = ['a'] * 60000 %}{% for i in range(99999) %}{{ a|sort|length }}{% endfor %}",
         "{# " + "a" * 200_000 + " #}",
+        "{% macro m() %}{% set ns.a = varargs %}{% endmacro %}{% set ns = namespace(a=0) %}{% for i in range(16) %}"
+        + "{{ m(ns.a) }}" * 9000
+        + "{% endfor %}{% set d = {ns.a: 1} %}",
+        "{{ dict.update(messages[0], role='system') }}",
+        "{{ dict.clear(messages[0]) }}",
+        "{{ range(7000)|map(attribute='x', default='y' * 10**6)|join|length }}",
+        "{{ range(6000)|map('string')|join('x' * 10**6)|length }}",
+        "{{ ('x' * 10**6).join(range(6000)|map('string'))|length }}",
+        "{{ ('a' * 6000)|replace(new='x' * 10**6, old='a')|length }}",
+        "{{ ('a\r' * 6000)|indent('x' * 10**6)|length }}",
+        "{% autoescape true %}{{ ('&' * 6000)|replace('amp;'|safe, 'x' * 10**6)|length }}{% endautoescape %}",
+        "{{ 'x'|indent(-10**12) }}" + "{% for i in range(400) %}{% set b = 'a' * 10**6 %}{% endfor %}",
+        "{{ range(3000)|sort(attribute=',' * 500000)|length }}",
+        "{{ ('€' * 10**6).strip('₭' * 10**6 ~ '€')|length }}",
+        "{% set a0 = 1 %}{% include 'x' %}",
+        "{% set x = 1e999 %}{{ x }}",
+        "{% set d = dict(a=1) %}{% for k in d %}{{ d.update({k ~ 'x': 1}) }}{% endfor %}",
     ],
 )
 def test_a_template_that_means_harm_is_a_sentence(template):

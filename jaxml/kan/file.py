@@ -121,6 +121,8 @@ def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     try:
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise ValueError("no .npz file")
+        if sum(m.file_size for m in zipfile.ZipFile(io.BytesIO(content)).infolist()) > len(content):
+            raise ValueError("its parts are larger than itself")
         if packed := [m.filename for m in zipfile.ZipFile(io.BytesIO(content)).infolist() if m.compress_type]:
             raise ValueError(f"{packed[0]} is compressed, as kan.save leaves nothing")  # and may be of any size
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
@@ -132,6 +134,6 @@ def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
             raise ValueError(f"what is told about it is an object, got {type(header['about']).__name__}")
         if odd := [name for name, a in arrays.items() if a.dtype.kind != "f"]:
             raise ValueError(f"{odd[0]} holds no numbers")
+        return {name: jnp.asarray(a) for name, a in arrays.items()}, header
     except (ValueError, RuntimeError, *files.IMPOSSIBLE) as error:  # RuntimeError: an archive with a password
         raise ValueError(f"{path}: not a network of kan.save, or damaged ({error}).") from error
-    return {name: jnp.asarray(a) for name, a in arrays.items()}, header

@@ -76,6 +76,9 @@ def check(params: KAN) -> KAN:
         shapes = [(layer.spec.size, *layer.width), layer.width, (layer.width[0], layer.spec.grid + 1), layer.width]
         if (got := [a.shape for a in (layer.coef, layer.base, layer.points, layer.kept)]) != shapes:
             raise ValueError(f"kan: layer {n} has arrays of the shapes {shapes}, got {got}.")
+        points = np.asarray(layer.points, np.float64)
+        if not np.isfinite(points).all() or (np.diff(points, axis=1) <= 0).any():
+            raise ValueError(f"kan: the grids of layer {n} are finite and increase, these do not.")
         if affine and (got := [a.shape for a in jax.tree.leaves(affine)]) != [(sums,), (sums,), (n_in,), (n_in,)]:
             raise ValueError(f"kan: layer {n} has scales of {sums} sums and {n_in} nodes, got {got}.")
         for edge in layer.fixed:

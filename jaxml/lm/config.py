@@ -12,7 +12,7 @@ SIZES = (
     "vocab_size", "width", "num_heads", "num_kv_heads", "head_dim", "hidden_dim", "max_length",
     "kan_grid",
 )  # fmt: skip
-MOST, MOST_LAYERS = 2**31, 1_000  # what is above is a damaged file's, and would fill the memory with names alone
+MOST, MOST_LAYERS = 2**31 - 1, 1_000  # what is above is a damaged file's, and would fill the memory with names alone
 REALS = (
     "norm_eps", "rope_theta", "local_rope_theta", "query_scale", "attention_soft_cap", "logits_soft_cap", "embed_scale",
 )  # fmt: skip

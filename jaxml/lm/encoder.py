@@ -16,7 +16,7 @@ import numpy as np
 from jaxml import files
 from jaxml.attention import flash_attention
 from jaxml.axes import Array, Float, Int, Params, wide
-from jaxml.lm import hf, tokenizer, zoo
+from jaxml.lm import hf, tensors, tokenizer, zoo
 from jaxml.lm.config import MOST, MOST_LAYERS, positive, whole
 from jaxml.lm.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def _read(folder: Path, dtype) -> Encoder:
         def read(name: str) -> np.ndarray:
             if prefix + name not in there:
                 raise ValueError(f"{folder}: an encoder has the tensor {prefix + name}; it is missing.")
-            return file.get_tensor(prefix + name)
+            return tensors.real(file.get_tensor(prefix + name), f"{folder}: {prefix + name}")
 
         params: dict[str, Any] = {"layers": {}}
         for path, name in names.items():
@@ -227,7 +227,7 @@ def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = N
     first, step = 0, 32 if len(rows) < 256 else 16  # few texts: few widths to compile for
     most = 1024 if jax.default_backend() == "cpu" else 2**14  # tokens: a CPU's cache holds the activations of few
     while first < len(rows):
-        width = min(-(-len(rows[order[first]]) // step) * step, encoder.config.max_length)
+        width = max(1, min(-(-len(rows[order[first]]) // step) * step, encoder.config.max_length))
         size = batch_size or max(1, most // width)
         part = order[first : first + size]
         tokens = np.full((min(size, len(rows)), width), encoder.tokenizer.pad_id, np.int32)

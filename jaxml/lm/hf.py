@@ -99,7 +99,11 @@ def _assembled(folder: Path, config: DecoderConfig, where: dict[str, Path], tens
         config,
         "hf",
         [name for name in where if name not in belonging],
-        lambda name: bnb.read(name, tensor, where, dtype) if name in quantised else tensor(name),
+        lambda name: (
+            bnb.read(name, tensor, where, dtype)
+            if name in quantised
+            else tensors.real(tensor(name), f"{folder}: {name}")
+        ),
         source=str(folder),
         dtype=dtype,
         # A tied head is sometimes written twice; old files hold the rotary frequencies.

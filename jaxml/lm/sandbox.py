@@ -19,6 +19,7 @@ SECONDS = 10
 CHARACTERS = 2**20  # of anything that a template makes, and 16 times what it is given
 TOTAL = 2**28  # of all that it makes, and 1,024 times what it is given
 ELEMENT = 16  # characters that an element of a list counts as
+SHORT = 100  # characters of an attribute's name, and of those that are stripped
 FILTERS = (
     "abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "groupby", "indent",
     "int", "items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "replace",
@@ -50,7 +51,7 @@ def render(template: str, **values: Any) -> str:
             return _gathered(_compiled(template).generate(**calls, **values))
     except TemplateError as error:
         raise ValueError(f"chat.render: the model's chat template refused the messages ({error}).") from error
-    except (ValueError, *files.IMPOSSIBLE) as error:
+    except (ValueError, NameError, RuntimeError, *files.IMPOSSIBLE) as error:
         said = f"{type(error).__name__}: {str(error)[:200]}"
         raise ValueError(f"chat.render: the model's chat template does not work ({said}).") from error
 
@@ -73,6 +74,7 @@ class Meter:
 
     def spend(self, size: int) -> None:
         """Something of this many characters is made."""
+        size = max(0, size)
         if size > self.most:
             _refuse(f"it makes more than {self.most:,} characters")
         self.left -= size
@@ -136,6 +138,18 @@ def _tick(characters: int) -> str:
     return ""
 
 
+def _each(items: Iterator[Any]) -> Iterator[Any]:
+    """What a filter makes one by one, counted when it is taken."""
+    for one in items:
+        _METER.get().turn()
+        yield _made(one)
+
+
+def _listed(value: Any) -> Any:
+    """A list in the place of what is made one by one."""
+    return list(_each(value)) if isinstance(value, Iterator) else value
+
+
 def _join(*parts: Any) -> str:
     """`a ~ b`."""
     return _made("".join(str(_made(part)) for part in parts))
@@ -164,8 +178,12 @@ def _compiled(template: str) -> Any:
     tree = environment.parse(template)
     if own := [node.name for node in tree.find_all(nodes.Name) if node.name in NAMES]:
         _refuse(f"{own[0]} is a name of the sandbox's own")
-    if any(tree.find_all(nodes.Block)) or any(tree.find_all(nodes.FloorDiv)):
-        _refuse("it has blocks or whole quotients; neither is supported")
+    unknown = (
+        nodes.Block, nodes.FloorDiv, nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends,
+        nodes.ScopedEvalContextModifier, nodes.EvalContextModifier,
+    )  # fmt: skip
+    if found := next(tree.find_all(unknown), None):
+        _refuse(f"it has a {type(found).__name__}, which is not supported")
     for node in tree.find_all(nodes.For):
         if node.test is not None:  # turns that the condition leaves out count as well
             node.test = nodes.And(nodes.Not(_call("_tick", [nodes.Const(0)])), node.test)
@@ -239,7 +257,7 @@ def _environment() -> Any:
             return _made(super().call_binop(context, operator, left, right))
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            if isinstance(obj, str | bytes | int | float):
+            if isinstance(obj, str | bytes | int | float | type):
                 return isinstance(obj, str) and attr in TEXTS
             return super().is_safe_attribute(obj, attr, value)
 
@@ -251,7 +269,11 @@ def _environment() -> Any:
             return _made(found) if isinstance(argument, slice) else found
 
         def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+            _made((args, kwargs))
+            args = tuple(map(_listed, args))
             if isinstance(getattr(function, "__self__", None), str):
+                if function.__name__.endswith("strip") and args and len(str(args[0])) > SHORT:
+                    _refuse(f"it strips at most {SHORT} characters")
                 _METER.get().spend(_in_many_places(function.__name__, function.__self__, args))
             return _made(super().call(context, function, *args, **kwargs))
 
@@ -276,10 +298,16 @@ def _now(form: str) -> str:
     return datetime.datetime.now().strftime(form)
 
 
-def _tojson(x: Any, indent: int | None = None) -> str:
+def _tojson(
+    x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """As transformers hands it to templates."""
     if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
         _refuse("an indent is from 0 to 16")
-    return _gathered(json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(x))
+    encoder = json.JSONEncoder(
+        ensure_ascii=bool(ensure_ascii), indent=indent, separators=separators, sort_keys=bool(sort_keys)
+    )
+    return _gathered(encoder.iterencode(x))
 
 
 def _in_many_places(method: str, text: str, args: tuple[Any, ...]) -> int:
@@ -289,7 +317,7 @@ def _in_many_places(method: str, text: str, args: tuple[Any, ...]) -> int:
     if method == "join" and args and hasattr(args[0], "__len__"):
         return len(text) * len(args[0])
     if method == "indent" and args:
-        return (text.count("\n") + 1) * (len(args[0]) if isinstance(args[0], str) else int(args[0]))
+        return (len(text.splitlines()) + 1) * (len(args[0]) if isinstance(args[0], str) else int(args[0]))
     return 0
 
 
@@ -301,17 +329,28 @@ def _bounded(name: str, function: Any) -> Any:
     from jinja2.nodes import EvalContext
     from jinja2.runtime import Context
 
+    signature = inspect.signature(function)
+    looks = name in ("length", "count", "first", "last", "default", "d")  # and copies nothing
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = args[1:] if args and isinstance(args[0], Environment | EvalContext | Context) else args
-        for one in (*given, *kwargs.values()):
+        told = isinstance(args[0], Environment | EvalContext | Context) if args else False
+        front, given = args[:told], tuple(map(_listed, args[told:]))
+        for one in () if looks else (*given, *kwargs.values()):
             _made(one)
+        named = signature.bind(*front, *given, **kwargs).arguments
+        dotted = [*(v for v in named.values() if name in ("groupby", "sort", "unique", "min", "max")), *given[1:2]]
+        dotted = [named.get("attribute"), kwargs.get("attribute"), *(dotted if name not in ("replace", "join") else ())]
+        if any(isinstance(v, str) and len(v) > SHORT and v is not given[0] for v in dotted):
+            _refuse(f"a name has at most {SHORT} characters")
         if given and name == "join":
-            _METER.get().spend(_in_many_places(name, str((*given[1:], kwargs.get("d", ""))[0]), given[:1]))
-        elif given and name in ("replace", "indent"):
-            more = kwargs.values() if name == "replace" else [kwargs.get("width", 4)]
-            _METER.get().spend(_in_many_places(name, str(given[0]), (*given[1:], *more)))
-        return _made(function(*args, **kwargs))
+            _METER.get().spend(_in_many_places(name, str(named.get("d", "")), given[:1]))
+        elif given and name == "replace":
+            _METER.get().spend(_in_many_places(name, str(given[0]), (named.get("old", ""), named.get("new", ""))))
+        elif given and name == "indent":
+            _METER.get().spend(_in_many_places(name, str(given[0]), (named.get("width", 4),)))
+        made = function(*front, *given, **kwargs)
+        return _each(made) if isinstance(made, Iterator) else _made(made)
 
-    call.__signature__ = inspect.signature(function)
+    call.__signature__ = signature
     return call

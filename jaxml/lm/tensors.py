@@ -43,6 +43,13 @@ _TOP = {
 }
 
 
+def real(a: np.ndarray, what: str) -> np.ndarray:
+    """The array; ValueError where it does not hold floating numbers."""
+    if not jnp.issubdtype(a.dtype, jnp.floating):
+        raise ValueError(f"{what} holds floating numbers, got {a.dtype}.")
+    return a
+
+
 def module_name(config: DecoderConfig, name: str) -> str:
     """Hugging Face's module for one of our layer parameters: "q" → "self_attn.q_proj"."""
     return (_MODULES_POST_NORMS if config.post_norms else _MODULES)[name][0]

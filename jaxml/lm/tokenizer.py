@@ -46,8 +46,9 @@ class Tokenizer:
         _check_text(text)
         with _rust("tokenizer"):
             ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids
         self._check_ids(ids)
-        return [self.bos_id, *ids] if bos and self.add_bos and self.bos_id is not None else ids
+        return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, within the special tokens that the tokenizer's own template puts around one.
@@ -123,7 +124,9 @@ def from_folder(
         )
     text = files.read_text(path)
     with files.reading(path, "a tokenizer"), _rust(path):
-        _check_steps(files.json_of(text, path), path)
+        about = files.json_of(text, path)
+        _check_steps(about, path)
+        _check_model(about, path)
         backend = tokenizers.Tokenizer.from_str(text)
     with files.reading(folder, "a tokenizer"), _rust(folder):
         return dataclasses.replace(_of_folder(folder, backend, eos_ids, pad_id), rows=rows)
@@ -163,6 +166,20 @@ def _check_steps(about: dict[str, Any], path: Path) -> None:
                 raise ValueError(f"{path}: a {part} has at most {STEPS} steps, got more.")
             if grown > GROWTH:
                 raise ValueError(f"{path}: a {part} makes at most {GROWTH:,} characters of one, got {grown:,}.")
+
+
+def _check_model(about: dict[str, Any], path: Path) -> None:
+    """Refuses what takes very long or very much: many ids around each text, words that are tried in all their parts."""
+    model, after = about.get("model") or {}, about.get("post_processor") or {}
+    if model.get("max_input_chars_per_word", 0) > TOKEN:
+        raise ValueError(f"{path}: max_input_chars_per_word is at most {TOKEN:,}.")
+    for one in (after, *(after.get("processors") or ())):
+        ids = {name: len(of["ids"]) for name, of in (one.get("special_tokens") or {}).items()}
+        pieces = [
+            p["SpecialToken"]["id"] for p in [*one.get("single", ()), *one.get("pair", ())] if "SpecialToken" in p
+        ]
+        if sum(ids.get(name, 0) for name in pieces) > GROWTH:
+            raise ValueError(f"{path}: a post_processor puts at most {GROWTH:,} ids around a text.")
 
 
 def _growth(step: Mapping[str, Any]) -> int:

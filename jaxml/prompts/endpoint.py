@@ -82,7 +82,8 @@ class Endpoint:
             raise ValueError("Endpoint: api_key is one line of printable characters. Strip it.")
         if not self.url.startswith(("http://", "https://")):
             raise ValueError(f"Endpoint: url begins with http:// or https://, got {self.url!r}.")
-        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        headers = {"Accept-Encoding": "identity"}  # little that becomes much when it is unpacked
+        headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
         self._client = httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=limits)
         self._store = Store(self.cache)
@@ -251,6 +252,8 @@ class Endpoint:
         """The whole of an answer, unless it is too late, too long, or no longer wanted."""
         httpx = need("httpx", "prompts")
         until, content = time.monotonic() + self.timeout, bytearray()
+        if (packed := response.headers.get("content-encoding", "identity")) != "identity":
+            raise EndpointError(f"{self.url}: an answer is not packed, got content-encoding {packed[:50]!r}.")
         for part in response.iter_bytes():
             content += part
             if len(content) > ANSWER_BYTES:
@@ -293,7 +296,7 @@ def _reply(answer: Any) -> Reply:
     told = choice.get("logprobs") or {}
     values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
     known = bool(values) and all(map(_number, values)) and any(v < 0 for v in values)
-    count = lambda name: max(0, int(usage.get(name) or 0))
+    count = lambda name: max(0, int(usage[name])) if _number(usage.get(name)) else 0
     new = count("completion_tokens") or len(values) or 1 + len(text) // 4
     return Reply(text, count("prompt_tokens"), new, float(sum(values)) if known else None)
 

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any
 
 from jaxml import files
+
+TORN = re.compile(rb'\["[0-9a-f]{0,32}|\["[0-9a-f]{32}"(,.*)?|\[')  # how a line begins, up to where it was cut off
 
 
 class Store:
@@ -75,7 +78,7 @@ class Store:
                 ) from error
             self._kept[name] = answer
         if torn:
-            if not torn.startswith(b'["'):
+            if not TORN.fullmatch(torn):
                 raise ValueError(f"{self.path}: its last line is no kept answer that was cut off; is it another file?")
             with self.path.open("rb+") as file:
                 file.truncate(sum(len(line) + 1 for line in lines))

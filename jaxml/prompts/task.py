@@ -178,7 +178,7 @@ def _question(llm: LLM, task: Task, prompt: Prompt, scored: list[str]) -> dict[s
 
 def _sound(answer: Any, choices: int) -> bool:
     """Whether it is [likelihoods of so many choices, or what was written; tokens]."""
-    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300  # nor NaN
     if not isinstance(answer, list) or len(answer) != 2 or not number(answer[1]):
         return False
     said = answer[0]

@@ -138,6 +138,8 @@ class Index:
                 at it.
         """
         root, changes = Path(folder), Changes()
+        if (self.path / "files.jsonl").is_symlink():
+            raise ValueError(f"{self.path / 'files.jsonl'}: a plain file of the index's own. Remove the link.")
         with _alone(self.path), Kept(self.path / "files.jsonl") as kept:
             files = _Files(self, kept, changes)
             files.forget_gone(root.resolve())
@@ -300,8 +302,11 @@ class _Files:
         self.held.subtract(before)
         waiting = {key for of, _ in self.whole for key in of["keys"]}
         free = [key for key in dict.fromkeys(before) if self.held[key] <= 0 and key not in waiting]
+        if free:  # a process that is killed before they are gone leaves a file that is read, or forgotten, again
+            both = list(dict.fromkeys([*before, *(about["keys"] or [])]))
+            self.kept.put(about["file"], {"file": about["file"], "hash": "", "keys": both})
+            self.index.store.delete(free)
         self.kept.put(about["file"], about)
-        self.index.store.delete(free)
 
 
 def _sound(about: Any) -> bool:

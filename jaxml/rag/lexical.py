@@ -77,6 +77,8 @@ class Lexical:
         self.engine.save(str(part), show_progress=False)
         np.save(part / "keys.npy", self.keys, allow_pickle=False)
         log.write_text(part / "stamp.json", json.dumps({"stamp": stamp, "count": len(self.keys)}))
+        if folder.is_symlink() or folder.is_file():
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
@@ -99,7 +101,7 @@ class Lexical:
             _check(engine, about["count"])
         except FileNotFoundError:
             return None
-        except (ValueError, *files.IMPOSSIBLE) as error:
+        except (ValueError, OSError, *files.IMPOSSIBLE) as error:
             raise ValueError(f"{folder}: damaged ({error}). Remove it; it is built again.") from error
         return cls(engine, keys)
 

@@ -132,12 +132,13 @@ def fit(
                         state = run.rolled_back(state, why)
                         step, passed = int(state.step), int(state.guard.passed)
                         continue
+                measured = None
                 if held and (last or (o.eval_every and step % o.eval_every == 0)):
-                    info["eval_loss"] = evaluate(state.trainable, frozen, held)
+                    measured = info["eval_loss"] = evaluate(state.trainable, frozen, held)
                     run.write(step=step, eval_loss=info["eval_loss"])
                 signum = asked.asked(step)
                 if last or (o.save_every and step % o.save_every == 0) or signum:
-                    run.save(step, state, info["eval_loss"])
+                    run.save(step, state, measured)
                 if signum and not last:
                     run.wait()
                     raise Stopped(signum, step)
