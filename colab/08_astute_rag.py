@@ -68,7 +68,7 @@ for hit in hits:
 llm = prompts.Local(lm.load("smollm2-135m"))
 passages = [hit.passage for hit in hits]
 found = {}
-for method in ("none", "plain", "isolated", "astute"):
+for method in ("none", "astute") if SMOKE else ("none", "plain", "isolated", "astute"):
     [found[method]] = rag.answer(llm, [question], [passages], method)
     print(f"{method:9} {found[method]}")
 
@@ -98,7 +98,7 @@ known = [
     ("What is the capital of Egypt?", "Cairo", "Luxor"),
     ("What is the capital of Greece?", "Athens", "Patras"),
     ("What is the capital of Portugal?", "Lisbon", "Porto"),
-][: 2 if SMOKE else 8]
+][: 1 if SMOKE else 8]
 ways = (
     "The capital of {country} is {place}.",
     "{country}'s capital, {place}, is its largest city.",
@@ -115,7 +115,7 @@ def four(question, right, wrong, misleading):
     return [rag.Passage(way.format(place=place, country=country), f"source {n + 1}") for n, (way, place) in enumerate(zip(ways, places))]
 
 
-shares = [0, 2, 4] if SMOKE else [0, 1, 2, 3, 4]
+shares = [0] if SMOKE else [0, 1, 2, 3, 4]
 right = {method: [] for method in ("plain", "astute")}
 for misleading in shares:
     texts = [four(*one, misleading) for one in known]

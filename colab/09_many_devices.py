@@ -123,10 +123,9 @@ def plan(*options):
     print(done.stdout or done.stderr)
 
 
-length = "128" if SMOKE else "1024"
-plan("--method", "qlora", "--rank", "16", "--length", length)
 if not SMOKE:
-    plan("--method", "full", "--length", length)
+    plan("--method", "qlora", "--rank", "16", "--length", "1024")
+    plan("--method", "full", "--length", "1024")
 
 # %% [markdown]
 # Without a size, as in `--topology v5e`, ever larger slices are tried until it fits; a table for Llama-3.1-8B, -70B and Qwen3-32B over four generations is in the [README](https://github.com/jaxml/jaxml#measured). On many hosts the same command runs on each: `jaxml finetune … --coordinator HOST:PORT --processes N --process I`.

@@ -108,3 +108,23 @@ def test_a_full_disk_is_a_sentence_and_what_was_there_stays(tmp_path, monkeypatc
         with pytest.raises(OSError, match=r"could not be written \(RESOURCE_EXHAUSTED: Error writing\)"):
             checkpoints.save(2, tree(2))
     assert checkpoint.latest(tmp_path) == 1
+
+
+def test_who_reads_deletes_nothing_and_a_link_is_no_way_out(tmp_path):
+    tree = {"w": jnp.arange(3.0)}
+    checkpoint.save(tmp_path / "run", 1, tree)
+    (tmp_path / "mine" / "kept").mkdir(parents=True)
+    (tmp_path / "run" / ".deleted").symlink_to(tmp_path / "mine")
+    assert checkpoint.latest(tmp_path / "run") == 1
+    checkpoint.restore(tmp_path / "run", tree)
+    checkpoint.save(tmp_path / "run", 2, tree)
+    assert (tmp_path / "mine" / "kept").is_dir()
+
+
+def test_what_is_not_finite_is_never_the_best(tmp_path):
+    tree = {"w": jnp.arange(3.0)}
+    with checkpoint.Checkpoints(tmp_path, keep=1, best="eval_loss") as checkpoints:
+        for step, loss in enumerate((3.0, 1.0, float("nan"), 2.0)):
+            checkpoints.save(step, tree, {"eval_loss": loss})
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 3]

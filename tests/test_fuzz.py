@@ -376,3 +376,43 @@ def test_pages_with_long_headings_and_endless_tags_stay_small_and_quick(tmp_path
     (tmp_path / "c.html").write_text('<meta charset="punycode"><p>a')
     with pytest.raises(ValueError, match="it is in 'punycode'"):
         list(read.read(tmp_path / "c.html"))
+
+
+def test_tensors_of_whole_numbers_are_no_weights(tmp_path):
+    from safetensors.numpy import load_file
+
+    lm.save(tiny_model(), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    arrays = {k: v.view(np.int32) if k == "model.norm.weight" else v for k, v in load_file(path).items()}
+    lm.hf.save_safetensors(path, arrays)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight holds floating numbers, got int32"):
+        lm.load(tmp_path / "model")
+
+
+def test_a_first_token_beyond_the_embedding_is_refused():
+    import dataclasses
+
+    made = dataclasses.replace(tiny_tokenizer(), bos_id=99, add_bos=True, rows=64)
+    assert made.encode("the") and max(made.encode("the")) < 64
+    with pytest.raises(ValueError, match="has 64 rows, got"):
+        made.encode("the", bos=True)
+
+
+def test_many_ids_around_a_text_are_refused(tmp_path):
+    tiny_tokenizer().save(tmp_path)
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    piece = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    special = {"<s>": {"id": "<s>", "ids": [1] * 600, "tokens": ["<s>"] * 600}}
+    about["post_processor"] = {
+        "type": "TemplateProcessing", "single": [piece] * 600, "pair": [piece], "special_tokens": special,
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="puts at most 1,000 ids around a text"):
+        lm.tokenizer.from_folder(tmp_path)
+
+
+def test_a_file_whose_last_line_is_another_programs_is_not_cut(tmp_path):
+    (tmp_path / "names.json").write_text('["important", "data"]')
+    with pytest.raises(ValueError, match="is it another file"):
+        Store(tmp_path / "names.json")
+    assert (tmp_path / "names.json").read_text() == '["important", "data"]'

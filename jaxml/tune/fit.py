@@ -137,7 +137,8 @@ def fit(
                     measured = info["eval_loss"] = evaluate(state.trainable, frozen, held)
                     run.write(step=step, eval_loss=info["eval_loss"])
                 signum = asked.asked(step)
-                if last or (o.save_every and step % o.save_every == 0) or signum:
+                due = o.save_every and (step % o.save_every == 0 or measured is not None)
+                if last or due or signum:
                     run.save(step, state, measured)
                 if signum and not last:
                     run.wait()

@@ -74,6 +74,8 @@ def changed(path, change):
         (lambda h, a: a.update({"0.fixed.0": np.zeros(3, np.float32)}), "with 4 numbers"),
         (lambda h, a: a.update({"0.inner_scale": np.zeros(5, np.float32)}), "scales of 6 sums"),
         (lambda h, a: a.update({"0.coef": np.zeros((2, 2, 6), np.float32)}), "has arrays of the shapes"),
+        (lambda h, a: a.update({"0.points": a["0.points"][:, ::-1]}), "are finite and increase"),
+        (lambda h, a: a.update({"0.points": a["0.points"] * np.nan}), "are finite and increase"),
         (lambda h, a: h.pop("about"), "damaged"),
         (lambda h, a: h.update(about=3), "is an object, got int"),
     ],

@@ -369,6 +369,20 @@ def test_an_index_says_how_long_its_passages_are(tmp_path, words, chunking):
         Index(tmp_path / "index", words)
 
 
+def test_what_a_killed_update_did_not_delete_is_deleted_by_the_next(tmp_path, docs, words, monkeypatch):
+    index = Index.create(tmp_path / "index", words)
+    (docs / "secret.txt").write_text("The secret is a zebra.")
+    index.update(docs)
+    (docs / "secret.txt").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "delete", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            index.update(docs)
+    again = Index(tmp_path / "index", words)
+    assert again.update(docs).removed == 1
+    assert all("zebra" not in hit.passage.text for hit in again.search(["zebra"], 9)[0])
+
+
 def test_words_of_passages_that_are_gone_are_told(tmp_path, docs, words):
     index = Index.create(tmp_path / "index", words)
     index.update(docs)
