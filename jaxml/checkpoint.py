@@ -27,9 +27,10 @@ class Checkpoints:
         folder: made if it is not there.
         keep: how many of the latest to keep (None: all).
         best: name of a metric given to `save`, the lowest of which is kept as well.
+        read_only: delete nothing, not even what a killed process left half deleted.
     """
 
-    def __init__(self, folder: str | Path, *, keep: int | None = 3, best: str | None = None):
+    def __init__(self, folder: str | Path, *, keep: int | None = 3, best: str | None = None, read_only: bool = False):
         import orbax.checkpoint as ocp
 
         policies = [ocp.checkpoint_managers.LatestN(keep)]
@@ -48,7 +49,8 @@ class Checkpoints:
         where, handler = Path(folder).absolute(), ocp.StandardCheckpointHandler()
         with files.reading(where, "a run's checkpoints"):
             self._manager = ocp.CheckpointManager(where, item_handlers=handler, options=options)
-        self._writes = False
+        self._writes = not read_only
+        self._purge()
 
     def save(self, step: int, tree: Any, metrics: dict[str, float] | None = None) -> None:
         """Starts writing; overwrites nothing: a step that exists already is left as it is."""
@@ -56,7 +58,6 @@ class Checkpoints:
 
         if step not in self._manager.all_steps():
             with self._writing():
-                self._writes = True
                 self._manager.wait_until_finished()
                 self._purge()
                 self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics)
@@ -201,5 +202,5 @@ def latest(folder: str | Path) -> int | None:
 def _existing(folder: str | Path) -> Iterator[Checkpoints]:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: no such folder.")
-    with Checkpoints(folder, keep=None) as checkpoints:
+    with Checkpoints(folder, keep=None, read_only=True) as checkpoints:
         yield checkpoints

@@ -255,6 +255,8 @@ def test_a_long_array_of_numbers_takes_as_much_memory_as_the_file(tmp_path):
         ("rms_norm_eps", 10**400, "norm_eps"),
         ("rope_theta", -1.0, "rope_theta is a finite number above 0"),
         ("rope_theta", 1.0, "a rope_theta is above 1"),
+        ("rope_scaling", {"rope_type": "linear"}, "has a factor; it is missing"),
+        ("tie_word_embeddings", "false", "tied_embeddings is true or false, got 'false'"),
         (
             "rope_scaling",
             {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},

@@ -135,6 +135,9 @@ class DecoderConfig:
                 raise ValueError(f"DecoderConfig: {name} are token ids from 0, got {wrong[0]!r}.")
         if self.window is not None and not whole(self.window, 1, MOST):
             raise ValueError(f"DecoderConfig: window is a whole number from 1, got {self.window!r}.")
+        for name in ("tied_embeddings", "qkv_bias", "o_bias", "mlp_bias", "qk_norm"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"DecoderConfig: {name} is true or false, got {getattr(self, name)!r}.")
         for name in REALS:
             value = getattr(self, name)
             if value is not None and not positive(value):

@@ -153,6 +153,8 @@ def _scaling_from_hf(scaling: dict[str, Any], max_length: int) -> RopeScaling | 
         raise ValueError(f"DecoderConfig.from_hf: unknown keys in rope scaling {kind!r}: {', '.join(unknown)}.")
     if kind == "default":
         return None
+    if "factor" not in given:
+        raise ValueError(f"DecoderConfig.from_hf: rope scaling {kind!r} has a factor; it is missing.")
     fields = {_SCALING_KEYS[kind][k]: v for k, v in given.items()}
     if kind in ("yarn", "llama3"):
         fields.setdefault("original_max_length", max_length)

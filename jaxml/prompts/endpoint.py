@@ -296,7 +296,11 @@ def _reply(answer: Any) -> Reply:
     told = choice.get("logprobs") or {}
     values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
     known = bool(values) and all(map(_number, values)) and any(v < 0 for v in values)
-    count = lambda name: max(0, int(usage[name])) if _number(usage.get(name)) else 0
+    if odd := [v for v in map(usage.get, ("prompt_tokens", "completion_tokens")) if v is not None and not _number(v)]:
+        raise EndpointError(
+            f"fields of an answer are not of the usual kind: tokens are a number, got {str(odd[0])[:50]!r}"
+        )
+    count = lambda name: max(0, int(usage.get(name) or 0))
     new = count("completion_tokens") or len(values) or 1 + len(text) // 4
     return Reply(text, count("prompt_tokens"), new, float(sum(values)) if known else None)
 

@@ -36,6 +36,7 @@ class Limits:
     Args:
         file: bytes of a file (JSONL files are streamed and may have any size).
         line: bytes of a line of JSONL.
+        markdown: bytes of a Markdown file, of which the parser makes some hundred times as much.
         pages: of a PDF.
         seconds: for a PDF, whose pages may share what takes long to read.
 
@@ -46,6 +47,7 @@ class Limits:
 
     file: int = 64 * 2**20
     line: int = 4 * 2**20
+    markdown: int = 4 * 2**20
     pages: int = 5000
     seconds: float = 600.0
 
@@ -114,6 +116,8 @@ def markdown(path: Path, limits: Limits) -> Iterator[Block]:
     titles: list[str] = []
     cells: list[str] = []
     kind, level = "", 0
+    if (size := path.stat().st_size) > limits.markdown:
+        raise ValueError(f"{path}: a Markdown file has at most {limits.markdown:,} bytes, got {size:,}. Cut it.")
     front = re.compile(r"---[ \t]*\n(?:[^\n]*\n){0,200}?(?:---|\.\.\.)[ \t]*(?:\n|$)")  # of static site generators
     page = _decoded(path)
     for token in parser.parse(page[found.end() :] if (found := front.match(page)) else page):
@@ -288,7 +292,8 @@ class _Page:
 
     def __init__(self, titles: Sequence[str] = ()):
         self.blocks: list[Block] = []
-        self.titles = list(titles)
+        self.titles = self.above = list(titles)
+        self.title = _title(self.titles)
         self.said: list[str] = []
         self.hidden: list[str] = []  # open elements within one that is not shown, that one first
         self.level = 0  # of the heading that is being read
@@ -357,4 +362,6 @@ class _Page:
             above = [*self.titles[: self.level - 1], *[""] * (self.level - 1 - len(self.titles))]
             self.titles = [*above, said[:TITLE]]
         elif said:
-            self.blocks.append(Block(said, _title(self.titles)))
+            if self.above is not self.titles:  # one text for all blocks under a heading
+                self.above, self.title = self.titles, _title(self.titles)
+            self.blocks.append(Block(said, self.title))

@@ -62,7 +62,8 @@ def test_an_answer_without_end_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("odd", [
     {"choices": [{"text": "a", "logprobs": [1]}]}, {"choices": [{"text": "a"}], "usage": "none"},
-    {"choices": [{"text": "a"}], "usage": {"prompt_tokens": float("inf")}}, {"choices": [{"message": "a"}]},
+    {"choices": [{"text": "a"}], "usage": {"prompt_tokens": float("inf")}},
+    {"choices": [{"text": "a"}], "usage": {"completion_tokens": "many"}}, {"choices": [{"message": "a"}]},
     {"choices": [{"text": "a", "logprobs": {"content": [1]}}]}, {"choices": [{"message": {"content": [1]}}]},
     {"choices": [{"text": "a", "logprobs": {"token_logprobs": [-(10**400)]}}]},
 ])  # fmt: skip

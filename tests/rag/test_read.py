@@ -135,6 +135,15 @@ def forms(levels):
     return whole(objects)
 
 
+def test_markdown_has_a_size_of_its_own_and_blocks_share_their_title(tmp_path):
+    (tmp_path / "a.md").write_text("a" * 200)
+    with pytest.raises(ValueError, match="a Markdown file has at most 100 bytes, got 200"):
+        list(read.read(tmp_path / "a.md", Limits(markdown=100)))
+    (tmp_path / "a.html").write_text("<h1>A</h1><p>x<p>y<h2>B</h2><p>z")
+    first, second, third = read.read(tmp_path / "a.html")
+    assert first.title is second.title and third.title == "A › B"
+
+
 def test_a_pdf_that_takes_for_ever_is_refused(tmp_path):
     path = tmp_path / "a.pdf"
     path.write_bytes(forms(12))
