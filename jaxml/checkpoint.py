@@ -129,16 +129,20 @@ class Checkpoints:
         with self._writing():
             self._manager.close()
         self._purge()
-        own = self._writes and not self._deleted.is_symlink()
-        if own and self._deleted.is_dir() and hosts.is_main() and not any(self._deleted.iterdir()):
+        if self._may_delete and self._deleted.is_dir() and not any(self._deleted.iterdir()):
             self._deleted.rmdir()
 
     @property
     def _deleted(self) -> Path:
         return Path(self._manager.directory) / DELETED
 
+    @property
+    def _may_delete(self) -> bool:
+        """Who reads deletes nothing, and a link leads out of the folder."""
+        return self._writes and hosts.is_main() and not self._deleted.is_symlink()
+
     def _purge(self) -> None:
-        if self._writes and hosts.is_main() and not self._deleted.is_symlink():  # who reads deletes nothing
+        if self._may_delete:
             for path in self._deleted.glob("*"):
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -47,6 +47,19 @@ def reading(path: str | Path, what: str, more: tuple[type[BaseException], ...] =
         raise ValueError(f"{path}: not a whole file, or not that of {what} ({kind}: {said}).") from error
 
 
+def check_stored(archive: zipfile.ZipFile, size: int, where: str | Path) -> None:
+    """Refuses an archive of `size` bytes that is more when it is read: compressed, or of parts that overlap.
+
+    Raises:
+        ValueError: it is.
+    """
+    members = archive.infolist()
+    if packed := [member.filename for member in members if member.compress_type]:
+        raise ValueError(f"{where}: {packed[0]} is compressed, as nothing in such a file is.")
+    if sum(member.file_size for member in members) > size:
+        raise ValueError(f"{where}: its parts are larger than itself.")
+
+
 def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
     """A file's content.
 

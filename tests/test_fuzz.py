@@ -188,6 +188,9 @@ def test_files_that_are_too_large_are_not_read(tmp_path):
         "{% autoescape true %}{{ ('&' * 6000)|replace('amp;'|safe, 'x' * 10**6)|length }}{% endautoescape %}",
         "{{ 'x'|indent(-10**12) }}" + "{% for i in range(400) %}{% set b = 'a' * 10**6 %}{% endfor %}",
         "{{ range(3000)|sort(attribute=',' * 500000)|length }}",
+        "{{ range(3000)|sort(false, false, ',' * 500000)|length }}",
+        "{{ range(3000)|map(attribute='a.' * 200000 ~ 'a', default=0)|list|length }}",
+        "{{ ('€' * 10**6)|trim('₭' * 10**6 ~ '€')|length }}",
         "{{ ('€' * 10**6).strip('₭' * 10**6 ~ '€')|length }}",
         "{% set a0 = 1 %}{% include 'x' %}",
         "{% set x = 1e999 %}{{ x }}",
@@ -205,6 +208,11 @@ def test_what_a_template_may_make_grows_with_what_it_is_given():
     )
     messages = [{"role": "user", "content": "word " * 2000} for _ in range(300)]
     assert len(sandbox.render(template, messages=messages)) == 3_000_000
+
+
+def test_a_default_may_be_a_long_text():
+    text = "You are a helpful assistant who answers shortly. " * 9
+    assert sandbox.render("{{ said | default('" + text + "') }}") == text
 
 
 def test_loops_are_left_and_marks_of_generation_are_passed():

@@ -121,10 +121,7 @@ def _read(path: str | Path) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     try:
         if not zipfile.is_zipfile(io.BytesIO(content)):
             raise ValueError("no .npz file")
-        if sum(m.file_size for m in zipfile.ZipFile(io.BytesIO(content)).infolist()) > len(content):
-            raise ValueError("its parts are larger than itself")
-        if packed := [m.filename for m in zipfile.ZipFile(io.BytesIO(content)).infolist() if m.compress_type]:
-            raise ValueError(f"{packed[0]} is compressed, as kan.save leaves nothing")  # and may be of any size
+        files.check_stored(zipfile.ZipFile(io.BytesIO(content)), len(content), "the archive")
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         header = files.json_of(arrays.pop("header").tobytes(), "its header")

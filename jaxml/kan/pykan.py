@@ -70,10 +70,7 @@ def _state(torch: Any, path: Path) -> dict[str, np.ndarray]:
     """The tensors of a state dictionary, none of which is larger than its file."""
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
-        if sum(member.file_size for member in archive.infolist()) > size:
-            raise ValueError(f"{path}: its parts are larger than itself.")
-        if any(member.compress_type for member in archive.infolist()):
-            raise ValueError(f"{path}: torch.save compresses nothing, this is compressed.")
+        files.check_stored(archive, size, path)
     tensors = torch.load(path, weights_only=True, map_location="cpu")
     if sum(v.numel() * v.element_size() for v in tensors.values()) > size:
         raise ValueError(f"{path}: its tensors are larger than its {size:,} bytes.")

@@ -339,9 +339,10 @@ def _bounded(name: str, function: Any) -> Any:
         for one in () if looks else (*given, *kwargs.values()):
             _made(one)
         named = signature.bind(*front, *given, **kwargs).arguments
-        dotted = [*(v for v in named.values() if name in ("groupby", "sort", "unique", "min", "max")), *given[1:2]]
-        dotted = [named.get("attribute"), kwargs.get("attribute"), *(dotted if name not in ("replace", "join") else ())]
-        if any(isinstance(v, str) and len(v) > SHORT and v is not given[0] for v in dotted):
+        # Names of attributes, filters and tests, and what is stripped; in the others a second text is content.
+        second = () if name in ("replace", "join", "default", "d") else given[1:2]
+        options = (named.get("attribute"), kwargs.get("attribute"), *second)
+        if any(isinstance(value, str) and len(value) > SHORT for value in options):
             _refuse(f"a name has at most {SHORT} characters")
         if given and name == "join":
             _METER.get().spend(_in_many_places(name, str(named.get("d", "")), given[:1]))

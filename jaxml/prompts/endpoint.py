@@ -203,7 +203,10 @@ class Endpoint:
         over = threading.Event()
         pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
         try:
-            return [f.result() for f in [pool.submit(self._ask, body, parse, over) for body, parse in asked]]
+            futures = [pool.submit(self._ask, body, parse, over) for body, parse in asked]
+            done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+            failed = [f for f in futures if f in done and f.exception()]
+            return [f.result() for f in failed or futures]  # of one that failed its error is raised
         finally:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -297,9 +300,7 @@ def _reply(answer: Any) -> Reply:
     values = told.get("token_logprobs") or [t.get("logprob") for t in told.get("content") or []]
     known = bool(values) and all(map(_number, values)) and any(v < 0 for v in values)
     if odd := [v for v in map(usage.get, ("prompt_tokens", "completion_tokens")) if v is not None and not _number(v)]:
-        raise EndpointError(
-            f"fields of an answer are not of the usual kind: tokens are a number, got {str(odd[0])[:50]!r}"
-        )
+        raise TypeError(f"tokens are a number, got {str(odd[0])[:50]!r}")
     count = lambda name: max(0, int(usage.get(name) or 0))
     new = count("completion_tokens") or len(values) or 1 + len(text) // 4
     return Reply(text, count("prompt_tokens"), new, float(sum(values)) if known else None)

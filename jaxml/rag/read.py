@@ -292,8 +292,8 @@ class _Page:
 
     def __init__(self, titles: Sequence[str] = ()):
         self.blocks: list[Block] = []
-        self.titles = self.above = list(titles)
-        self.title = _title(self.titles)
+        self.titles = list(titles)
+        self.title = _title(self.titles)  # one text for all blocks under a heading
         self.said: list[str] = []
         self.hidden: list[str] = []  # open elements within one that is not shown, that one first
         self.level = 0  # of the heading that is being read
@@ -361,7 +361,6 @@ class _Page:
         if said and self.level:
             above = [*self.titles[: self.level - 1], *[""] * (self.level - 1 - len(self.titles))]
             self.titles = [*above, said[:TITLE]]
+            self.title = _title(self.titles)
         elif said:
-            if self.above is not self.titles:  # one text for all blocks under a heading
-                self.above, self.title = self.titles, _title(self.titles)
             self.blocks.append(Block(said, self.title))

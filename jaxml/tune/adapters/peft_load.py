@@ -14,6 +14,7 @@ from jaxml import files, paths, weights
 from jaxml.axes import Array, Params
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
+from jaxml.lm.tensors import real
 from jaxml.quant import QArray
 from jaxml.tune.adapters import peft_config, starts
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
@@ -75,9 +76,7 @@ def _load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCo
 
 
 def tensor(folder: Path, file: Any, name: str) -> np.ndarray:
-    tensor = file.get_tensor(name)
-    if not jnp.issubdtype(tensor.dtype, jnp.floating):
-        raise ValueError(f"{folder}: {name} holds floating numbers, got {tensor.dtype.name}.")
+    tensor = real(file.get_tensor(name), f"{folder}: {name}")
     if not np.isfinite(tensor).all():
         raise ValueError(f"{folder}: every number of {name} is finite, {(~np.isfinite(tensor)).sum()} are not.")
     return tensor
