@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from jaxml import checkpoint
+from jaxml import checkpoint, parallel
 from jaxml.checkpoint import DELETED, Checkpoints
 from jaxml.tune.run import begin
 
@@ -128,3 +130,43 @@ def test_what_is_not_finite_is_never_the_best(tmp_path):
             checkpoints.save(step, tree, {"eval_loss": loss})
         checkpoints.wait()
         assert checkpoints.steps() == [1, 3]
+
+
+def test_one_bit_that_changed_on_disk_is_noticed(tmp_path):
+    saved = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(64, 64)), jnp.float32)}
+    checkpoint.save(tmp_path, 1, saved)
+    noticed = 0
+    for path in sorted((tmp_path / "1" / "default").rglob("d/*")):
+        content = path.read_bytes()
+        for at in range(0, len(content), max(1, len(content) // 8)):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+            try:
+                np.testing.assert_array_equal(
+                    checkpoint.restore(tmp_path, saved)["w"], saved["w"]
+                )  # none of the numbers
+            except ValueError as error:
+                assert "damaged" in str(error)
+                noticed += 1
+        path.write_bytes(content)
+    assert noticed
+
+
+def test_a_checksum_is_of_every_bit_wherever_it_lies():
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, bool, jnp.float8_e4m3fn, jnp.complex64):
+        one = jnp.zeros((3, 8), dtype)
+        assert (
+            len({checkpoint.checksum([one.at[i, j].set(one.dtype.type(1))]) for i in range(3) for j in range(8)}) == 24
+        ), dtype
+    wide = np.zeros(4)
+    wide[2] = 5e-324
+    assert checkpoint.checksum([wide]) != checkpoint.checksum([np.zeros(4)])
+    w = jnp.arange(64.0).reshape(8, 8)
+    spread = parallel.put(w, NamedSharding(parallel.mesh(fsdp=8), P("fsdp")))
+    assert checkpoint.checksum([spread]) == checkpoint.checksum([w]) != checkpoint.checksum([w.T])
+    assert checkpoint.checksum({"a": w}) != checkpoint.checksum({"b": w})
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(OSError, match="checkpoints cannot be written there"):
+        checkpoint.Checkpoints(tmp_path / "checkpoints")

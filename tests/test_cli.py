@@ -225,7 +225,9 @@ def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
     jax.tree.map(np.testing.assert_array_equal, a, b)
     shutil.rmtree(runs[1] / "model")
     assert "rank was 8, is 4" in refused(capsys, *argv, "--rank", 4, "--out", runs[1])
-    assert "at least one leaf is a target" in refused(capsys, *argv, "--rank", 999, "--out", folder / "never")
+    assert "below the shorter side of at least one matrix" in refused(
+        capsys, *argv, "--rank", 999, "--out", folder / "never"
+    )
     assert "no option of --method galore" in refused(capsys, *argv, "--alpha", 2, "--out", folder / "never")
     assert "got 'nope'" in refused(capsys, *argv, "--targets", "q,nope", "--out", folder / "never")
 

@@ -21,11 +21,16 @@ full    every weight
 galore  every weight, with gradients projected to a low rank
 ======= ================================================================
 
-Each line of the file is an object with the key text, the keys prompt and response, or the key messages.
-The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/, log.jsonl and loss.png.
+Each line of the file is an object with the key text, the keys prompt and response, the key messages, or the key parts
+([text, weight in the loss] each). The folder gets adapter/ (PEFT's format) or model/ (Hugging Face's), checkpoints/,
+log.jsonl and loss.png. Going on, --mesh, the number of processes, --eval and --no-progress may be others, nothing else
+(on the same mesh, to the same bits). Several processes are given one shared --out, and the same MODEL and DATA.
 """
 
 import fnmatch
+import hashlib
+import math
+import shutil
 from pathlib import Path
 
 from jaxml.cli.main import join, load, mesh_arguments, model_arguments
@@ -39,40 +44,45 @@ def add(sub):
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
     step_arguments(sub)
     sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
-    sub.add_argument("--epochs", type=float, default=1.0)
-    sub.add_argument("--learning-rate", type=float, default=2e-4)
-    sub.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
-    sub.add_argument("--weight-decay", type=float, default=0.0)
+    sub.add_argument("--epochs", type=float, default=1.0, help="passes over DATA (default: 1)")
+    sub.add_argument("--learning-rate", type=float, default=2e-4, help="at its highest (default: 2e-4)")
+    sub.add_argument(
+        "--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="of the rate (default: cosine)"
+    )
+    sub.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW (default: 0)")
     sub.add_argument("--learn-all", action="store_true", help="learn prompts as well as responses")
-    sub.add_argument("--save-every", type=int, default=100)
-    sub.add_argument("--eval-every", type=int, default=0)
-    sub.add_argument("--keep", type=int, default=3)
+    sub.add_argument("--save-every", type=int, default=100, help="steps (default: 100; 0: at the end only)")
+    sub.add_argument("--eval-every", type=int, default=0, help="steps (default: 0, at the end only)")
+    sub.add_argument("--keep", type=int, default=3, help="checkpoints, beside the best (default: 3)")
     sub.add_argument("--spike", type=float, help="skip a gradient of more than this many times the usual norm")
-    sub.add_argument("--no-progress", action="store_true")
+    sub.add_argument("--patience", type=int, default=5, help="skipped steps in a row, then a step back (default: 5)")
+    sub.add_argument("--rollbacks", type=int, default=3, help="to the last checkpoint, at most (default: 3)")
+    sub.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 
-def step_arguments(sub, batch_size: int | None = 4):
+def step_arguments(sub, batch_size: int | None = 4, length: int = 512):
     """What a step computes."""
-    sub.add_argument("--method", choices=tuple(TAKES), default="lora")
+    usual = f" (default: {batch_size})" if batch_size else ""
+    sub.add_argument("--method", choices=tuple(TAKES), default="lora", help="(default: lora)")
     sub.add_argument("--rank", type=int, help="default: 8; of adalora 12, of galore 128, of vera 256 (or the most)")
     sub.add_argument("--alpha", type=float, help="of lora and its kin (default: twice the rank)")
     sub.add_argument("--start", help="default, gaussian, orthogonal, pissa, pissa_niter_4, olora or loftq")
     sub.add_argument("--rslora", action="store_true", help="scale by alpha / √rank")
     sub.add_argument("--lora-plus", type=float, metavar="RATIO", help="learning rate of B over that of A")
-    sub.add_argument("--dropout", type=float, help="of adapters' inputs")
+    sub.add_argument("--dropout", type=float, help="of adapters' inputs (default: 0)")
     sub.add_argument("--target-rank", type=int, help="of adalora, in the end (default: two thirds of --rank)")
     sub.add_argument("--whole", help="weights trained whole, by comma (embed, head, norm, *_norm)")
     sub.add_argument("--gap", type=int, help="of galore: steps between refreshes of a basis (default: 200)")
     sub.add_argument("--eight-bit", action="store_true", help="the optimizer's state in eight bits")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
-    sub.add_argument("--batch-size", type=int, default=batch_size, help="rows of --length tokens a step")
-    sub.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
-    sub.add_argument("--length", type=int, default=512, help="tokens a row")
-    sub.add_argument("--clip", type=float, default=1.0, help="global norm of the gradient (0: never)")
+    sub.add_argument("--batch-size", type=int, default=batch_size, help=f"rows of --length tokens a step{usual}")
+    sub.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step (default: 1)")
+    sub.add_argument("--length", type=int, default=length, help=f"tokens a row (default: {length})")
+    sub.add_argument("--clip", type=float, default=1.0, help="global norm of the gradient (default: 1; 0: never)")
     sub.add_argument("--compute", choices=("float32", "bfloat16"), help="dtype to compute in")
     sub.add_argument("--remat", action="store_true", help="less memory for more time")
     sub.add_argument("--unroll", action="store_true", help="unroll the layers: faster on CPU, slower to compile")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="of adapters and of the order of rows (default: 0)")
 
 
 def run(args):
@@ -101,22 +111,22 @@ def run(args):
         eval_every=args.eval_every,
         keep=args.keep,
         spike=args.spike,
+        patience=args.patience,
+        rollbacks=args.rollbacks,
     )
-    check(args)
-    examples = data.read_jsonl(args.data)
-    held = data.read_jsonl(args.eval) if args.eval else []
+    check(args, "finetune")
     out = Path(args.out)
     result = out / ("model" if args.method in ("full", "galore") else "adapter")
-    if result.exists():
-        raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
     mesh = join(args)
-    model = _adapted(args, mesh)
-    if (quantised := _quantised(model)) and adapters.starts.moves(args.start):
-        # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
-        if not (out / "base").exists():
-            lm.save(model.replace(params=adapters.detach(model.params)), out / "base")
-        hosts.say(f"what is left of the weights, in {quantised}: {out / 'base'}")
-    elif adapters.starts.moves(args.start) and args.start not in adapters.starts.FOUND_AGAIN:
+    hosts.together(lambda: _check_new(out, result))
+    examples, held = hosts.together(lambda: [data.read_jsonl(path) if path else [] for path in (args.data, args.eval)])
+    hosts.same(_given(args), "finetune")
+    model = hosts.together(lambda: _loaded(args, mesh))
+    about = {"model": _digest(model)}
+    model = _adapted(args, model)
+    quantised = _quantised(model)
+    moved = quantised is not None and adapters.starts.moves(args.start)
+    if not moved and adapters.starts.moves(args.start) and args.start not in adapters.starts.FOUND_AGAIN:
         raise ValueError(
             f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
             "quantised and written (--quantize nf4). Take pissa or olora."
@@ -124,10 +134,14 @@ def run(args):
     tx = lambda steps: tune.optimizer(options, steps, around=lambda adamw: around(args, adamw, steps))
     model, info = tune.fit(
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
-        about=_method(args), mesh=mesh,
+        about=_method(args) | about, mesh=mesh,
     )  # fmt: skip
     if result.name == "adapter":
-        base = str(out / "base") if (out / "base").exists() else args.model
+        if moved:
+            # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
+            _write_base(model.replace(params=adapters.detach(model.params)), out / "base")
+            hosts.say(f"what is left of the weights, in {quantised}: {out / 'base'}")
+        base = str(out / "base") if moved else args.model
         trained, rest = adapters.split(model.params)
         trained = jax.tree.map(hosts.to_host, trained)
         if hosts.is_main():
@@ -136,12 +150,75 @@ def run(args):
         lm.save(model, result)
     if hosts.is_main():
         log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
-    shown = "" if info["eval_loss"] is None else f", held-out loss {info['eval_loss']:.4f}"
-    hosts.say(
-        f"{info['steps']} steps, loss {info['loss']:.4f}{shown}: {result}" if info["loss"] is not None else result
-    )
+    hosts.say(_told(info, result))
     hosts.meet("a run ends")
     return 0
+
+
+def _check_new(out: Path, result: Path) -> None:
+    if result.exists():
+        raise FileExistsError(f"{result}: this run is finished. Choose another --out.")
+    if (out / "base").exists() and not (out / "run.json").is_file():
+        raise FileExistsError(f"{out / 'base'}: is of no run, and may have to be written. Choose another --out.")
+
+
+def _given(args) -> dict:
+    """What all processes of a run must have been given alike: where a file lies is their own affair."""
+    own = ("process", "coordinator", "model", "adapter", "data", "eval", "out", "run", "heartbeat", "no_progress")
+    contents = {"MODEL": args.model, "--adapter": args.adapter, "DATA": args.data, "--eval": args.eval}
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
+    return (
+        options | {name: _content(path) for name, path in contents.items()} | {"--out": str(Path(args.out).resolve())}
+    )
+
+
+def _content(name: str | None) -> str | None:
+    """Tells files or folders apart: sizes, and how each begins and ends."""
+    from jaxml.lm import zoo
+
+    if name is None:
+        return None
+    path = zoo.find(name) if name in zoo.NAMES else Path(name)
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                size = file.stat().st_size
+                found.update(f"{file.relative_to(path)} {size} ".encode() + content.read(2**16))
+                content.seek(max(0, size - 2**16))
+                found.update(content.read(2**16))
+    return found.hexdigest()
+
+
+def _digest(model) -> str:
+    """Of a model's configuration and of all bits of its parameters."""
+    from jaxml import checkpoint
+
+    return hashlib.sha256(f"{model.config} {checkpoint.checksum(model.params)}".encode()).hexdigest()[:16]
+
+
+def _write_base(model, folder: Path) -> None:
+    """The weights under the adapters; what a run that was killed just here has left of them is replaced."""
+    from jaxml import lm
+    from jaxml.parallel import hosts
+
+    if hosts.is_main():
+        shutil.rmtree(folder, ignore_errors=True)
+    hosts.meet("the weights are written")
+    lm.save(model, folder)
+
+
+def _told(info: dict, result: Path) -> str:
+    """How a run ended, in one line."""
+    if info["loss"] is None:
+        return f"{result}"
+    parts = [f"{info['steps']} steps", f"loss {info['loss']:.4f}"]
+    if info["eval_loss"] is not None:
+        parts.append(f"held-out loss {info['eval_loss']:.4f}")
+    for name in ("skipped", "rollbacks"):
+        if info[name]:
+            parts.append(f"{name}: {info[name]} (log.jsonl says why)")
+    return f"{', '.join(parts)}: {result}"
 
 
 _LORA = ("rank", "alpha", "start", "rslora", "lora_plus", "dropout", "whole", "quantize")
@@ -159,20 +236,28 @@ TAKES = {
 OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
 
 
-def check(args):
-    """Refuses what the method does not take."""
+def check(args, who: str):
+    """Refuses what the method does not take, and puts in the defaults of what it takes."""
     for name in OPTIONS:
         value, option = getattr(args, name), name.replace("_", "-")
         if value and name not in TAKES[args.method]:
-            raise ValueError(f"finetune: --{option} is no option of --method {args.method}. Leave it out.")
-        if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0 and name != "dropout":
-            raise ValueError(f"finetune: --{option} is above 0, got {value}.")
+            raise ValueError(f"{who}: --{option} is no option of --method {args.method}. Leave it out.")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and name != "dropout"
+        if number and not 0 < value < math.inf:
+            raise ValueError(f"{who}: --{option} is above 0, got {value}.")
         if value and args.adapter and name != "quantize":
-            raise ValueError(f"finetune: --{option} is what --adapter has been made with. Leave it out.")
+            raise ValueError(f"{who}: --{option} is what --adapter has been made with. Leave it out.")
     if args.adapter and args.targets != "*":
-        raise ValueError("finetune: --targets are those of --adapter. Leave them out.")
+        raise ValueError(f"{who}: --targets are those of --adapter. Leave them out.")
     if args.method == "full" and args.targets != "*":
-        raise ValueError("finetune: --targets is no option of --method full. Leave it out.")
+        raise ValueError(f"{who}: --targets is no option of --method full. Leave it out.")
+    args.quantize = quantised_as(args)
+    if not args.adapter:
+        rank = args.rank or {"adalora": 12, "galore": 128, "vera": None}.get(args.method, 8)  # VeRA's: as it fits
+        usual = dict(rank=rank, start="default", gap=200, dropout=0.0)
+        usual |= dict(alpha=2.0 * rank, target_rank=max(1, rank * 2 // 3)) if rank else {}
+        for name in usual.keys() & set(TAKES[args.method]):
+            setattr(args, name, getattr(args, name) or usual[name])
 
 
 def _method(args) -> dict:
@@ -180,21 +265,29 @@ def _method(args) -> dict:
     return {k: getattr(args, k) for k in ("method", *OPTIONS, "targets", "eight_bit")}
 
 
-def _adapted(args, mesh):
+def _loaded(args, mesh):
+    """The model as it is before anything is put on it; quantised, unless the start needs the weights as they were."""
+    from jaxml.tune import adapters
+
+    format, args.quantize = quantised_as(args), None if adapters.starts.moves(args.start) else quantised_as(args)
+    try:
+        return load(args, mesh)
+    finally:
+        args.quantize = format
+
+
+def _adapted(args, model):
     """The model with what is going to be trained on it."""
     from rich.console import Console
 
     from jaxml.parallel import hosts
     from jaxml.tune import adapters
 
-    format = quantised_as(args)
-    moving = adapters.starts.moves(args.start)
-    args.quantize = None if moving else format  # such a start needs the weights as they were
-    model = load(args, mesh)
     if args.adapter and args.method not in ("full", "galore"):
         return model
+    format = args.quantize if adapters.starts.moves(args.start) else None
     show = lambda plan: hosts.is_main() and Console().print(plan, highlight=False)
-    return model.replace(params=attached(args, model.params, format if moving else None, show))
+    return model.replace(params=attached(args, model.params, format, show))
 
 
 def quantised_as(args) -> str | None:
@@ -210,14 +303,20 @@ def attached(args, params, quantize: str | None = None, show=None):
     from jaxml.tune import adapters
 
     if args.method in ("full", "galore"):
-        paths.match(paths.matrices(params), args.targets.split(","), "finetune --targets")
+        found = paths.matrices(params)
+        chosen = paths.match(found, args.targets.split(","), "finetune --targets")
+        if args.method == "galore" and args.rank >= (most := max(min(found[path].shape[-2:]) for path in chosen)):
+            raise ValueError(
+                f"{args.verb}: --rank is below the shorter side of at least one matrix, {most}, got {args.rank}. "
+                "Lower it."
+            )
         return adapters.merge(params)
     most = min(max(w.shape[-2:]) for w in paths.matrices(params).values())
     return adapters.attach(
         params,
         jax.random.key(args.seed),
         method={"qlora": "lora", "qdora": "dora"}.get(args.method, args.method),
-        rank=args.rank or {"vera": min(256, most), "adalora": 12}.get(args.method, 8),
+        rank=args.rank or (min(256, most) if args.method == "vera" else 8),
         alpha=args.alpha,
         targets=None if args.targets == "*" else args.targets.split(","),
         start=args.start or "default",
@@ -246,9 +345,13 @@ def around(args, adamw, steps: int):
 
     adamw = optim.eight_bit(adamw) if args.eight_bit else adamw
     if args.method == "adalora":
-        target = args.target_rank or max(1, (args.rank or 12) * 2 // 3)
         return adapters.adalora.optimizer(
-            adamw, target_rank=target, steps=steps, begin=steps // 10, end=steps // 4, every=max(1, steps // 100)
+            adamw,
+            target_rank=args.target_rank,
+            steps=steps,
+            begin=steps // 10,
+            end=steps // 4,
+            every=max(1, steps // 100),
         )
     if args.lora_plus:
         return adapters.lora_plus(adamw, args.lora_plus)
@@ -258,4 +361,4 @@ def around(args, adamw, steps: int):
     where = lambda name: "^" if "/" in name else "(?:^|/)(?=[^/]*$)"  # as `adapters.attach` has it
     targets = [where(name) + fnmatch.translate(name) for name in names] or None
     kind = "int8" if args.eight_bit else "float32"
-    return optim.galore(adamw, rank=args.rank or 128, gap=args.gap or 200, targets=targets, basis_dtype=kind)
+    return optim.galore(adamw, rank=args.rank, gap=args.gap, targets=targets, basis_dtype=kind)

@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+    except (
+        ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError, ArithmeticError, MemoryError,
+    ) as error:  # fmt: skip
         if os.environ.get("JAXML_TRACEBACK"):
             raise
         print(f"jaxml: {error}", file=sys.stderr)
@@ -118,7 +120,11 @@ def mesh_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--processes", type=int, metavar="N", help="how many there are")
     sub.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     sub.add_argument(
-        "--heartbeat", type=int, default=100, metavar="S", help="seconds after which a silent process is lost"
+        "--heartbeat",
+        type=int,
+        default=100,
+        metavar="S",
+        help="seconds after which a process that gives no sign is lost, and the others end (default: 100)",
     )
 
 
@@ -129,13 +135,13 @@ def join(args: argparse.Namespace):
     from jaxml import parallel
     from jaxml.parallel import hosts
 
-    if args.coordinator or hosts.called():
+    if args.coordinator is not None or hosts.called():
         hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat)
     elif args.processes is not None or args.process is not None:
         raise ValueError(f"{args.verb}: --processes and --process need --coordinator HOST:PORT.")
     count, processes = jax.device_count(), jax.process_count()
-    if args.mesh or processes > 1:
-        mesh = parallel.parse(args.mesh or "fsdp=-1")
+    if args.mesh is not None or processes > 1:
+        mesh = parallel.parse("fsdp=-1" if args.mesh is None else args.mesh)
         of = f" of {processes} processes" if processes > 1 else ""
         hosts.say(f"{count} devices{of}: {parallel.spell(mesh.shape)}")
         return mesh

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from jaxml.cli.finetune import around, attached, check, quantised_as, step_arguments
+from jaxml.cli.finetune import around, attached, check, step_arguments
 from jaxml.cli.main import FORMATS
 
 
@@ -25,8 +25,8 @@ def add(sub):
     sub.add_argument("--rows", type=int, default=1, help="of --length tokens, on each part of the mesh")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the model's weights")
     sub.add_argument("--quantize", choices=FORMATS, help="its matrices")
-    step_arguments(sub, batch_size=None)
-    sub.set_defaults(compute="bfloat16", length=2048)
+    step_arguments(sub, batch_size=None, length=2048)
+    sub.set_defaults(compute="bfloat16")
     sub.add_argument("--json", action="store_true", help="print one JSON object a slice")
 
 
@@ -34,15 +34,17 @@ def run(args):
     from rich.console import Console
 
     from jaxml.parallel import topology
+    from jaxml.tune import place
     from jaxml.tune import plan as plans
 
     args.adapter = None
-    check(args)
+    check(args, "plan")
     if args.batch_size is not None:
         raise ValueError("plan: a batch has --rows rows on each part of the mesh. Leave --batch-size out.")
     if args.rows < 1:
         raise ValueError(f"plan: --rows is at least 1, got {args.rows}.")
     config = _config(args.model)
+    place.check_length("plan", config, args.length)
     params, options, tx = _step(args, config)
     make = lambda name: plans.plan(config, params, options, tx, name, args.mesh, rows=args.rows)
     console, errors = Console(), Console(stderr=True)
@@ -95,13 +97,19 @@ def _step(args, config):
     from jaxml import tune
     from jaxml.quant import quantize_params
     from jaxml.tune import plan as plans
+    from jaxml.tune.adapters import starts
 
     options = tune.Options(
         steps=1000, accumulate=args.accumulate, length=args.length, clip=args.clip or None, remat=args.remat,
         unroll=args.unroll, dtype=args.compute, seed=args.seed,
     )  # fmt: skip
     params = plans.shapes(config, args.dtype)
-    if format := quantised_as(args):
-        params = jax.eval_shape(lambda p: quantize_params(p, format), params)
+    if args.quantize:
+        params = jax.eval_shape(lambda p: quantize_params(p, args.quantize), params)
+    if args.start:
+        starts.parse(args.start)
+        if args.start.startswith("loftq") and not args.quantize:
+            raise ValueError(f"plan: --start {args.start} is for quantised weights. Give --quantize or --method qlora.")
+        args.start = "default"  # where A and B begin is no matter of their shapes
     params = jax.eval_shape(lambda p: attached(args, p), params)
     return params, options, tune.optimizer(options, 1000, around=lambda adamw: around(args, adamw, 1000))

@@ -1,14 +1,24 @@
 """One program on many processes: how they find each other, and what only one of them does."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import re
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxml.parallel.rules import put, spec
+
+Value = TypeVar("Value")
+WAIT_S = 300  # for the others, before anything is computed
 
 
 def start(
@@ -17,26 +27,113 @@ def start(
     process: int | None = None,
     *,
     heartbeat_s: int = 100,
+    wait_s: int = WAIT_S,
 ) -> None:
     """Joins the processes of one program, once, before anything is computed.
+
+    Where the others do not come, the process ends: one sentence and status 2 (JAX itself would abort).
 
     Args:
         coordinator: host:port of process 0; None or "auto": as Cloud TPU, SLURM, Open MPI or Kubernetes say.
         processes, process: how many there are, and which this one is, from 0; None as they say.
         heartbeat_s: seconds without a sign of a process after which the others give it up.
+        wait_s: seconds in which all of them begin.
 
     Raises:
         ValueError: an address without a port, or numbers that do not fit each other.
-        RuntimeError: nobody answers there.
+        ConnectionError: nothing answers at the address.
+
+    Example:
+        >>> start("host0:1234", processes=2, process=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: parallel.hosts.start: process is in 0 … 1, got 2.
     """
+    who = "parallel.hosts.start"
     coordinator = None if coordinator == "auto" else coordinator
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-        raise ValueError(f"parallel.start: coordinator is HOST:PORT or auto, got {coordinator!r}.")
+    host, port = _address(coordinator) if coordinator is not None else (None, 0)
     if (processes is None) != (process is None):
-        raise ValueError(f"parallel.start: processes and process are given together, got {processes} and {process}.")
+        raise ValueError(f"{who}: processes and process are given together, got {processes} and {process}.")
+    if processes is not None and processes < 1:
+        raise ValueError(f"{who}: processes is at least 1, got {processes}.")
     if processes is not None and not 0 <= process < processes:
-        raise ValueError(f"parallel.start: process is in 0 … {processes - 1}, got {process}.")
-    jax.distributed.initialize(coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_s)
+        raise ValueError(f"{who}: process is in 0 … {processes - 1}, got {process}.")
+    if processes is not None and coordinator is None:
+        raise ValueError(f"{who}: where processes and process are given, coordinator is HOST:PORT, got auto.")
+    for name, value in (("heartbeat_s", heartbeat_s), ("wait_s", wait_s)):
+        if value < 1:
+            raise ValueError(f"{who}: {name} is at least 1, got {value}.")
+    where = f" at {coordinator}" if coordinator else ""
+    missing = (
+        f"{who}: not all {processes or ''} processes came{where} within {wait_s} s. Start them all, with one address."
+    )
+    with _or_end(wait_s, f"waiting for {all_of}{where}", missing):
+        if process:
+            _reach(host, port, wait_s)
+        _initialize(coordinator, processes, process, heartbeat_s, wait_s)
+
+
+def _initialize(coordinator, processes, process, heartbeat_s: int, wait_s: int) -> None:
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=heartbeat_s, initialization_timeout=wait_s + 30
+        )
+    except ValueError as error:
+        if coordinator is not None and processes is not None:
+            raise
+        raise ValueError(
+            "parallel.hosts.start: no scheduler here tells what is missing (Cloud TPU, SLURM, Open MPI and Kubernetes "
+            f"would; {error}). Give the coordinator as HOST:PORT, how many processes there are, and which this one is."
+        ) from error
+
+
+def _address(coordinator: str) -> tuple[str, int]:
+    found = re.fullmatch(r"([^\s/:]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})", coordinator)
+    if not found or not 1 <= int(found[2]) <= 65535:
+        raise ValueError(
+            "parallel.hosts.start: coordinator is HOST:PORT (a port in 1 … 65535, no scheme) or auto, "
+            f"got {coordinator!r}."
+        )
+    return found[1].strip("[]"), int(found[2])
+
+
+def _reach(host: str, port: int, wait_s: int) -> None:
+    """Waits for process 0 to listen; JAX would wait for a wrong address as long, and abort.
+
+    Raises:
+        ConnectionError: it does not.
+    """
+    end = time.monotonic() + wait_s - 1
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConnectionError(
+                    f"parallel.hosts.start: process 0 does not answer at {host}:{port} ({error}). See that it runs "
+                    f"(it is waited for, {wait_s} s), and that all are given its address."
+                ) from error
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _or_end(seconds: int, told: str, said: str) -> Iterator[None]:
+    """Tells, where what is within it takes long; ends the process where it takes too long: it cannot be interrupted."""
+    done = threading.Event()
+
+    def watch():
+        if not done.wait(min(5, seconds)):
+            print(f"jaxml: {told}, for up to {seconds} s", file=sys.stderr, flush=True)
+            if not done.wait(max(seconds - 5, 0)):
+                print(f"jaxml: {said}", file=sys.stderr, flush=True)
+                os._exit(2)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def called() -> bool:
@@ -66,6 +163,63 @@ def meet(where: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(where)
+
+
+def together(make: Callable[[], Value]) -> Value:
+    """What `make` gives in this process, once it has given something in all.
+
+    Where it fails in one of them, none waits for that one: all fail.
+
+    Raises:
+        ValueError, OSError: what it raised here, or a ValueError with what it said in another process.
+
+    Example:
+        >>> together(lambda: 1)
+        1
+    """
+    if jax.process_count() == 1:
+        return make()
+    made, own = None, None
+    try:
+        made = make()
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+        own = error
+
+    def failed(process: int) -> tuple[list[int], list[float]]:
+        if own is not None:
+            raise ValueError(f"process {process}: {own}")
+        return [], []
+
+    try:
+        shared(jax.process_count(), failed)
+    except ValueError:
+        if own is None:
+            raise
+    if own is not None:
+        raise own
+    return made
+
+
+def same(values: Mapping[str, Any], who: str) -> None:
+    """Checks that all processes were given the same.
+
+    Args:
+        values: what they were given, by its name.
+
+    Raises:
+        ValueError: in all of them, with the names of what differs.
+
+    Example:
+        >>> same({"steps": 3}, "train")
+    """
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    own = np.array([zlib.crc32(f"{name}={value!r}".encode()) for name, value in values.items()], np.uint32)
+    everyones = multihost_utils.process_allgather(own)
+    if differ := [name for name, column in zip(values, everyones.T) if len(set(column.tolist())) > 1]:
+        raise ValueError(f"{who}: all processes are given the same, and they differ in {', '.join(differ)}.")
 
 
 def shared(count: int, make: Callable[[int], tuple[Sequence[int], Sequence[float]]]) -> list[tuple]:

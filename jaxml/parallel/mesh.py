@@ -1,6 +1,7 @@
 """A mesh of devices with five axes, and what of it a program that is being traced may spread arrays over."""
 
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -40,14 +41,22 @@ def mesh(
     """
     sizes = dict(data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
     count = jax.device_count() if devices is None else len(devices)
-    if any(n < 1 and n != -1 for n in sizes.values()) or list(sizes.values()).count(-1) > 1:
-        raise ValueError(f"parallel.mesh: sizes are at least 1, and one may be -1, got {spell(sizes)}.")
+    if count == 0 or (devices is not None and len(set(devices)) < count):
+        raise ValueError(f"parallel.mesh: devices are at least one, each once, got {list(devices)}.")
+    for axis, n in sizes.items():
+        if not isinstance(n, numbers.Integral) or isinstance(n, bool) or (n < 1 and n != -1):
+            raise ValueError(
+                f"parallel.mesh: sizes are whole numbers, at least 1, or one of them -1, got {axis}={n!r}."
+            )
+    asked = spell(sizes)
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"parallel.mesh: of the sizes one may be -1, for all devices that are left, got {asked}.")
     known = math.prod(n for n in sizes.values() if n != -1)
     sizes = {axis: count // known if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != count:
         raise ValueError(
-            f"parallel.mesh: the product of the axes is the number of devices, {count}, got {spell(sizes)}. "
-            "Set one axis to -1, or name fewer devices (devices=jax.devices()[:n])."
+            f"parallel.mesh: the product of the axes is the number of devices, {count}, got {asked}. "
+            "Set one axis to -1, or in Python name fewer devices (devices=jax.devices()[:n])."
         )
     shape, types = tuple(sizes[axis] for axis in AXES), (AxisType.Auto,) * len(AXES)
     if devices is not None:
@@ -65,6 +74,8 @@ def parse(text: str, devices: Sequence[Any] | None = None) -> Mesh:
         >>> parse("fsdp=-1").shape["fsdp"] == jax.device_count()
         True
     """
+    if not isinstance(text, str) or not text.strip(", "):
+        raise ValueError(f"parallel.parse: a mesh is AXIS=SIZE by comma, of {', '.join(AXES)}, got {text!r}.")
     sizes = {}
     for part in filter(None, text.split(",")):
         axis, _, size = (word.strip() for word in part.partition("="))

@@ -130,6 +130,8 @@ def shardings(tree: Any, on: Mesh, names: Mapping[str, tuple[Axis, ...]] | None 
         >>> found.shard_shape((2, 8 * on.size, 32))
         (2, 8, 32)
     """
+    if not isinstance(on, Mesh):
+        raise TypeError(f"parallel.shard: on is a mesh (`jaxml.parallel.mesh`, or `parse`), got {on!r}.")
     sizes = dict(on.shape)
     place = lambda axes, a: NamedSharding(on, spec(axes, jnp.shape(a), sizes))
     return _with_axes(place, tree, MATRICES | dict(names or {}))
@@ -174,6 +176,9 @@ def hint(x: Array, *axes: Axis) -> Array:
         >>> hint(jnp.ones((4, 8)), "batch", None).shape
         (4, 8)
     """
+    if len(axes) != jnp.ndim(x) or (unknown := [axis for axis in axes if not _known(axis)]):
+        got = f"{len(axes)} for {jnp.ndim(x)}" if len(axes) != jnp.ndim(x) else repr(unknown[0])
+        raise ValueError(f"parallel.hint: one of {', '.join(RULES)}, or None, for each axis of the array, got {got}.")
     sizes = live()
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes)) if sizes else x
 
@@ -245,6 +250,10 @@ def _with_axes(function: Any, tree: Any, names: Mapping[str, tuple[Axis, ...]]) 
         return function(logical(path, jnp.ndim(leaf), names), leaf)
 
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=in_one_run)
+
+
+def _known(axis: Any) -> bool:
+    return axis is None or all(name in RULES for name in ((axis,) if isinstance(axis, str) else axis))
 
 
 def _both(axis: str) -> Axis:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -26,7 +27,7 @@ def data_parallel(step: Callable, how: str = "jit", *, mesh: Mesh, donate: bool 
         how: "jit": the step is traced once with the whole batch, and XLA splits it (`total` has nothing to do);
             "shard_map", "pmap": it is traced with one device's rows, and `total` is `jax.lax.psum`.
         mesh: with more than one device along data, fsdp and expert only (`parallel.mesh`).
-        donate: the result may take the state's memory; the state that was given is then gone.
+        donate: the result may take the state's memory; the state that was given is then gone ("pmap" keeps it).
 
     Raises:
         ValueError: another `how`, a mesh with other axes, or rows that the devices do not divide.
@@ -48,6 +49,8 @@ def data_parallel(step: Callable, how: str = "jit", *, mesh: Mesh, donate: bool 
     """
     if how not in HOWS:
         raise ValueError(f"data_parallel: how is one of {', '.join(HOWS)}, got {how!r}.")
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"data_parallel: mesh is one of `jaxml.parallel.mesh` or `parse`, got {mesh!r}.")
     rows = tuple(axis for axis, n in mesh.shape.items() if n > 1)
     if other := [axis for axis in rows if axis not in ("data", "fsdp", "expert")]:
         raise ValueError(
@@ -77,11 +80,17 @@ def data_parallel(step: Callable, how: str = "jit", *, mesh: Mesh, donate: bool 
     count = mesh.devices.size
 
     def call(state: Any, batch: Any) -> tuple[Any, Any]:
-        if wrong := [a.shape for a in jax.tree.leaves(batch) if a.shape[0] % count]:
-            raise ValueError(f"data_parallel: rows are a multiple of {count} devices, got {wrong[0]}.")
+        if wrong := [jnp.shape(a) for a in jax.tree.leaves(batch) if not _dividing(jnp.shape(a), count)]:
+            raise ValueError(
+                f"data_parallel: rows are at least one, and a multiple of {count} devices, got {wrong[0]}."
+            )
         if how == "pmap":
             return run(state, jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[1:]), batch))
         place = lambda sharding: lambda a: put(a, sharding)
         return run(jax.tree.map(place(everywhere), state), jax.tree.map(place(by_rows), batch))
 
     return call
+
+
+def _dividing(shape: tuple[int, ...], count: int) -> bool:
+    return len(shape) > 0 and shape[0] > 0 and shape[0] % count == 0

@@ -1,6 +1,7 @@
 """From JSONL to packed batches: deterministic, and every batch a function of its step number."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,6 +45,14 @@ class Packed:
         arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         batch = {name: a[np.maximum(rows, 0)] for name, a in arrays.items() if a is not None}
         return {k: np.where(np.expand_dims(empty, -1), np.zeros((), v.dtype), v) for k, v in batch.items()}
+
+    def digest(self) -> str:
+        """Of all that is learnt, and in which rows."""
+        found = hashlib.sha256()
+        for field in dataclasses.fields(self):
+            if (a := getattr(self, field.name)) is not None:
+                found.update(np.ascontiguousarray(a).data)
+        return found.hexdigest()[:16]
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:

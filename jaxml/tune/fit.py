@@ -16,9 +16,9 @@ from jaxml.lm import decoder
 from jaxml.lm.model import Model
 from jaxml.parallel import hosts
 from jaxml.tune import adapters, data
-from jaxml.tune.options import USUAL, Options
-from jaxml.tune.place import begun, check_mesh, for_training, over
-from jaxml.tune.run import Diverged, Run, Stopped, signals
+from jaxml.tune.options import MOST, USUAL, Options
+from jaxml.tune.place import begun, check_length, check_mesh, for_training, over
+from jaxml.tune.run import Diverged, Run, Stopped, check_finite, signals
 from jaxml.tune.step import make_evaluate, make_step, optimizer
 
 
@@ -50,9 +50,11 @@ def fit(
         folder: for checkpoints/, log.jsonl and run.json. A run that stopped there goes on, to the same bits
             that it would have reached undisturbed. Nothing is written where None.
         progress: show the progress bar.
-        about: what else a run in the folder must agree in to be gone on with (of `tx`, perhaps); JSON.
+        about: what else a run in the folder must agree in to be gone on with (of `tx`, or of the frozen weights); JSON.
+            Options, tokens and the number of steps are agreed in without it.
         mesh: of `jaxml.parallel.mesh`: rows, weights, states and places of the sequence are spread over it, and the
-            numbers are those of one device to the rounding of sums. It may be another one when a run goes on.
+            numbers are those of one device to the rounding of sums (with adapters that drop out, only where places of
+            the sequence are not spread). It may be another one when a run goes on.
 
     Returns:
         The trained model, where the mesh has it, and a dictionary: steps, loss (of the last step), eval_loss, tokens,
@@ -61,7 +63,8 @@ def fit(
     Raises:
         ValueError: no examples, one longer than a row, anchors without adapters, a folder with a run of other
             options, or a batch that the mesh does not divide.
-        Diverged: steps were skipped again and again.
+        Diverged: steps were skipped again and again, or what was trained is not finite in the end.
+        RuntimeError: another process is at work in the folder.
         Stopped: SIGINT or SIGTERM came; the state was saved.
 
     Example:
@@ -74,11 +77,8 @@ def fit(
     """
     o = options
     places = decoder.num_places(model.params)
-    if o.length + places > model.config.max_length:
-        also = f" and {places} of a prompt" if places else ""
-        raise ValueError(
-            f"fit: length is at most the context of {model.config.max_length} tokens, got {o.length}{also}."
-        )
+    check_mesh(mesh, o, bool(anchors))
+    check_length("fit", model.config, o.length, places, mesh.shape["context"] if mesh else 1)
     prepare = _prepare(model, o)
     if anchors and adapters.tasks(model.params):
         raise ValueError("fit: anchors are for one prompt, and the model has one for each task. Leave them out.")
@@ -86,15 +86,17 @@ def fit(
     held = prepare(eval_examples, seed=0) if eval_examples else None
     kept = prepare(anchors, seed=o.seed, batch_size=o.anchor_rows, learn_all=True) if anchors else None
     steps = o.steps or max(1, round(o.epochs * batches.per_epoch / o.accumulate))
+    if steps > MOST:
+        raise ValueError(f"fit: a run has at most {MOST} steps, got {steps:.3g} by epochs={o.epochs}.")
     tx = optimizer(o, steps) if tx is None else tx(steps) if callable(tx) else tx
 
-    check_mesh(mesh, o, kept is not None)
     given, untouched = adapters.split(model.params if mesh is None else parallel.shard(model.params, mesh))
     if kept and not untouched:
         raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
     trainable, frozen = for_training(given, untouched, o)
     state, frozen, shardings, place = begun(trainable, frozen, tx, mesh)
-    counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
+    counts = {"examples": len(examples), "tokens": batches.packed.digest()}
+    counts |= {"anchors": len(anchors), "anchor_tokens": kept.packed.digest()} if kept else {}
     train_step, evaluate = make_step(model.config, tx, o, shardings), make_evaluate(model.config, o, place)
 
     with over(mesh), Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:
@@ -137,12 +139,16 @@ def fit(
                     measured = info["eval_loss"] = evaluate(state.trainable, frozen, held)
                     run.write(step=step, eval_loss=info["eval_loss"])
                 signum = asked.asked(step)
-                due = o.save_every and (step % o.save_every == 0 or measured is not None)
+                # What a bad step follows may be its cause: to go back there would not help.
+                due = o.save_every and (step % o.save_every == 0 or measured is not None) and not bad
+                if last:
+                    check_finite(state, step)
                 if last or due or signum:
                     run.save(step, state, measured)
-                if signum and not last:
+                if signum or last:
                     run.wait()
-                    raise Stopped(signum, step)
+                    if signum := signum or asked.late():
+                        raise Stopped(signum, step)
         info["seconds"] = time.perf_counter() - started
     trained = jax.tree.map(lambda new, old: new.astype(old.dtype), state.trainable, given)
     return model.replace(params=adapters.combine(trained, untouched)), info

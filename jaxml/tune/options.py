@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import numbers
 
 SCHEDULES = ("constant", "linear", "cosine")
+MOST = 2**31 - 1  # of a count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,16 +73,17 @@ class Options:
     rollbacks: int = 3
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulate", "length", "keep", "anchor_rows", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Options: {name} is at least 1, got {getattr(self, name)}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"Options: steps is at least 1, got {self.steps}.")
+        least = dict.fromkeys(("batch_size", "accumulate", "length", "keep", "anchor_rows", "patience", "steps"), 1)
+        least |= dict.fromkeys(("save_every", "eval_every", "log_every", "rollbacks", "seed"), 0)
+        for name, low in least.items():
+            value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not whole or not low <= value <= MOST:
+                raise ValueError(f"Options: {name} is a whole number in {low} … {MOST}, got {value!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
-        for name in ("save_every", "eval_every", "log_every", "rollbacks"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"Options: {name} is at least 0, got {getattr(self, name)}.")
         finite = lambda value, low: low <= value < math.inf  # NaN is neither
         for name, value, low in (
             ("epochs", self.epochs, 1e-9), ("learning_rate", self.learning_rate, 0),

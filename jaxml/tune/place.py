@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxml import parallel
 from jaxml.axes import Array, Params
 from jaxml.lm import decoder
+from jaxml.lm.config import DecoderConfig
 from jaxml.optim.sharding import state_sharding
 from jaxml.parallel import hosts, rules
 from jaxml.tune.options import Options
@@ -43,9 +44,24 @@ def over(mesh: Mesh | None):
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def check_length(who: str, config: DecoderConfig, length: int, places: int = 0, context: int = 1) -> None:
+    """Refuses rows that a model has no positions for, or that the mesh's context does not divide.
+
+    Args:
+        places: of a prompt before them.
+    """
+    if length + places > config.max_length:
+        also = f" and {places} of a prompt" if places else ""
+        raise ValueError(f"{who}: length is at most the context of {config.max_length} tokens, got {length}{also}.")
+    if length % context:
+        raise ValueError(f"{who}: length is a multiple of context = {context}, got {length}.")
+
+
 def check_mesh(mesh: Mesh | None, o: Options, anchored: bool) -> None:
     if mesh is None:
         return
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"fit: mesh is one of `jaxml.parallel.mesh` or `parse`, got {mesh!r}.")
     if missing := [axis for axis in parallel.AXES if axis not in mesh.shape]:
         raise ValueError(f"fit: the mesh has the axes {', '.join(parallel.AXES)}, got none called {missing[0]}.")
     rows, parts = o.batch_size + anchored * o.anchor_rows, rules.parts(mesh.shape)
@@ -54,8 +70,6 @@ def check_mesh(mesh: Mesh | None, o: Options, anchored: bool) -> None:
             f"fit: rows of a batch are a multiple of data · fsdp · expert = {parts} of the mesh, got {rows}"
             f"{' with anchor_rows' if anchored else ''}. Change batch_size, or spread over tensor or context."
         )
-    if o.length % mesh.shape["context"]:
-        raise ValueError(f"fit: length is a multiple of context = {mesh.shape['context']}, got {o.length}.")
 
 
 def for_training(given: Params, untouched: Params, o: Options) -> tuple[Params, Params]:

@@ -23,7 +23,7 @@ from jaxml.parallel.rules import parts, spec
 from jaxml.target import target
 from jaxml.tune import adapters
 from jaxml.tune.options import Options
-from jaxml.tune.place import for_training, state_shardings
+from jaxml.tune.place import check_length, for_training, state_shardings
 from jaxml.tune.run import begin
 from jaxml.tune.step import batch_loss, make_step
 
@@ -87,6 +87,7 @@ def plan(
     found = topology.devices(name)
     mesh = _mesh(axes, found)
     sizes = dict(mesh.shape)
+    check_length("plan", config, options.length, context=sizes["context"])
     options = dataclasses.replace(options, batch_size=rows * parts(sizes))
     started = time.perf_counter()
     with target(f"TPU {generation.name}"), topology.without_compilation_cache(), use_abstract_mesh(mesh.abstract_mesh):

@@ -1,6 +1,8 @@
 """A training run on disk: its folder, its log, its checkpoints, and the signals that end it."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -67,6 +69,26 @@ class Diverged(ArithmeticError):
     """
 
 
+def check_finite(state: State, step: int) -> None:
+    """Refuses to end with what no one can use.
+
+    Raises:
+        Diverged: a trained number is not finite, or every step was skipped.
+    """
+    if not bool(_finite(state.trainable)):
+        raise Diverged(f"fit: what was trained is not finite after step {step}. Lower the learning rate.")
+    if not bool(jnp.any(jnp.isfinite(state.guard.norms))):
+        raise Diverged(
+            f"fit: each of {step} steps was skipped, its loss or gradient was not finite. See to the model's weights "
+            "and the examples."
+        )
+
+
+@jax.jit
+def _finite(tree: Params) -> Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
+
+
 class Run:
     """The folder of a run, or nothing where there is none. Of several processes one writes, but all save."""
 
@@ -78,11 +100,21 @@ class Run:
     def __enter__(self) -> "Run":
         if self.folder is None:
             return self
-        self.folder.mkdir(parents=True, exist_ok=True)
-        hosts.meet("a run begins")
-        agree(self.folder / "run.json", self.about, "fit")
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
+        with contextlib.ExitStack() as opened:
+            hosts.together(lambda: self._open(opened))
+            hosts.meet("a run begins")
+            hosts.together(lambda: agree(self.folder / "run.json", self.about, "fit"))
+            self.checkpoints = hosts.together(
+                lambda: Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
+            )
+            self._opened = opened.pop_all()
         return self
+
+    def _open(self, opened: contextlib.ExitStack) -> None:
+        """The folder, which one process writes; the others are to see what it wrote there."""
+        if hosts.is_main():
+            opened.enter_context(alone(self.folder))
+            agree(self.folder / "run.json", self.about, "fit")
 
     def restore(self, state: State) -> State:
         if self.folder is None:
@@ -105,9 +137,11 @@ class Run:
         if self.folder is None or not self.checkpoints.steps():
             raise Diverged(f"fit: {why}, and there is no checkpoint to go back to. Lower the learning rate.")
         old = self.checkpoints.restore(state)
+        good = jax.device_put(jnp.zeros((), jnp.int32), old.guard.bad.sharding)
         passed = old.guard.passed + (step - int(old.step))
         self.write(step=step, rolled_back_to=int(old.step), why=why)
-        return old._replace(guard=old.guard._replace(passed=jax.device_put(passed, old.guard.passed.sharding)))
+        passed = jax.device_put(passed, old.guard.passed.sharding)
+        return old._replace(guard=old.guard._replace(passed=passed, bad=good))
 
     def write(self, **row) -> None:
         if hasattr(self, "log"):
@@ -125,31 +159,64 @@ class Run:
 
     def __exit__(self, *_) -> None:
         if self.folder is not None:
-            self.checkpoints.close()
-            if hasattr(self, "log"):
-                self.log.close()
+            with self._opened:
+                self.checkpoints.close()
+                if hasattr(self, "log"):
+                    self.log.close()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A run's folder, made if it is not there, that no other process has meanwhile.
+
+    Raises:
+        OSError: it cannot be made or written.
+        RuntimeError: another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: a run's folder is one that can be made and written ({error.strerror}). Choose another."
+        ) from error
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"{folder}: another process is at work in this folder. Wait for it, or choose another."
+            ) from error
+        yield
 
 
 def agree(path: Path, about: dict[str, Any], who: str) -> None:
     """Writes what a run is about into its folder; where it was written before, refuses a run that is about another.
 
-    Of several processes one writes.
+    Of several processes the main one writes, and comes first.
 
     Raises:
         ValueError: they differ.
     """
     if not path.is_file():
-        if hosts.is_main():
-            log.write_text(path, json.dumps(about, indent=2))
+        if not hosts.is_main():
+            raise ValueError(
+                f"{who}: a run's folder is one that all processes share, and {path.parent} is none: "
+                f"{path.name}, which process 0 wrote, is not there."
+            )
+        log.write_text(path, json.dumps(about, indent=2, default=int))
         return
-    then = files.read_json(path)
+    try:
+        then = files.read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error} It is damaged: choose another folder, or remove {path.parent}.") from error
     flat = lambda d: {k: v for k, v in d.items() if k != "options"} | d.get("options", {})
     with files.reading(path, "a run"):
         before, now = flat(then), flat(about)
     differ = [k for k in now if before.get(k) != now[k]]
     if differ:
         what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
-        raise ValueError(f"{who}: {path.parent} holds a run with other options ({what}). Choose another folder.")
+        raise ValueError(f"{who}: {path.parent} holds a run of other options or data ({what}). Choose another folder.")
 
 
 class Signals:
@@ -164,8 +231,13 @@ class Signals:
             from jax.experimental import multihost_utils
 
             # SIGTERM to any process is passed on to all by JAX, which takes notice of it itself.
-            return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+            reached = multihost_utils.reached_preemption_sync_point(step)
+            return (self.caught or [signal.SIGTERM])[0] if reached else None
         return self.caught[0] if self.caught else None
+
+    def late(self) -> int | None:
+        """One that came while the last step was being saved; several processes end together without it."""
+        return self.caught[0] if self.caught and jax.process_count() == 1 else None
 
 
 @contextmanager

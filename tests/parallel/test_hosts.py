@@ -100,7 +100,13 @@ def test_a_signal_to_one_process_stops_all_after_one_step_and_another_number_goe
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("host", 2, 0), "HOST:PORT or auto, got 'host'"),
+        (("host", 2, 0), "HOST:PORT .a port in 1 … 65535, no scheme. or auto, got 'host'"),
+        (("http://host:1", 2, 0), "HOST:PORT"),
+        ((":1", 2, 0), "HOST:PORT"),
+        (("host:0", 2, 0), "HOST:PORT"),
+        (("host:99999", 2, 0), "HOST:PORT"),
+        (("auto", 2, 0), "coordinator is HOST:PORT, got auto"),
+        (("host:1", 0, 0), "processes is at least 1, got 0"),
         (("host:1", 2, None), "given together"),
         (("host:1", 2, 2), "process is in 0 … 1, got 2"),
     ],

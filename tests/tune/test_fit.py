@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from jaxml.lm import decoder
 from jaxml.testing import tiny_model, tolerance
 from jaxml.tune import adapters, data
 from jaxml.tune.loss import divergence
-from jaxml.tune.run import begin
+from jaxml.tune.run import alone, begin
 from jaxml.tune.step import make_step
 
 EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
@@ -211,7 +212,9 @@ def test_bad_options_are_refused():
         (dict(epochs=0.0), "epochs is a finite number, above 0"),
         (dict(b2=1.0), "b2 is in"),
         (dict(clip=0.0), "clip is above 0"),
-        (dict(save_every=-1), "save_every is at least 0"),
+        (dict(steps=2.5), "steps is a whole number in 1 … 2147483647, got 2.5"),
+        (dict(seed=10**20), "seed is a whole number in 0 … "),
+        (dict(save_every=-1), "save_every is a whole number in 0 … 2147483647, got -1"),
     ):
         with pytest.raises(ValueError, match=word):
             tune.Options(**fields)
@@ -313,5 +316,53 @@ def test_a_run_that_only_goes_wrong_says_so(tmp_path):
     options = tune.Options(steps=9, batch_size=1, length=16, patience=2, save_every=1, rollbacks=1)
     with pytest.raises(tune.Diverged, match="no checkpoint to go back to"):
         tune.fit(tiny_model(), [INFINITE], options, progress=False)
+    with pytest.raises(tune.Diverged, match="no checkpoint to go back to"):  # none is made of a bad step
+        tune.fit(tiny_model(), [INFINITE], options, folder=tmp_path / "bad", progress=False)
+    good = [{"text": "a" * 12}]
+    place = np.random.default_rng(0).permutation(8)[np.random.default_rng((0, 0)).permutation(8)[0]]
+    examples = [INFINITE] * place + good + [INFINITE] * (7 - place)
     with pytest.raises(tune.Diverged, match="after 1 rollbacks"):
-        tune.fit(tiny_model(), [INFINITE], options, folder=tmp_path, progress=False)
+        tune.fit(tiny_model(), examples, options, folder=tmp_path / "mostly", progress=False)
+
+
+def test_nothing_that_is_not_finite_is_called_trained(tmp_path):
+    options = tune.Options(steps=2, batch_size=1, length=16)
+    with pytest.raises(tune.Diverged, match="each of 2 steps was skipped"):
+        tune.fit(tiny_model(), [INFINITE], options, folder=tmp_path / "skipped", progress=False)
+    tx = optax.scale(float("nan"))
+    with pytest.raises(tune.Diverged, match="not finite after step 1"):
+        one = dataclasses.replace(options, steps=1)
+        tune.fit(tiny_model(), EXAMPLES, one, tx=tx, folder=tmp_path / "nan", progress=False)
+    assert not [path for run in tmp_path.iterdir() for path in (run / "checkpoints").glob("[0-9]*")]
+
+
+def test_a_streak_of_bad_steps_begins_anew_after_a_rollback(tmp_path):
+    options = tune.Options(steps=5, batch_size=1, length=16, save_every=1, patience=3, rollbacks=2, seed=1)
+    order, rows = np.random.default_rng(1).permutation(8), np.random.default_rng((1, 0)).permutation(8)
+    examples = [{"text": letter * 12} for letter in "abcdefgh"]
+    for place in (1, 2, 3, 4, 5):  # three bad steps, a rollback, two more
+        examples[order[rows[place]]] = INFINITE
+    _, info = tune.fit(tiny_model(), examples, options, folder=tmp_path, progress=False)
+    assert (info["skipped"], info["rollbacks"]) == (5, 1)
+
+
+@pytest.mark.parametrize("changed", ["response", "order"])
+def test_a_run_goes_on_with_its_own_data_only(changed, tmp_path):
+    options = tune.Options(steps=2, batch_size=1, length=32)
+    tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    others = EXAMPLES[::-1] if changed == "order" else [*EXAMPLES[:-1], {"prompt": "hi ", "response": "no"}]
+    with pytest.raises(ValueError, match=r"other options or data \(tokens was"):
+        tune.fit(tiny_model(), others, options, folder=tmp_path, progress=False)
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    options = tune.Options(steps=1, batch_size=1, length=32)
+    with alone(tmp_path), pytest.raises(RuntimeError, match="another process is at work in this folder"):
+        tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    (tmp_path / "run.json").write_text('{"opt')
+    with pytest.raises(ValueError, match=r"run.json: not JSON .* damaged: choose another folder"):
+        tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="a run's folder is one that can be made and written"):
+        tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path / "file", progress=False)

@@ -66,7 +66,7 @@ def make(
             got = start[path].shape if path in start else "none"
             raise ValueError(f"adapters.attach: {path} begins with directions {(*lead, d, rank)}, got {got}.")
         return w, *own(start[path][..., :rank], zeros(rank, f))
-    kind, rounds = _parse(start)
+    kind, rounds = parse(start)
     if kind == "default" and table:
         return w, *own(zeros(d, rank), jax.random.normal(key, (*lead, rank, f)))
     if kind in ("default", "gaussian"):
@@ -127,7 +127,7 @@ def check_shared_base(nodes: Iterable[Any], path: str, name: str) -> None:
         )
 
 
-def _parse(start: str) -> tuple[str, int | None]:
+def parse(start: str) -> tuple[str, int | None]:
     """(kind, rounds): "pissa_niter_4" → ("pissa", 4)."""
     found = re.fullmatch(r"(pissa)_niter_(\d+)|(loftq)_(\d+)", start)
     if found:
