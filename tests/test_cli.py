@@ -83,7 +83,7 @@ def test_finetune_evaluate_generate_and_convert(folder, capsys):
         "--no-progress",
     ]
     assert main([str(a) for a in argv]) == 0
-    assert {p.name for p in run.iterdir()} == {"adapter", "checkpoints", "log.jsonl", "loss.png", "run.json"}
+    assert {p.name for p in run.iterdir()} == {".lock", "adapter", "checkpoints", "log.jsonl", "loss.png", "run.json"}
     assert "finished" in refused(capsys, *argv)
 
     def evaluate(*more):
@@ -305,7 +305,7 @@ def test_a_prompt_is_tuned_and_used_and_put_into_words(folder, capsys):
     said = capsys.readouterr().out
     assert "soft prompt of 4 places, 128 numbers" in said and "in words: " in said and "gap" in said
     found = {p.name for p in run.iterdir()}
-    assert found == {"adapter", "checkpoints", "log.jsonl", "loss.png", "run.json", "words.txt"}
+    assert found == {".lock", "adapter", "checkpoints", "log.jsonl", "loss.png", "run.json", "words.txt"}
     before, after = (float(x) for x in re.search(r"loss ([\d.]+) before, ([\d.]+) after", said).groups())
     assert after < before
     assert "finished" in refused(capsys, *argv)
@@ -382,9 +382,9 @@ def test_a_model_is_taught_to_say_when_it_is_unsure(folder, tmp_path, capsys):
     assert {p.name for p in out.glob("*.png")} == {"risk_coverage.png", "reliability.png"}
     assert "is finished" in refused(capsys, *command)
     (out / "report.md").unlink()
-    assert "other options (rank was 8, is 4)" in refused(capsys, *command, "--rank", 4)
+    assert "other options or data (rank was 8, is 4)" in refused(capsys, *command, "--rank", 4)
     asked.write_text(asked.read_text().replace("who is m?", "who is k?"))
-    assert "other options (questions was" in refused(capsys, *command)
+    assert "other options or data (questions was" in refused(capsys, *command)
     evaluate = ["rtune", "evaluate", out, "--data", asked]
     assert "has its own options, got --risk" in refused(capsys, *evaluate, "--risk", 0.5)
     assert "one run is given" in refused(capsys, *evaluate[:3])

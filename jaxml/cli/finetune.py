@@ -33,7 +33,7 @@ import math
 import shutil
 from pathlib import Path
 
-from jaxml.cli.main import join, load, mesh_arguments, model_arguments
+from jaxml.cli.main import digest, join, load, mesh_arguments, model_arguments
 
 
 def add(sub):
@@ -122,7 +122,7 @@ def run(args):
     examples, held = hosts.together(lambda: [data.read_jsonl(path) if path else [] for path in (args.data, args.eval)])
     hosts.same(_given(args), "finetune")
     model = hosts.together(lambda: _loaded(args, mesh))
-    about = {"model": _digest(model)}
+    about = {"model_digest": digest(model)}
     model = _adapted(args, model)
     quantised = _quantised(model)
     moved = quantised is not None and adapters.starts.moves(args.start)
@@ -164,7 +164,19 @@ def _check_new(out: Path, result: Path) -> None:
 
 def _given(args) -> dict:
     """What all processes of a run must have been given alike: where a file lies is their own affair."""
-    own = ("process", "coordinator", "model", "adapter", "data", "eval", "out", "run", "heartbeat", "no_progress")
+    own = (
+        "process",
+        "coordinator",
+        "model",
+        "adapter",
+        "data",
+        "eval",
+        "out",
+        "run",
+        "heartbeat",
+        "wait",
+        "no_progress",
+    )
     contents = {"MODEL": args.model, "--adapter": args.adapter, "DATA": args.data, "--eval": args.eval}
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
     return (
@@ -188,13 +200,6 @@ def _content(name: str | None) -> str | None:
                 content.seek(max(0, size - 2**16))
                 found.update(content.read(2**16))
     return found.hexdigest()
-
-
-def _digest(model) -> str:
-    """Of a model's configuration and of all bits of its parameters."""
-    from jaxml import checkpoint
-
-    return hashlib.sha256(f"{model.config} {checkpoint.checksum(model.params)}".encode()).hexdigest()[:16]
 
 
 def _write_base(model, folder: Path) -> None:

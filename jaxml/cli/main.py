@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import math
 import os
@@ -120,6 +121,9 @@ def mesh_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--processes", type=int, metavar="N", help="how many there are")
     sub.add_argument("--process", type=int, metavar="I", help="which this one is, from 0")
     sub.add_argument(
+        "--wait", type=int, default=300, metavar="S", help="seconds in which all processes begin (default: 300)"
+    )
+    sub.add_argument(
         "--heartbeat",
         type=int,
         default=100,
@@ -136,7 +140,7 @@ def join(args: argparse.Namespace):
     from jaxml.parallel import hosts
 
     if args.coordinator is not None or hosts.called():
-        hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat)
+        hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat, wait_s=args.wait)
     elif args.processes is not None or args.process is not None:
         raise ValueError(f"{args.verb}: --processes and --process need --coordinator HOST:PORT.")
     count, processes = jax.device_count(), jax.process_count()
@@ -161,6 +165,13 @@ def load(args: argparse.Namespace, mesh=None):
     if args.adapter:
         model = model.replace(params=adapters.load_peft(args.adapter, model.params, model.config))
     return model
+
+
+def digest(model) -> str:
+    """Of a model's configuration and of all bits of its parameters."""
+    from jaxml import checkpoint
+
+    return hashlib.sha256(f"{model.config} {checkpoint.checksum(model.params)}".encode()).hexdigest()[:16]
 
 
 def given(args: argparse.Namespace) -> list[str]:

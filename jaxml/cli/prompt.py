@@ -17,7 +17,7 @@ same command.
 
 from pathlib import Path
 
-from jaxml.cli.main import closing, endpoint, is_address, llm, load, model_arguments
+from jaxml.cli.main import closing, digest, endpoint, is_address, llm, load, model_arguments
 
 
 def add(sub):
@@ -107,7 +107,8 @@ def _train(args, out: Path):
     from jaxml.tune import adapters, prompt
 
     train, held = _examples(args)
-    made = _prompt(args, load(args), prompt)
+    model = load(args)
+    made = _prompt(args, model, prompt)
     options = tune.Options(
         steps=args.steps,
         batch_size=args.batch_size,
@@ -118,10 +119,10 @@ def _train(args, out: Path):
         save_every=args.save_every,
         eval_every=max(1, args.steps // 10),
     )
-    names = ("model", "data", "kind", "length", "start", "text", "labels", "hidden_dim", "tasks", "rank", "quantize")
+    names = ("kind", "length", "start", "text", "labels", "hidden_dim", "tasks", "rank", "quantize")
     tuned, info = tune.fit(
         made, train, options, eval_examples=held, folder=out, progress=not args.no_progress,
-        about={k: getattr(args, k) for k in names},
+        about={k: getattr(args, k) for k in names} | {"model_digest": digest(model)},
     )  # fmt: skip
     params = prompt.settle(tuned.params)
     before, after = (tune.loss_of(m, held, options) for m in (made, tuned.replace(params=params)))

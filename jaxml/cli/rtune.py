@@ -85,7 +85,7 @@ def _run(args):
     from jaxml.prompts.llm import fingerprint
     from jaxml.prompts.store import Store
     from jaxml.tune import r_tuning
-    from jaxml.tune.run import agree
+    from jaxml.tune.run import agree, alone
 
     if args.given:
         raise ValueError(f"rtune: run takes options only, got {args.given[0]!r}. --data DATA names the questions.")
@@ -109,6 +109,7 @@ def _run(args):
     first = dataclasses.replace(bare, shots=tuple(split.shots))
     parts = {k: v for k in ("calibration", "seen", "new", "unanswerable") if (v := getattr(split, k))}
     with (
+        alone(out),
         Store(out / "answers.jsonl") as store,
         log.progress("asking", enabled=not args.no_progress, fields=("who",)) as bar,
     ):

@@ -76,6 +76,8 @@ def load(
         ...     model.params["embed"].shape == (model.config.vocab_size, model.config.width)
         True
     """
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise TypeError(f"lm.load: mesh is one of `jaxml.parallel.mesh` or `parse`, got {mesh!r}.")
     convert = None if quantize is None else _convert(quantize, targets)
     entry = zoo.NAMES.get(str(source))
     if entry and entry.kind != "decoder":

@@ -64,9 +64,8 @@ def start(
         if value < 1:
             raise ValueError(f"{who}: {name} is at least 1, got {value}.")
     where = f" at {coordinator}" if coordinator else ""
-    missing = (
-        f"{who}: not all {processes or ''} processes came{where} within {wait_s} s. Start them all, with one address."
-    )
+    all_of = f"all {processes} processes" if processes else "all processes"
+    missing = f"{who}: not {all_of} came{where} within {wait_s} s. Start them all, with one address."
     with _or_end(wait_s, f"waiting for {all_of}{where}", missing):
         if process:
             _reach(host, port, wait_s)

@@ -176,10 +176,11 @@ def hint(x: Array, *axes: Axis) -> Array:
         >>> hint(jnp.ones((4, 8)), "batch", None).shape
         (4, 8)
     """
-    if len(axes) != jnp.ndim(x) or (unknown := [axis for axis in axes if not _known(axis)]):
-        got = f"{len(axes)} for {jnp.ndim(x)}" if len(axes) != jnp.ndim(x) else repr(unknown[0])
-        raise ValueError(f"parallel.hint: one of {', '.join(RULES)}, or None, for each axis of the array, got {got}.")
+    if unknown := [axis for axis in axes if not _known(axis)]:
+        raise ValueError(f"parallel.hint: an axis is one of {', '.join(RULES)}, or None, got {unknown[0]!r}.")
     sizes = live()
+    if sizes and len(axes) != x.ndim:
+        raise ValueError(f"parallel.hint: each axis of the array has its own, got {len(axes)} for {x.ndim}.")
     return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, sizes)) if sizes else x
 
 

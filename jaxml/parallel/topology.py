@@ -12,6 +12,14 @@ import jax
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 
+# Without these libtpu looks for the host that it is not on, and complains; what is compiled does not depend on them.
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
@@ -69,8 +77,8 @@ def devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     generation, size = parse(name)
-    for variable in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(variable, "1")
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     whole = "2x2" if size == "1x1" else size  # the smallest host that libtpu knows, of which one chip is taken
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{generation.name}:{whole}").devices

@@ -76,6 +76,8 @@ def read_lines(path: str | Path, read: Callable[[Any], Any], what: str) -> list[
         FileNotFoundError, ValueError: no such file, one without any `what`, or a wrong line, by its number.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a file of JSON lines is wanted, this is a folder.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     found, number = [], 0
@@ -101,6 +103,9 @@ def check(example: Any) -> None:
     if not isinstance(example, dict):
         raise ValueError(f"an example is {FORMS}, got {type(example).__name__}.")
     keys = set(example)
+    forms = [form for form in (("text",), ("prompt", "response"), ("messages",), ("parts",)) if set(form) <= keys]
+    if len(forms) > 1:
+        raise ValueError(f"an example has one form, got {' as well as '.join(' and '.join(form) for form in forms)}.")
     if "messages" in keys:
         chat.check(example["messages"])
         if not any(m["role"] == "assistant" for m in example["messages"]):
@@ -278,6 +283,12 @@ def prepare(
     order = np.random.default_rng(seed).permutation(len(examples))
     made = hosts.shared(len(order), lambda i: encode(examples[order[i]], tokenizer, learn_all=learn_all))
     encoded = [Encoded(*one) for one in made]
+    if long := [(order[i] + 1, n) for i, one in enumerate(encoded) if (n := len(one.tokens)) > length]:
+        number, n = min(long)
+        raise ValueError(
+            f"data.prepare: an example fits a row of {length} tokens, got {n} in the one numbered {number}"
+            f"{f', and {len(long) - 1} more' if len(long) > 1 else ''}. Give a larger length, or shorten it."
+        )
     if tasks is None:
         return Batches(pack(encoded, length), batch_size, seed)
     given = [examples[i].get("task") for i in order]

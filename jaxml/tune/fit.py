@@ -95,8 +95,8 @@ def fit(
         raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
     trainable, frozen = for_training(given, untouched, o)
     state, frozen, shardings, place = begun(trainable, frozen, tx, mesh)
-    counts = {"examples": len(examples), "tokens": batches.packed.digest()}
-    counts |= {"anchors": len(anchors), "anchor_tokens": kept.packed.digest()} if kept else {}
+    counts = {"examples": len(examples), "tokens_digest": batches.packed.digest()}
+    counts |= {"anchors": len(anchors), "anchors_digest": kept.packed.digest()} if kept else {}
     train_step, evaluate = make_step(model.config, tx, o, shardings), make_evaluate(model.config, o, place)
 
     with over(mesh), Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:

@@ -28,7 +28,7 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def start(inputs, out, count, *options):
+def start(inputs, out, count, *options, each=None):
     """`jaxml finetune` as so many processes of 4 devices together."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -39,7 +39,7 @@ def start(inputs, out, count, *options):
     made = []
     for i in range(count):
         command = [sys.executable, "-m", "jaxml.cli.main", "finetune", inputs / "model", inputs / "train.jsonl"]
-        command += ["--out", out, *OPTIONS, *options]
+        command += ["--out", out, *OPTIONS, *options, *(each[i] if each else ())]
         if count > 1:
             command += ["--coordinator", f"localhost:{port}", "--processes", count, "--process", i, "--heartbeat", 10]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -72,6 +72,34 @@ def test_several_processes_train_as_one(inputs, tmp_path, count, method):
     np.testing.assert_allclose(many[0], one[0], atol=1e-5)
     assert set(one[1]) == set(many[1])
     assert max(float(abs(one[1][k] - many[1][k]).max()) for k in one[1]) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_processes_are_given_otherwise_is_told_by_all_of_them(inputs, tmp_path):
+    def two(*other):
+        one, another = start(inputs, tmp_path / "run", 2, each=((), other))
+        codes, _, errors = finish([one, another])
+        assert codes == [2, 2], errors
+        return [error.strip().splitlines()[-1] for error in errors]
+
+    for other, named in ((("--rank", "4"), "--rank, --alpha."), (("--mesh", "data=4"), "--mesh.")):
+        assert two(*other) == [f"jaxml: finetune: all processes are given the same, and they differ in {named}"] * 2
+    (tmp_path / "run.jsonl").write_text('{"text": "a"}\n')
+    told = two("--eval", str(tmp_path / "none.jsonl"))
+    assert told[0].startswith("jaxml: process 1: ") and all(line.endswith("none.jsonl: no such file.") for line in told)
+    assert "differ in --eval" in two("--eval", str(tmp_path / "run.jsonl"))[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_who_waits_in_vain_ends_with_a_sentence():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(ConnectionError, match=f"process 0 does not answer at localhost:{port}"):
+        hosts.start(f"localhost:{port}", 2, 1, wait_s=1)
+    code = f"from jaxml.parallel import hosts; hosts.start('localhost:{port}', 2, 0, wait_s=2)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "not all 2 processes came" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

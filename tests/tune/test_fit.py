@@ -17,7 +17,7 @@ from jaxml.lm import decoder
 from jaxml.testing import tiny_model, tolerance
 from jaxml.tune import adapters, data
 from jaxml.tune.loss import divergence
-from jaxml.tune.run import alone, begin
+from jaxml.tune.run import Run, alone, begin
 from jaxml.tune.step import make_step
 
 EXAMPLES = [{"prompt": f"{a} and ", "response": b * n + "."} for n, a in enumerate("abcdef") for b in "uvwx"]
@@ -351,7 +351,7 @@ def test_a_run_goes_on_with_its_own_data_only(changed, tmp_path):
     options = tune.Options(steps=2, batch_size=1, length=32)
     tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
     others = EXAMPLES[::-1] if changed == "order" else [*EXAMPLES[:-1], {"prompt": "hi ", "response": "no"}]
-    with pytest.raises(ValueError, match=r"other options or data \(tokens was"):
+    with pytest.raises(ValueError, match=r"other options or data \(tokens_digest was"):
         tune.fit(tiny_model(), others, options, folder=tmp_path, progress=False)
 
 
@@ -366,3 +366,20 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="a run's folder is one that can be made and written"):
         tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path / "file", progress=False)
+
+
+def test_a_signal_while_the_last_step_is_saved_loses_nothing(tmp_path, monkeypatch):
+    waited = Run.wait
+
+    def wait(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        waited(self)
+
+    options = tune.Options(steps=2, batch_size=1, length=32)
+    monkeypatch.setattr(Run, "wait", wait)
+    with pytest.raises(tune.Stopped, match="SIGINT after step 2"):
+        tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "checkpoints") == 2
+    _, info = tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
+    assert info["steps"] == 2 and info["loss"] is None  # all is done
