@@ -1,5 +1,6 @@
 """Readers on files that are damaged or made to harm; many more by benchmarks/fuzz.py."""
 
+import dataclasses
 import importlib.util
 import json
 import random
@@ -248,6 +249,13 @@ def test_an_array_that_is_longer_than_its_file_is_refused(item, tmp_path):
         lm.gguf.read_metadata(tmp_path / "a.gguf")
 
 
+def test_more_texts_than_any_vocabulary_are_refused(tmp_path):
+    value = (8).to_bytes(4, "little") + (2**20 + 1).to_bytes(8, "little") + bytes(8 * (2**20 + 1))
+    (tmp_path / "a.gguf").write_bytes(gguf_of(b"x", 9, value))
+    with pytest.raises(ValueError, match="1,048,577 texts, of which there are at most 1,048,576"):
+        lm.gguf.read_metadata(tmp_path / "a.gguf")
+
+
 def test_a_long_array_of_numbers_takes_as_much_memory_as_the_file(tmp_path):
     value = (0).to_bytes(4, "little") + (10**6).to_bytes(8, "little") + bytes(range(256)) * 3906 + bytes(64)
     (tmp_path / "a.gguf").write_bytes(gguf_of(b"x", 9, value))
@@ -406,6 +414,11 @@ def test_a_first_token_beyond_the_embedding_is_refused():
     assert made.encode("the") and max(made.encode("the")) < 64
     with pytest.raises(ValueError, match="has 64 rows, got"):
         made.encode("the", bos=True)
+
+
+def test_a_padding_that_is_no_int32_is_refused():
+    with pytest.raises(ValueError, match=f"ids are whole numbers .* got the padding {2**31}"):
+        dataclasses.replace(tiny_tokenizer(), pad_id=2**31)
 
 
 def test_many_ids_around_a_text_are_refused(tmp_path):

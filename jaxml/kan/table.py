@@ -1,5 +1,6 @@
 """Columns of a CSV file, and a sentence for everything about them that a fit would trip over."""
 
+import array
 import collections
 import csv
 import math
@@ -42,18 +43,17 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
         FileNotFoundError: no such file.
         ValueError: no header, no rows, columns that do not exist or are not numbers, too few rows left.
     """
-    header, rows = _rows(Path(path))
-    wanted = [target, *(features if features is not None else [n for n in header if n != target])]
-    places = {name: at for at, name in enumerate(header)}
-    unknown = [n for n in wanted if n not in places]
+    found, rows = _columns(Path(path))
+    wanted = [target, *(features if features is not None else [n for n in found if n != target])]
+    unknown = [n for n in wanted if n not in found]
     if unknown:
-        there = ", ".join(header[:50]) + (" and others" if len(header) > 50 else "")
+        there = ", ".join(list(found)[:50]) + (" and others" if len(found) > 50 else "")
         raise ValueError(f"{path}: no column {', '.join(map(repr, unknown))}; there are {there}.")
     if target in wanted[1:]:
         raise ValueError(f"{path}: {target!r} is the target and cannot be a feature.")
     notes, columns = [], {}
     for name in wanted:
-        values, words = _numbers([row[places[name]] for row in rows])
+        values, words, first = np.array(found[name].values), found[name].words, found[name].first
         if not words and name != target and features is None and np.isnan(values).all():
             notes.append(f"column {name} is left out: it has no values.")
         elif not words and name == "column_1" and features is None and _counts(values):
@@ -61,11 +61,11 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
         elif not words:
             columns[name] = values
         elif name == target or features is not None:
-            raise ValueError(f"{path}: column {name!r} has values that are no numbers, the first {words[0]!r} "
-                             f"({len(words)} of {len(rows)}). Correct or leave out these rows.")  # fmt: skip
+            raise ValueError(f"{path}: column {name!r} has values that are no numbers, the first {first!r} "
+                             f"({words} of {rows}). Correct or leave out these rows.")  # fmt: skip
         else:
-            notes.append(f"column {name} is left out: {len(words)} of {len(rows)} values are no numbers, the first "
-                         f"{words[0]!r}.")  # fmt: skip
+            notes.append(f"column {name} is left out: {words} of {rows} values are no numbers, the first "
+                         f"{first!r}.")  # fmt: skip
     data = np.stack(list(columns.values()), axis=1)
     whole, holes = np.isfinite(data).all(axis=1), []
     if not whole.all():
@@ -88,40 +88,58 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
     return Table(data[:, kept], data[:, 0], [names[n] for n in kept], notes)
 
 
-def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
+class _Column:
+    """The numbers of a column, NaN where missing; and the cells that are none."""
+
+    def __init__(self):
+        self.values, self.words, self.first = array.array("d"), 0, ""
+
+    def add(self, cell: str) -> None:
+        try:
+            self.values.append(math.nan if cell.lower() in MISSING else float(cell.replace("_", "no number")))
+        except ValueError:
+            self.words, self.first = self.words + 1, self.first or cell
+
+
+def _columns(path: Path) -> tuple[dict[str, _Column], int]:
+    """(columns by name, how many rows); line by line, since a table as text takes many times its size."""
     if path.is_file() and path.stat().st_size > TABLE_BYTES:
         raise ValueError(f"{path}: a table has at most {TABLE_BYTES:,} bytes, got {path.stat().st_size:,}.")
+    columns: dict[str, _Column] = {}
+    rows = 0
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             first = re.sub('"[^"]*"', "", file.readline())
             file.seek(0)
             reader = csv.reader(file, delimiter=max(",;\t", key=first.count), skipinitialspace=True)
-            cells = ((reader.line_num, [cell.strip() for cell in row]) for row in reader)
-            rows = [(line, row) for line, row in cells if len(row) > 1 or any(row)]
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if len(cells) < 2 and not any(cells):
+                    continue
+                if not columns:
+                    columns = _named(path, cells)
+                    continue
+                if len(cells) != len(columns):
+                    raise ValueError(
+                        f"{path}: line {reader.line_num} has {len(cells)} values, the header {len(columns)}."
+                    )
+                rows += 1
+                for column, cell in zip(columns.values(), cells):
+                    column.add(cell)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: a table is text in UTF-8 with commas, semicolons or tabs ({error}).") from error
-    if len(rows) < 2:
-        raise ValueError(f"{path}: a table has a line of column names and lines of values, got {len(rows)} lines.")
-    (_, header), *rows = rows
-    header = [name or f"column_{n + 1}" for n, name in enumerate(header)]
-    twice = sorted(name for name, times in collections.Counter(header).items() if times > 1)
+    if not rows:
+        lines = int(bool(columns))
+        raise ValueError(f"{path}: a table has a line of column names and lines of values, got {lines} lines.")
+    return columns, rows
+
+
+def _named(path: Path, header: list[str]) -> dict[str, _Column]:
+    names = [name or f"column_{n + 1}" for n, name in enumerate(header)]
+    twice = sorted(name for name, times in collections.Counter(names).items() if times > 1)
     if twice:
         raise ValueError(f"{path}: every column has its own name, got {', '.join(map(repr, twice))} more than once.")
-    for line, row in rows:
-        if len(row) != len(header):
-            raise ValueError(f"{path}: line {line} has {len(row)} values, the header {len(header)}.")
-    return header, [row for _, row in rows]
-
-
-def _numbers(cells: list[str]) -> tuple[np.ndarray, list[str]]:
-    """(values, NaN where missing; the cells that are no numbers)."""
-    out, words = [], []
-    for cell in cells:
-        try:
-            out.append(math.nan if cell.lower() in MISSING else float(cell.replace("_", "no number")))
-        except ValueError:
-            words.append(cell)
-    return np.asarray(out), words
+    return {name: _Column() for name in names}
 
 
 def _counts(values: Float[np.ndarray, "N"]) -> bool:

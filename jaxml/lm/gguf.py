@@ -16,6 +16,7 @@ from jaxml.extras import need
 from jaxml.lm import tensors
 from jaxml.lm.config import DecoderConfig, RopeScaling
 
+TEXTS = 2**20  # in an array: four times the largest vocabulary
 QUANTISATIONS = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K")
 
 
@@ -109,6 +110,8 @@ def _reader(gguf):
             left = len(self.data) - orig_offs - 12
             if int(count[0]) * least > left:
                 raise ValueError(f"an array of {count[0]:,} values in the {left:,} bytes that are left")
+            if scalar is None and count[0] > TEXTS:
+                raise ValueError(f"an array of {count[0]:,} texts, of which there are at most {TEXTS:,}")
             if scalar is None:
                 return super()._get_field_parts(orig_offs, raw_type)
             values = self._get(orig_offs + 12, scalar, int(count[0]))

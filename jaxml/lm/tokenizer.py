@@ -37,6 +37,10 @@ class Tokenizer:
     chat_template: str | None = None
     rows: int | None = None  # of the model's embedding; what the vocabulary has beyond them cannot be encoded
 
+    def __post_init__(self):
+        if not 0 <= self.pad_id < 2**31:
+            raise ValueError(f"tokenizer: ids are whole numbers in 0 … 2³¹ - 1, got the padding {self.pad_id}.")
+
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """Token ids; special tokens that are written out in the text are recognised.
 

@@ -85,7 +85,11 @@ class Endpoint:
         headers = {"Accept-Encoding": "identity"}  # little that becomes much when it is unpacked
         headers |= {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=self.concurrency)
-        self._client = httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=limits)
+        options = dict(base_url=self.url.rstrip("/"), headers=headers, timeout=self.timeout, limits=limits)
+        try:
+            self._client = httpx.Client(**options)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"Endpoint: url is an address, got {self.url!r} ({error}).") from error
         self._store = Store(self.cache)
 
     @property

@@ -110,12 +110,12 @@ class Task:
 
 def foreseen(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Example], look: int = 4) -> float:
     """The tokens that measuring will cost, from the first `look` examples."""
-    total = 0
+    total, look = 0, max(1, min(look, len(examples)))
     for example in examples[:look]:
         prompt = task.prompt(candidate, example)
         scored = _scored(task, prompt, example)
         total += llm.cost(prompt, scored) if scored else llm.cost(prompt) + task.max_new_tokens
-    return total * len(examples) / min(look, len(examples))
+    return total * len(examples) / look
 
 
 @dataclasses.dataclass(frozen=True)

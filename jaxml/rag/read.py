@@ -185,7 +185,8 @@ def pdf(path: Path, limits: Limits) -> Iterator[Block]:
         raise ValueError(f"{path}: this PDF cannot be read ({error}).") from error
     for number, said in enumerate(pages, 1):
         if said.strip():
-            yield Block(said.strip(), page=number)
+            halves = said.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # fonts give lone surrogates
+            yield Block(halves.strip(), page=number)
 
 
 def jsonl(path: Path, limits: Limits) -> Iterator[Block]:

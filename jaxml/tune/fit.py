@@ -77,6 +77,8 @@ def fit(
     """
     o = options
     places = decoder.num_places(model.params)
+    counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
+    hosts.same(counts | {"options": o, "mesh": mesh and mesh.shape, "held out": len(eval_examples)}, "fit")
     check_mesh(mesh, o, bool(anchors))
     check_length("fit", model.config, o.length, places, mesh.shape["context"] if mesh else 1)
     prepare = _prepare(model, o)
@@ -95,8 +97,7 @@ def fit(
         raise ValueError("fit: anchors compare with the model under the adapters, and there are none. Attach some.")
     trainable, frozen = for_training(given, untouched, o)
     state, frozen, shardings, place = begun(trainable, frozen, tx, mesh)
-    counts = {"examples": len(examples), "tokens_digest": batches.packed.digest()}
-    counts |= {"anchors": len(anchors), "anchors_digest": kept.packed.digest()} if kept else {}
+    counts |= {"tokens_digest": batches.packed.digest()} | ({"anchors_digest": kept.packed.digest()} if kept else {})
     train_step, evaluate = make_step(model.config, tx, o, shardings), make_evaluate(model.config, o, place)
 
     with over(mesh), Run(folder, o, steps, counts | (about or {}), best="eval_loss" if held else None) as run:

@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,3 +139,13 @@ def test_too_many_rows_held_out_are_told(tmp_path, capsys):
     path = written(tmp_path, ["x,y,z", *TRIPLES])
     assert main(["kan", "fit", str(path), "--target", "y", "--held-out", "0.9"]) != 0
     assert "at least 8 rows are fitted, --held-out 0.9 leaves 1" in capsys.readouterr().err
+
+
+def test_a_table_takes_about_the_memory_of_its_numbers(tmp_path):
+    path, n = tmp_path / "long.csv", 100_000
+    path.write_text("a,b,y\n" + "".join(f"{i % 7},{i % 5},{i % 3}\n" for i in range(n)))
+    tracemalloc.start()
+    table.read(path, "y")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 * 3 * 8 * n  # some copies of three columns; as text it would be ten times this

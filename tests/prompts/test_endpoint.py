@@ -238,3 +238,8 @@ def test_a_token_across_the_border_is_refused():
         endpoint("localhost")
     with pytest.raises(ValueError, match="timeout is above 0"):
         endpoint("http://x", timeout=0)
+
+
+def test_an_address_that_is_none_is_a_sentence():
+    with pytest.raises(ValueError, match="Endpoint: url is an address, got"):
+        Endpoint("http://\x00/", "m")

@@ -119,6 +119,15 @@ def test_a_pdf_is_read_page_by_page(tmp_path):
             list(read.read(path))
 
 
+def test_half_a_character_in_a_pdf_is_replaced(tmp_path, monkeypatch):
+    import pypdf
+
+    path = tmp_path / "a.pdf"
+    path.write_bytes(pdf(["text"]))
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda *_, **__: "a \ud83d b \ud83d\ude00")
+    assert [block.text for block in read.read(path)] == ["a \ufffd b 😀"]
+
+
 def forms(levels):
     """A PDF whose page shows a form that shows the next one ten times, and so on; the last one shows a text."""
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"<< /Type /Pages /Kids [3 0 R] /Count 1 >>",

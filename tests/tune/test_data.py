@@ -87,3 +87,19 @@ def test_a_wrong_line_is_named_by_its_number(tmp_path):
 def test_an_example_longer_than_a_row_is_refused_not_cut():
     with pytest.raises(ValueError, match="got one of 9"):
         data.pack([data.Encoded([1] * 9, [True] * 9)], 8)
+
+
+def test_an_example_has_one_form():
+    with pytest.raises(ValueError, match="one form, got text as well as prompt and response"):
+        data.check({"text": "a", "prompt": "b", "response": "c"})
+    data.check(
+        {"prompt": "a title", "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    )
+
+
+def test_what_is_too_long_is_told_by_its_number(tmp_path):
+    examples = [{"text": "a"}, {"text": "b" * 40}, {"text": "c" * 50}]
+    with pytest.raises(ValueError, match=r"got \d+ in the one numbered 2, and 1 more"):
+        data.prepare(examples, TOKENIZER, length=16, batch_size=1)
+    with pytest.raises(IsADirectoryError, match="this is a folder"):
+        data.read_jsonl(tmp_path)
