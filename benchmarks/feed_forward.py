@@ -61,7 +61,7 @@ def main() -> None:
             report[subject].append(row)
             print(row, flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
-    print(table())
+    print(path)
 
 
 def installed(module: str):

@@ -48,8 +48,9 @@ def main() -> None:
     date = datetime.date.today().isoformat()
     report = {"date": date, "jax": jax.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
     report |= {"seconds": {name: statistics.median(of) for name, of in times.items()}}
-    (RESULTS / f"imports-cpu-{date}.json").write_text(json.dumps(report, indent=1))
-    print(table())
+    path = RESULTS / f"imports-cpu-{date}.json"
+    path.write_text(json.dumps(report, indent=1))
+    print(path)
 
 
 def table() -> str:

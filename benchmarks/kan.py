@@ -79,7 +79,7 @@ def main() -> None:
             continue
         report[subject] = globals()[subject]()
         path.write_text(json.dumps(report, indent=1) + "\n")
-    print(table())
+    print(path)
 
 
 def installed(module: str):

@@ -63,7 +63,7 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.variants if "variants" in options.subjects else ():
             _once(report, path, f"{name} {seed}", lambda: variant(name, seed, Path(options.out)))
-    print(table())
+    print(path)
 
 
 def _once(report: dict, path: Path, name: str, measure) -> None:

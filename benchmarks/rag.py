@@ -55,7 +55,7 @@ def main() -> None:
         report[subject] = globals()[subject](options)
         path.write_text(json.dumps(report, indent=2) + "\n")
         print(subject, json.dumps(report[subject]), flush=True)
-    print(table())
+    print(path)
 
 
 def _best(*runs, times: int = 3) -> list[float]:
