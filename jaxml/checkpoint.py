@@ -1,20 +1,18 @@
 """Checkpoints through Orbax: `save`, `restore`, `latest`; written whole or not at all."""
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxml import files
-from jaxml.axes import Array
+from jaxml.checksum import checksum, name_of
 from jaxml.parallel import hosts
 
 Tree = TypeVar("Tree")
@@ -54,7 +52,7 @@ class Checkpoints:
         )
         where, handler = Path(folder).absolute(), ocp.StandardCheckpointHandler()
         if not read_only:
-            _check_writable(where)
+            hosts.together(lambda: _check_writable(where))
         with files.reading(where, "a run's checkpoints"):
             self._manager = ocp.CheckpointManager(where, item_handlers=handler, options=options)
         self._writes = not read_only
@@ -65,10 +63,10 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if step not in self._manager.all_steps():
+            kept = {CHECKSUM: checksum(tree)}
             with self._writing():
                 self._manager.wait_until_finished()
                 self._purge()
-                kept = {CHECKSUM: checksum(tree)}
                 self._manager.save(step, args=ocp.args.StandardSave(tree), metrics=metrics, custom_metadata=kept)
 
     def wait(self) -> None:
@@ -108,10 +106,10 @@ class Checkpoints:
             there, there_dtypes = (None, None) if saved is None else (_shapes(saved), _dtypes(saved))
         self._check(step, there, _shapes(abstract))
         with self._reading(step):
-            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             told = (self._manager.metadata(step).custom_metadata or {}).get(CHECKSUM)
-            if told and there_dtypes == _dtypes(abstract) and told != checksum(tree):
-                raise ValueError("its numbers are not those that were saved")
+            tree = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        if told and there_dtypes == _dtypes(abstract) and told != checksum(tree):
+            raise ValueError(self._damaged(step, "its numbers are not those that were saved"))
         return tree
 
     @contextlib.contextmanager
@@ -122,20 +120,20 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise plain Exception, too
             if closed := _closed(Path(self._manager.directory) / str(step)):
                 raise PermissionError(f"{closed}: may not be read. See to its rights.") from error
-            folder, said = self._manager.directory, (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise ValueError(
-                f"{folder}: checkpoint {step} cannot be read ({said}). It is damaged; remove the folder "
-                f"{folder / str(step)} to go on from the one before it."
-            ) from error
+            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise ValueError(self._damaged(step, said)) from error
+
+    def _damaged(self, step: int, said: str) -> str:
+        folder = self._manager.directory
+        return (
+            f"{folder}: checkpoint {step} cannot be read ({said}). It is damaged; remove the folder "
+            f"{folder / str(step)} to go on from the one before it."
+        )
 
     def _check(self, step: int, there: dict[str, tuple] | None, wanted: dict[str, tuple]) -> None:
         """Paths and shapes first: Orbax's own complaint about them is pages long."""
         if there is None:
-            folder = self._manager.directory
-            raise ValueError(
-                f"{folder}: checkpoint {step} has no metadata. It is damaged; remove the folder "
-                f"{folder / str(step)} to go on from the one before it."
-            )
+            raise ValueError(self._damaged(step, "it has no metadata"))
         differ = [k for k in sorted(set(there) | set(wanted)) if there.get(k) != wanted.get(k)]
         if differ:
             k = differ[0]
@@ -173,56 +171,13 @@ class Checkpoints:
         self.close()
 
 
-def checksum(tree: Any) -> str:
-    """Of all bits of a tree of arrays, wherever they lie: one that changes gives another checksum.
-
-    Names, shapes and dtypes count as well. Of arrays that are spread over processes, all of them call this.
-
-    Example:
-        >>> checksum({"w": jnp.arange(3)}) == checksum({"w": jnp.arange(3)}), len(checksum(jnp.zeros(2)))
-        (True, 16)
-    """
-    named = [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-    sums = _sums([_words(leaf) for _, leaf in named])
-    about = [
-        (name, jnp.shape(leaf), str(leaf.dtype), hosts.to_host(s).tolist()) for (name, leaf), s in zip(named, sums)
-    ]
-    return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-
-
-def _words(a: Any) -> Any:
-    """Arrays that JAX has no dtype for, or keys, as whole numbers."""
-    if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(a)
-    wide = isinstance(a, np.ndarray | np.generic) and a.itemsize > 4
-    return np.ascontiguousarray(a).view(np.uint32) if wide else a
-
-
-@jax.jit
-def _sums(arrays: list[Array]) -> list[Array]:
-    """Two sums of each array's bits, modulo 2³²: whatever the order and the devices, the same."""
-
-    def one(a: Array) -> Array:
-        if jnp.issubdtype(a.dtype, jnp.complexfloating):
-            return one(jnp.stack([a.real, a.imag]))
-        unsigned = {64: jnp.uint32, 32: jnp.uint32, 16: jnp.uint16, 8: jnp.uint8}.get(jax.dtypes.itemsize_bits(a.dtype))
-        bits = a if unsigned is None or a.dtype == bool else jax.lax.bitcast_convert_type(a, unsigned)
-        bits, place = bits.astype(jnp.uint32), jnp.zeros(bits.shape, jnp.uint32)
-        for axis, length in enumerate(bits.shape):
-            place = place * jnp.uint32(length % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        odd = 2 * place + 1  # a factor with an inverse: no change of one number is lost
-        return jnp.stack([jnp.sum(bits * odd, dtype=jnp.uint32), jnp.sum(bits * (odd * odd + 2), dtype=jnp.uint32)])
-
-    return [one(jnp.asarray(a)) for a in arrays]
-
-
 def _closed(folder: Path) -> Path | None:
-    """A file or folder of it that this user may not read."""
-    for where, folders, names in os.walk(folder, onerror=None):
+    """A file or folder of it that is there and may not be read."""
+    for where, folders, names in os.walk(folder):
         for path in [Path(where), *(Path(where) / name for name in (*folders, *names))]:
-            if not os.access(path, os.R_OK):
+            if path.exists() and not os.access(path, os.R_OK):
                 return path
-    return None if os.access(folder, os.R_OK) else folder
+    return None
 
 
 def _check_writable(folder: Path) -> None:
@@ -232,9 +187,7 @@ def _check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".try.{os.getpid()}"
-        probe.mkdir(exist_ok=True)
-        probe.rmdir()
+        Path(tempfile.mkdtemp(prefix=".try.", dir=folder)).rmdir()
     except OSError as error:
         raise OSError(
             f"{folder}: checkpoints cannot be written there ({error.strerror or error}). Choose a folder that can be "
@@ -244,16 +197,11 @@ def _check_writable(folder: Path) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path → shape; named fields, keys and indices are spelled alike, since Orbax stores all as keys."""
-    return {_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _dtypes(tree: Any) -> dict[str, str]:
-    return {_name(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path: Any) -> str:
-    one = lambda key: str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
-    return "/".join(map(one, path))
+    return {name_of(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def save(

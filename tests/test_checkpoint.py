@@ -1,3 +1,4 @@
+import collections
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import jaxml.checksum
 from jaxml import checkpoint, parallel
 from jaxml.checkpoint import DELETED, Checkpoints
+from jaxml.checksum import checksum
 from jaxml.tune.run import begin
 
 
@@ -154,16 +157,34 @@ def test_one_bit_that_changed_on_disk_is_noticed(tmp_path):
 def test_a_checksum_is_of_every_bit_wherever_it_lies():
     for dtype in (jnp.float32, jnp.bfloat16, jnp.int8, jnp.int4, bool, jnp.float8_e4m3fn, jnp.complex64):
         one = jnp.zeros((3, 8), dtype)
-        assert (
-            len({checkpoint.checksum([one.at[i, j].set(one.dtype.type(1))]) for i in range(3) for j in range(8)}) == 24
-        ), dtype
+        assert len({checksum([one.at[i, j].set(one.dtype.type(1))]) for i in range(3) for j in range(8)}) == 24, dtype
     wide = np.zeros(4)
     wide[2] = 5e-324
-    assert checkpoint.checksum([wide]) != checkpoint.checksum([np.zeros(4)])
+    assert checksum([wide]) != checksum([np.zeros(4)])
     w = jnp.arange(64.0).reshape(8, 8)
-    spread = parallel.put(w, NamedSharding(parallel.mesh(fsdp=8), P("fsdp")))
-    assert checkpoint.checksum([spread]) == checkpoint.checksum([w]) != checkpoint.checksum([w.T])
-    assert checkpoint.checksum({"a": w}) != checkpoint.checksum({"b": w})
+    mesh = parallel.mesh(fsdp=2, tensor=2, data=2)
+    for spec in (P(), P("fsdp"), P("tensor", "fsdp"), P(None, ("data", "tensor"))):
+        assert checksum([parallel.put(w, NamedSharding(mesh, spec))]) == checksum([w]) != checksum([w.T])
+    assert checksum({"a": w}) != checksum({"b": w})
+    wide = np.arange(6, dtype=np.complex64)
+    assert checksum([wide]) == checksum([jnp.asarray(wide)])
+    assert len({checksum([a]) for a in (jnp.zeros((0, 3)), np.zeros((0, 2)), jax.random.key(0), 3, 4)}) == 5
+
+
+def test_a_checksum_takes_no_memory():
+    a = jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16)
+    of_axes = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    compiled = jaxml.checksum._sums.lower(a, of_axes, of_axes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096
+
+
+def test_what_is_saved_may_lie_on_different_devices_and_have_other_names_for_its_keys(tmp_path):
+    mixed = {"w": parallel.put(jnp.arange(8.0), NamedSharding(parallel.mesh(fsdp=8), P("fsdp"))), "s": jnp.zeros(())}
+    checkpoint.save(tmp_path, 1, mixed)
+    np.testing.assert_array_equal(checkpoint.restore(tmp_path, mixed)["w"], mixed["w"])
+    named = collections.namedtuple("named", "z a")
+    checkpoint.save(tmp_path, 2, named(jnp.ones(2), jnp.zeros(3)))
+    assert checkpoint.restore(tmp_path, {"z": jnp.zeros(2), "a": jnp.ones(3)})["z"].tolist() == [1, 1]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_anything_is_computed(tmp_path):

@@ -213,6 +213,16 @@ def test_what_a_method_does_not_take_is_refused(options, word, folder, capsys):
     assert word in refused(capsys, *argv)
 
 
+def test_an_adapter_is_gone_on_with_or_merged(folder, capsys):
+    base = ["finetune", folder / "model", folder / "train.jsonl", "--no-progress", "--steps", 1, "--batch-size", 1]
+    run = lambda name, *more: [str(a) for a in [*base, "--length", 32, "--out", folder / name, *more]]
+    given = ["--adapter", folder / "first" / "adapter"]
+    assert main(run("first", "--rank", 4)) == 0
+    assert main(run("merged", "--method", "galore", "--rank", 8, *given)) == 0
+    assert main(run("faster", "--lora-plus", 4, *given)) == 0
+    assert "--rank is what --adapter has been made with" in refused(capsys, *run("never", "--rank", 4, *given))
+
+
 @pytest.mark.slow
 def test_galore_of_eight_bits_goes_on_where_it_stopped(folder, capsys):
     argv = ["finetune", folder / "model", folder / "train.jsonl", "--method", "galore", "--rank", 8, "--eight-bit"]

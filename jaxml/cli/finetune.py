@@ -120,7 +120,7 @@ def run(args):
     mesh = join(args)
     hosts.together(lambda: _check_new(out, result))
     examples, held = hosts.together(lambda: [data.read_jsonl(path) if path else [] for path in (args.data, args.eval)])
-    hosts.same(_given(args), "finetune")
+    hosts.same(hosts.together(lambda: _given(args)), "finetune")
     model = hosts.together(lambda: _loaded(args, mesh))
     about = {"model_digest": digest(model)}
     model = _adapted(args, model)
@@ -164,24 +164,15 @@ def _check_new(out: Path, result: Path) -> None:
 
 def _given(args) -> dict:
     """What all processes of a run must have been given alike: where a file lies is their own affair."""
-    own = (
-        "process",
-        "coordinator",
-        "model",
-        "adapter",
-        "data",
-        "eval",
-        "out",
-        "run",
-        "heartbeat",
-        "wait",
-        "no_progress",
-    )
+    import jax
+
+    if jax.process_count() == 1:
+        return {}
+    own = {"process", "coordinator", "model", "adapter", "data", "eval", "run", "heartbeat", "wait", "no_progress"}
     contents = {"MODEL": args.model, "--adapter": args.adapter, "DATA": args.data, "--eval": args.eval}
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in own}
-    return (
-        options | {name: _content(path) for name, path in contents.items()} | {"--out": str(Path(args.out).resolve())}
-    )
+    options["--out"] = Path(args.out).name  # the folder may be mounted elsewhere
+    return options | {name: _content(path) for name, path in contents.items()}
 
 
 def _content(name: str | None) -> str | None:
@@ -192,8 +183,9 @@ def _content(name: str | None) -> str | None:
         return None
     path = zoo.find(name) if name in zoo.NAMES else Path(name)
     found = hashlib.sha256()
+    hidden = lambda file: any(part.startswith(".") for part in file.relative_to(path).parts)  # a hub's own notes
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
+        if file.is_file() and not hidden(file):
             with file.open("rb") as content:
                 size = file.stat().st_size
                 found.update(f"{file.relative_to(path)} {size} ".encode() + content.read(2**16))
@@ -238,6 +230,7 @@ TAKES = {
     "full": (),
     "galore": ("rank", "gap"),
 }
+MADE_WITH = ("rank", "alpha", "start", "rslora", "dropout", "whole")  # of these an adapter says itself what they were
 OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
 
 
@@ -250,19 +243,18 @@ def check(args, who: str):
         number = isinstance(value, int | float) and not isinstance(value, bool) and name != "dropout"
         if number and not 0 < value < math.inf:
             raise ValueError(f"{who}: --{option} is above 0, got {value}.")
-        if value and args.adapter and name != "quantize":
+        if value and args.adapter and name in MADE_WITH and args.method not in ("full", "galore"):
             raise ValueError(f"{who}: --{option} is what --adapter has been made with. Leave it out.")
     if args.adapter and args.targets != "*":
         raise ValueError(f"{who}: --targets are those of --adapter. Leave them out.")
     if args.method == "full" and args.targets != "*":
         raise ValueError(f"{who}: --targets is no option of --method full. Leave it out.")
     args.quantize = quantised_as(args)
-    if not args.adapter:
-        rank = args.rank or {"adalora": 12, "galore": 128, "vera": None}.get(args.method, 8)  # VeRA's: as it fits
-        usual = dict(rank=rank, start="default", gap=200, dropout=0.0)
-        usual |= dict(alpha=2.0 * rank, target_rank=max(1, rank * 2 // 3)) if rank else {}
-        for name in usual.keys() & set(TAKES[args.method]):
-            setattr(args, name, getattr(args, name) or usual[name])
+    rank = args.rank or {"adalora": 12, "galore": 128, "vera": None}.get(args.method, 8)  # VeRA's: as it fits
+    usual = dict(rank=rank, start="default", gap=200, dropout=0.0)
+    usual |= dict(alpha=2.0 * rank, target_rank=max(1, rank * 2 // 3)) if rank else {}
+    for name in usual.keys() & set(TAKES[args.method]):
+        setattr(args, name, getattr(args, name) or usual[name])
 
 
 def _method(args) -> dict:

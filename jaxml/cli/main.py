@@ -169,9 +169,9 @@ def load(args: argparse.Namespace, mesh=None):
 
 def digest(model) -> str:
     """Of a model's configuration and of all bits of its parameters."""
-    from jaxml import checkpoint
+    from jaxml.checksum import checksum
 
-    return hashlib.sha256(f"{model.config} {checkpoint.checksum(model.params)}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{model.config} {checksum(model.params)}".encode()).hexdigest()[:16]
 
 
 def given(args: argparse.Namespace) -> list[str]:

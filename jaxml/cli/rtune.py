@@ -99,8 +99,8 @@ def _run(args):
     recipe.check(split.train)
     _check_risk(args, len(split.calibration))
     model = _model(args)
-    out.mkdir(parents=True, exist_ok=True)
-    agree(out / "rtune.json", _about(args) | {"questions": _hash(split), "weights": fingerprint(model)}, "rtune")
+    with alone(out):
+        agree(out / "rtune.json", _about(args) | {"questions": _hash(split), "weights": fingerprint(model)}, "rtune")
     console.print(
         f"{len(split.train)} questions to train on, {len(split.calibration)} to calibrate, {len(split.seen)} of the "
         f"same kinds and {len(split.new)} of other kinds to ask, {len(split.unanswerable)} that nothing answers."

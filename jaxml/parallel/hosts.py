@@ -58,8 +58,6 @@ def start(
         raise ValueError(f"{who}: processes is at least 1, got {processes}.")
     if processes is not None and not 0 <= process < processes:
         raise ValueError(f"{who}: process is in 0 … {processes - 1}, got {process}.")
-    if processes is not None and coordinator is None:
-        raise ValueError(f"{who}: where processes and process are given, coordinator is HOST:PORT, got auto.")
     for name, value in (("heartbeat_s", heartbeat_s), ("wait_s", wait_s)):
         if value < 1:
             raise ValueError(f"{who}: {name} is at least 1, got {value}.")
@@ -67,7 +65,7 @@ def start(
     all_of = f"all {processes} processes" if processes else "all processes"
     missing = f"{who}: not {all_of} came{where} within {wait_s} s. Start them all, with one address."
     with _or_end(wait_s, f"waiting for {all_of}{where}", missing):
-        if process:
+        if process and host:
             _reach(host, port, wait_s)
         _initialize(coordinator, processes, process, heartbeat_s, wait_s)
 
@@ -170,7 +168,7 @@ def together(make: Callable[[], Value]) -> Value:
     Where it fails in one of them, none waits for that one: all fail.
 
     Raises:
-        ValueError, OSError: what it raised here, or a ValueError with what it said in another process.
+        Exception: what it raised here; or a ValueError, with what it said in another process.
 
     Example:
         >>> together(lambda: 1)
@@ -181,7 +179,7 @@ def together(make: Callable[[], Value]) -> Value:
     made, own = None, None
     try:
         made = make()
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # whatever it is, the others are waiting
         own = error
 
     def failed(process: int) -> tuple[list[int], list[float]]:
@@ -191,7 +189,7 @@ def together(make: Callable[[], Value]) -> Value:
 
     try:
         shared(jax.process_count(), failed)
-    except ValueError:
+    except Exception:
         if own is None:
             raise
     if own is not None:

@@ -105,7 +105,8 @@ def check(example: Any) -> None:
     keys = set(example)
     forms = [form for form in (("text",), ("prompt", "response"), ("messages",), ("parts",)) if set(form) <= keys]
     if len(forms) > 1:
-        raise ValueError(f"an example has one form, got {' as well as '.join(' and '.join(form) for form in forms)}.")
+        both = " as well as ".join(" and ".join(form) for form in forms)
+        raise ValueError(f"an example has one form, got {both}. Leave out what is not to be learnt.")
     if "messages" in keys:
         chat.check(example["messages"])
         if not any(m["role"] == "assistant" for m in example["messages"]):

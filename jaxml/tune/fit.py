@@ -78,7 +78,7 @@ def fit(
     o = options
     places = decoder.num_places(model.params)
     counts = {"examples": len(examples)} | ({"anchors": len(anchors)} if anchors else {})
-    hosts.same(counts | {"options": o, "mesh": mesh and mesh.shape, "held out": len(eval_examples)}, "fit")
+    hosts.same(counts | {"options": o, "mesh": getattr(mesh, "shape", mesh), "held out": len(eval_examples)}, "fit")
     check_mesh(mesh, o, bool(anchors))
     check_length("fit", model.config, o.length, places, mesh.shape["context"] if mesh else 1)
     prepare = _prepare(model, o)
@@ -148,7 +148,7 @@ def fit(
                     run.save(step, state, measured)
                 if signum or last:
                     run.wait()
-                    if signum := signum or asked.late():
+                    if (signum := signum or asked.late()) and (folder is not None or not last):
                         raise Stopped(signum, step)
         info["seconds"] = time.perf_counter() - started
     trained = jax.tree.map(lambda new, old: new.astype(old.dtype), state.trainable, given)

@@ -80,8 +80,9 @@ class Options:
             if name == "steps" and value is None:
                 continue
             whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not whole or not low <= value <= MOST:
-                raise ValueError(f"Options: {name} is a whole number in {low} … {MOST}, got {value!r}.")
+            most = 2**32 - 1 if name == "seed" else MOST
+            if not whole or not low <= value <= most:
+                raise ValueError(f"Options: {name} is a whole number in {low} … {most}, got {value!r}.")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         finite = lambda value, low: low <= value < math.inf  # NaN is neither

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import threading
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from jaxml import files, log
 from jaxml.axes import Array, Float, Params
 from jaxml.checkpoint import Checkpoints
 from jaxml.parallel import hosts
+
+SEEN_S = 60  # a file that one host has written is seen by the others within
 
 
 class Guard(NamedTuple):
@@ -104,9 +108,7 @@ class Run:
             hosts.together(lambda: self._open(opened))
             hosts.meet("a run begins")
             hosts.together(lambda: agree(self.folder / "run.json", self.about, "fit"))
-            self.checkpoints = hosts.together(
-                lambda: Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
-            )
+            self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
             self._opened = opened.pop_all()
         return self
 
@@ -187,6 +189,10 @@ def alone(folder: Path) -> Iterator[None]:
             raise RuntimeError(
                 f"{folder}: another process is at work in this folder. Wait for it, or choose another."
             ) from error
+        except OSError as error:  # a file system without locks
+            warnings.warn(
+                f"{folder}: cannot be locked ({error.strerror}). See that no other run is in it.", stacklevel=2
+            )
         yield
 
 
@@ -198,13 +204,14 @@ def agree(path: Path, about: dict[str, Any], who: str) -> None:
     Raises:
         ValueError: they differ.
     """
-    if not path.is_file():
+    about = json.loads(json.dumps(about, default=_plain))
+    if not _is_there(path, SEEN_S):
         if not hosts.is_main():
             raise ValueError(
                 f"{who}: a run's folder is one that all processes share, and {path.parent} is none: "
                 f"{path.name}, which process 0 wrote, is not there."
             )
-        log.write_text(path, json.dumps(about, indent=2, default=int))
+        log.write_text(path, json.dumps(about, indent=2))
         return
     try:
         then = files.read_json(path)
@@ -217,6 +224,19 @@ def agree(path: Path, about: dict[str, Any], who: str) -> None:
     if differ:
         what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
         raise ValueError(f"{who}: {path.parent} holds a run of other options or data ({what}). Choose another folder.")
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)
+
+
+def _is_there(path: Path, seconds: float) -> bool:
+    """Whether the main process has written a file; other hosts may see that a while later."""
+    end = time.monotonic() + (0 if hosts.is_main() else seconds)
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.5)
+        os.listdir(path.parent)  # a network's file system looks again
+    return path.is_file()
 
 
 class Signals:

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -366,6 +367,22 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="a run's folder is one that can be made and written"):
         tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path / "file", progress=False)
+
+
+def test_a_run_is_about_what_json_makes_of_it(tmp_path):
+    options = tune.Options(steps=1, batch_size=1, length=32, learning_rate=np.float32(1e-3))
+    about = {"targets": ("q", "v"), 3: np.int64(4)}
+    for _ in range(2):
+        tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False, about=about)
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="cannot be locked"), alone(tmp_path):
+        pass
 
 
 def test_a_signal_while_the_last_step_is_saved_loses_nothing(tmp_path, monkeypatch):
