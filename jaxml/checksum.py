@@ -12,6 +12,8 @@ from jaxml.axes import Array
 
 UNSIGNED = {64: jnp.uint32, 32: jnp.uint32, 16: jnp.uint16, 8: jnp.uint8}  # bits of a number → its words
 
+NONE = jax.sharding.Mesh(np.empty((), object), ())
+
 
 def checksum(tree: Any) -> str:
     """Of all bits of a tree of arrays: one that changes gives another checksum.
@@ -25,7 +27,8 @@ def checksum(tree: Any) -> str:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = [(name_of(path), leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in leaves]
-    begun = [_parts(leaf) for _, leaf in named]  # all devices are at work before the first is waited for
+    with jax.set_mesh(NONE):  # a part is on one device
+        begun = [_parts(leaf) for _, leaf in named]  # all devices are at work before the first is waited for
     sums = np.array([np.sum([np.asarray(p) for p in parts], axis=0, dtype=np.uint32) for parts in begun], np.uint32)
     spread = [isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for _, leaf in named]
     if any(spread):

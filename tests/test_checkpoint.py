@@ -165,6 +165,8 @@ def test_a_checksum_is_of_every_bit_wherever_it_lies():
     mesh = parallel.mesh(fsdp=2, tensor=2, data=2)
     for spec in (P(), P("fsdp"), P("tensor", "fsdp"), P(None, ("data", "tensor"))):
         assert checksum([parallel.put(w, NamedSharding(mesh, spec))]) == checksum([w]) != checksum([w.T])
+    with jax.set_mesh(mesh):
+        assert checksum([w]) == checksum([parallel.put(w, NamedSharding(mesh, P("fsdp")))])
     assert checksum({"a": w}) != checksum({"b": w})
     wide = np.arange(6, dtype=np.complex64)
     assert checksum([wide]) == checksum([jnp.asarray(wide)])

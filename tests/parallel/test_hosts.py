@@ -133,7 +133,6 @@ def test_a_signal_to_one_process_stops_all_after_one_step_and_another_number_goe
         ((":1", 2, 0), "HOST:PORT"),
         (("host:0", 2, 0), "HOST:PORT"),
         (("host:99999", 2, 0), "HOST:PORT"),
-        (("auto", 2, 0), "coordinator is HOST:PORT, got auto"),
         (("host:1", 0, 0), "processes is at least 1, got 0"),
         (("host:1", 2, None), "given together"),
         (("host:1", 2, 2), "process is in 0 … 1, got 2"),
