@@ -53,7 +53,7 @@ class Checkpoints:
         where, handler = Path(folder).absolute(), ocp.StandardCheckpointHandler()
         if not read_only:
             hosts.together(lambda: _check_writable(where))
-        with files.reading(where, "a run's checkpoints"):
+        with files.reading(where, "a run's checkpoints", more=(ValueError,)):
             self._manager = ocp.CheckpointManager(where, item_handlers=handler, options=options)
         self._writes = not read_only
         self._purge()
@@ -81,9 +81,15 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             said = " ".join((str(error).splitlines() or [type(error).__name__])[0].split())[:300]
+            many = jax.process_count() > 1
+            see = (
+                "see that all processes run, and to the disk, and start them all again"
+                if many
+                else "see to the disk, and start again"
+            )
             raise OSError(
                 f"{self._manager.directory}: a checkpoint could not be written ({said}). Those before it are whole: "
-                "see to the disk, and start again."
+                f"{see}."
             ) from error
 
     def steps(self) -> list[int]:
@@ -120,8 +126,8 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise plain Exception, too
             if closed := _closed(Path(self._manager.directory) / str(step)):
                 raise PermissionError(f"{closed}: may not be read. See to its rights.") from error
-            said = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            raise ValueError(self._damaged(step, said)) from error
+            said = (str(error).splitlines() or [type(error).__name__])[0].partition("See full TensorStore")[0][:300]
+            raise ValueError(self._damaged(step, said.strip())) from error
 
     def _damaged(self, step: int, said: str) -> str:
         folder = self._manager.directory

@@ -202,7 +202,11 @@ def test_quantize_and_merge_write_folders_that_load(folder, capsys):
         (["--method", "galore", "--targets", "nosuch"], "finetune --targets: a pattern matches at least one weight, "),
         (["--method", "full", "--dropout", "0.1"], "--dropout is no option"),
         (["--start", "nope"], "start is one of"),
-        (["--start", "loftq"], "got no format"),
+        (["--start", "loftq"], "is for quantised weights"),
+        (["--start", "pissa", "--quantize", "int4"], "in int4 cannot be. Take --quantize nf4"),
+        (["--method", "galore", "--gap", str(10**12)], "--gap is below 2³¹"),
+        (["--accumulate", str(10**9)], "the tokens of a step"),
+        (["--wait", "0"], "--wait is at least 1 s"),
         (["--whole", "zz"], "'zz'"),
         (["--lora-plus", "-1"], "above 0"),
         (["--rank", "4000"], "1 … 32"),
@@ -221,6 +225,25 @@ def test_an_adapter_is_gone_on_with_or_merged(folder, capsys):
     assert main(run("merged", "--method", "galore", "--rank", 8, *given)) == 0
     assert main(run("faster", "--lora-plus", 4, *given)) == 0
     assert "--rank is what --adapter has been made with" in refused(capsys, *run("never", "--rank", 4, *given))
+    assert "Give --method lora" in refused(capsys, *run("never", "--method", "dora", *given))
+    (folder / "first" / "run.json").unlink()
+    shutil.rmtree(folder / "first" / "adapter")
+    assert "holds checkpoints, but no file run.json" in refused(capsys, *run("first", "--rank", 8))
+
+
+def test_what_a_start_left_of_the_weights_is_the_only_base_of_its_adapter(folder, capsys):
+    train, run = folder / "train.jsonl", folder / "moved"
+    argv = ["finetune", folder / "model", train, "--no-progress", "--steps", 1, "--batch-size", 1, "--length", 32]
+    argv += ["--method", "qlora", "--start", "pissa", "--eval", train]
+    assert "1 … 32" in refused(capsys, *argv, "--rank", 99, "--out", run)
+    assert not run.exists()
+    assert main([str(a) for a in [*argv, "--rank", 4, "--out", run]]) == 0
+    told = capsys.readouterr().out.rpartition("held-out loss ")[2].partition(":")[0]
+    given = ["--adapter", run / "adapter", "--length", 32]
+    assert main([str(a) for a in ["evaluate", run / "base", train, *given]]) == 0
+    assert f"loss {told} nats" in capsys.readouterr().out
+    for options in ([], ["--quantize", "nf4"]):
+        assert "Load it on" in refused(capsys, "evaluate", folder / "model", train, *given, *options)
 
 
 @pytest.mark.slow

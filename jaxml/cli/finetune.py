@@ -44,7 +44,7 @@ def add(sub):
     sub.add_argument("--eval", metavar="DATA", help="JSONL held out")
     step_arguments(sub)
     sub.add_argument("--steps", type=int, help="optimizer steps (default: from --epochs)")
-    sub.add_argument("--epochs", type=float, default=1.0, help="passes over DATA (default: 1)")
+    sub.add_argument("--epochs", type=float, default=1.0, help="passes over DATA, in whole steps (default: 1)")
     sub.add_argument("--learning-rate", type=float, default=2e-4, help="at its highest (default: 2e-4)")
     sub.add_argument(
         "--schedule", choices=("constant", "linear", "cosine"), default="cosine", help="of the rate (default: cosine)"
@@ -89,6 +89,7 @@ def run(args):
     import jax
 
     from jaxml import lm, log, tune
+    from jaxml.lm import hf
     from jaxml.parallel import hosts
     from jaxml.tune import adapters, data
 
@@ -115,6 +116,8 @@ def run(args):
         rollbacks=args.rollbacks,
     )
     check(args, "finetune")
+    if not args.out.strip():
+        raise ValueError("finetune: --out is the name of a folder, got an empty one.")
     out = Path(args.out)
     result = out / ("model" if args.method in ("full", "galore") else "adapter")
     mesh = join(args)
@@ -126,6 +129,11 @@ def run(args):
     model = _adapted(args, model)
     quantised = _quantised(model)
     moved = quantised is not None and adapters.starts.moves(args.start)
+    if moved and (bad := hf.unwritable(adapters.detach(model.params))):
+        raise ValueError(
+            f"finetune: with --start {args.start} what is left of the weights is written as well, and "
+            f"{next(iter(bad))} in {quantised} cannot be. Take --quantize nf4, fp4 or int8, or another start."
+        )
     if not moved and adapters.starts.moves(args.start) and args.start not in adapters.starts.FOUND_AGAIN:
         raise ValueError(
             f"finetune: PEFT cannot find again what --start {args.start} moves into the adapter, unless the rest is "
@@ -136,21 +144,22 @@ def run(args):
         model, examples, options, eval_examples=held, tx=tx, folder=out, progress=not args.no_progress,
         about=_method(args) | about, mesh=mesh,
     )  # fmt: skip
+    if hosts.is_main():
+        log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
     if result.name == "adapter":
         if moved:
             # A part of the weights is in the adapter, and the rest is rounded: neither is of use without the other.
             _write_base(model.replace(params=adapters.detach(model.params)), out / "base")
             hosts.say(f"what is left of the weights, in {quantised}: {out / 'base'}")
-        base = str(out / "base") if moved else args.model
+        base = str((out / "base").resolve()) if moved else args.model
+        checksum = adapters.base_checksum(model.params)
         trained, rest = adapters.split(model.params)
         trained = jax.tree.map(hosts.to_host, trained)
         if hosts.is_main():
-            adapters.save_peft(result, adapters.combine(trained, rest), model.config, base_model=base)
+            adapters.save_peft(result, adapters.combine(trained, rest), model.config, base_model=base, base=checksum)
     else:
         lm.save(model, result)
-    if hosts.is_main():
-        log.plot_loss(log.read(out / "log.jsonl"), out / "loss.png", title=f"Fine-tuning {Path(args.model).name}")
-    hosts.say(_told(info, result))
+    hosts.say(_told(info, out, result))
     hosts.meet("a run ends")
     return 0
 
@@ -205,13 +214,15 @@ def _write_base(model, folder: Path) -> None:
     lm.save(model, folder)
 
 
-def _told(info: dict, result: Path) -> str:
-    """How a run ended, in one line."""
-    if info["loss"] is None:
-        return f"{result}"
-    parts = [f"{info['steps']} steps", f"loss {info['loss']:.4f}"]
-    if info["eval_loss"] is not None:
-        parts.append(f"held-out loss {info['eval_loss']:.4f}")
+def _told(info: dict, out: Path, result: Path) -> str:
+    """How a run ended, in one line; where its last step had been done before, as its log has it."""
+    from jaxml import log
+
+    rows = log.read(out / "log.jsonl")
+    last = lambda name: next((row[name] for row in reversed(rows) if name in row), None)
+    loss, held = (last(name) if info[name] is None else info[name] for name in ("loss", "eval_loss"))
+    parts = [f"{info['steps']} steps"]
+    parts += [f"{name} {value:.4f}" for name, value in (("loss", loss), ("held-out loss", held)) if value is not None]
     for name in ("skipped", "rollbacks"):
         if info[name]:
             parts.append(f"{name}: {info[name]} (log.jsonl says why)")
@@ -231,6 +242,7 @@ TAKES = {
     "galore": ("rank", "gap"),
 }
 MADE_WITH = ("rank", "alpha", "start", "rslora", "dropout", "whole")  # of these an adapter says itself what they were
+PLAIN = {"qlora": "lora", "qdora": "dora"}  # a method by the adapters that it attaches
 OPTIONS = ("rank", "alpha", "gap", "start", "rslora", "lora_plus", "dropout", "target_rank", "whole", "quantize")
 
 
@@ -243,6 +255,8 @@ def check(args, who: str):
         number = isinstance(value, int | float) and not isinstance(value, bool) and name != "dropout"
         if number and not 0 < value < math.inf:
             raise ValueError(f"{who}: --{option} is above 0, got {value}.")
+        if isinstance(value, int) and value >= 2**31:
+            raise ValueError(f"{who}: --{option} is below 2³¹, got {value}.")
         if value and args.adapter and name in MADE_WITH and args.method not in ("full", "galore"):
             raise ValueError(f"{who}: --{option} is what --adapter has been made with. Leave it out.")
     if args.adapter and args.targets != "*":
@@ -250,6 +264,8 @@ def check(args, who: str):
     if args.method == "full" and args.targets != "*":
         raise ValueError(f"{who}: --targets is no option of --method full. Leave it out.")
     args.quantize = quantised_as(args)
+    if (args.start or "").startswith("loftq") and not args.quantize:
+        raise ValueError(f"{who}: --start {args.start} is for quantised weights. Give --quantize or --method qlora.")
     rank = args.rank or {"adalora": 12, "galore": 128, "vera": None}.get(args.method, 8)  # VeRA's: as it fits
     usual = dict(rank=rank, start="default", gap=200, dropout=0.0)
     usual |= dict(alpha=2.0 * rank, target_rank=max(1, rank * 2 // 3)) if rank else {}
@@ -281,10 +297,24 @@ def _adapted(args, model):
     from jaxml.tune import adapters
 
     if args.adapter and args.method not in ("full", "galore"):
+        made, wanted = _method_of(model.params), PLAIN.get(args.method, args.method)
+        if made != wanted:
+            raise ValueError(f"finetune: --adapter is one of {made}, got --method {args.method}. Give --method {made}.")
         return model
     format = args.quantize if adapters.starts.moves(args.start) else None
     show = lambda plan: hosts.is_main() and Console().print(plan, highlight=False)
     return model.replace(params=attached(args, model.params, format, show))
+
+
+def _method_of(params) -> str:
+    """How the adapters of a model have been made."""
+    from jaxml.tune import adapters
+
+    found = {
+        "dora" if getattr(node, "magnitude", None) is not None else node.method
+        for node in adapters.tree.of(params).values()
+    }
+    return min(found - {"whole"}, default="whole")
 
 
 def quantised_as(args) -> str | None:
@@ -312,7 +342,7 @@ def attached(args, params, quantize: str | None = None, show=None):
     return adapters.attach(
         params,
         jax.random.key(args.seed),
-        method={"qlora": "lora", "qdora": "dora"}.get(args.method, args.method),
+        method=PLAIN.get(args.method, args.method),
         rank=args.rank or (min(256, most) if args.method == "vera" else 8),
         alpha=args.alpha,
         targets=None if args.targets == "*" else args.targets.split(","),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib
+import logging
 import math
 import os
 import sys
@@ -36,16 +37,8 @@ FORMATS = ("nf4", "fp4", "int4", "int8")  # of `jaxml.quant`, said here so that 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; 0 on success, 2 for wrong usage or input (one sentence on stderr), 128 + n after signal n."""
-    args = parser().parse_args(argv)
-    if args.verb != "download":
-        _compilation_cache()
-    from jaxml.tune.run import Stopped
-
     try:
-        return args.run(args) or 0
-    except Stopped as stopped:
-        print(f"jaxml: {stopped}", file=sys.stderr)
-        return 128 + stopped.signum
+        return _main(argv)
     except KeyboardInterrupt:
         print("jaxml: interrupted.", file=sys.stderr)
         return 130
@@ -59,6 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"jaxml: {error}", file=sys.stderr)
         return 2
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parser().parse_args(argv)
+    if args.verb != "download":
+        _compilation_cache()
+    from jaxml.tune.run import Stopped
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of its own affairs
+    try:
+        return args.run(args) or 0
+    except Stopped as stopped:
+        print(f"jaxml: {stopped}", file=sys.stderr)
+        return 128 + stopped.signum
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,6 +146,9 @@ def join(args: argparse.Namespace):
     from jaxml import parallel
     from jaxml.parallel import hosts
 
+    for name in ("wait", "heartbeat"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"{args.verb}: --{name} is at least 1 s, got {getattr(args, name)}.")
     if args.coordinator is not None or hosts.called():
         hosts.start(args.coordinator, args.processes, args.process, heartbeat_s=args.heartbeat, wait_s=args.wait)
     elif args.processes is not None or args.process is not None:

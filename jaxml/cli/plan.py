@@ -81,12 +81,17 @@ def _config(model: str):
 
     if model in published.CONFIGS:
         return published.CONFIGS[model]
-    path = zoo.find(model) if model in zoo.NAMES else Path(model)
+    decoders = [name for name, entry in zoo.NAMES.items() if entry.kind == "decoder"]
+    if model in zoo.NAMES and model not in decoders:
+        raise ValueError(
+            f"plan: {model} is no decoder, but an {zoo.NAMES[model].kind}. Take one of {', '.join(decoders)}."
+        )
+    path = zoo.find(model) if model in decoders else Path(model)
     if path.is_dir():
         return hf.read_config(path)
     if path.is_file():
         return DecoderConfig.from_gguf(gguf.read_metadata(path))
-    known = ", ".join((*published.CONFIGS, *zoo.NAMES))
+    known = ", ".join((*published.CONFIGS, *decoders))
     raise FileNotFoundError(f"plan: no file or folder is called {model!r}, and published are {known}.")
 
 
@@ -108,8 +113,6 @@ def _step(args, config):
         params = jax.eval_shape(lambda p: quantize_params(p, args.quantize), params)
     if args.start:
         starts.parse(args.start)
-        if args.start.startswith("loftq") and not args.quantize:
-            raise ValueError(f"plan: --start {args.start} is for quantised weights. Give --quantize or --method qlora.")
         args.start = "default"  # where A and B begin is no matter of their shapes
     params = jax.eval_shape(lambda p: attached(args, p), params)
     return params, options, tune.optimizer(options, 1000, around=lambda adamw: around(args, adamw, 1000))

@@ -63,7 +63,9 @@ def start(
             raise ValueError(f"{who}: {name} is at least 1, got {value}.")
     where = f" at {coordinator}" if coordinator else ""
     all_of = f"all {processes} processes" if processes else "all processes"
-    missing = f"{who}: not {all_of} came{where} within {wait_s} s. Start them all, with one address."
+    missing = (
+        f"{who}: not {all_of} came{where} within {wait_s} s. Start them all, with one address and each its own number."
+    )
     with _or_end(wait_s, f"waiting for {all_of}{where}", missing):
         if process and host:
             _reach(host, port, wait_s)

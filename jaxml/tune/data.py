@@ -132,7 +132,7 @@ def _check_parts(parts: Any) -> None:
         for part in parts
     )  # fmt: skip
     if not well:
-        raise ValueError("parts are a list of [text, weight in the loss], the weight at least 0.")
+        raise ValueError(f"parts are a list of [text, weight in the loss], the weight from 0 to {MOST:.3g}.")
     if not any(text and weight for text, weight in parts):
         raise ValueError("parts hold at least one text to learn, got none with a weight above 0.")
 
@@ -282,13 +282,20 @@ def prepare(
     if not examples:
         raise ValueError("data.prepare: at least one example is given, got none.")
     order = np.random.default_rng(seed).permutation(len(examples))
-    made = hosts.shared(len(order), lambda i: encode(examples[order[i]], tokenizer, learn_all=learn_all))
+
+    def one(i: int) -> Encoded:
+        try:
+            return encode(examples[order[i]], tokenizer, learn_all=learn_all)
+        except ValueError as error:
+            raise ValueError(f"data.prepare: example {order[i] + 1} (blank lines do not count): {error}") from error
+
+    made = hosts.shared(len(order), one)
     encoded = [Encoded(*one) for one in made]
     if long := [(order[i] + 1, n) for i, one in enumerate(encoded) if (n := len(one.tokens)) > length]:
         number, n = min(long)
         raise ValueError(
-            f"data.prepare: an example fits a row of {length} tokens, got {n} in the one numbered {number}"
-            f"{f', and {len(long) - 1} more' if len(long) > 1 else ''}. Give a larger length, or shorten it."
+            f"data.prepare: an example fits a row of {length} tokens, got {n} in example {number} (blank lines do not "
+            f"count){f', and {len(long) - 1} more' if len(long) > 1 else ''}. Give a larger length, or shorten it."
         )
     if tasks is None:
         return Batches(pack(encoded, length), batch_size, seed)

@@ -83,6 +83,10 @@ class Options:
             most = 2**32 - 1 if name == "seed" else MOST
             if not whole or not low <= value <= most:
                 raise ValueError(f"Options: {name} is a whole number in {low} … {most}, got {value!r}.")
+        if (tokens := self.accumulate * self.batch_size * self.length) > MOST:
+            raise ValueError(
+                f"Options: accumulate · batch_size · length, the tokens of a step, are below 2³¹, got {tokens:,}."
+            )
         if self.schedule not in SCHEDULES:
             raise ValueError(f"Options: schedule is one of {', '.join(SCHEDULES)}, got {self.schedule!r}.")
         finite = lambda value, low: low <= value < math.inf  # NaN is neither

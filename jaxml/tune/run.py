@@ -211,15 +211,19 @@ def agree(path: Path, about: dict[str, Any], who: str) -> None:
                 f"{who}: a run's folder is one that all processes share, and {path.parent} is none: "
                 f"{path.name}, which process 0 wrote, is not there."
             )
+        if path.exists() or any((path.parent / "checkpoints").glob("[0-9]*")):
+            raise ValueError(
+                f"{who}: {path.parent} holds checkpoints, but no file {path.name} that says what they are of. Choose "
+                "another folder."
+            )
         log.write_text(path, json.dumps(about, indent=2))
         return
-    try:
-        then = files.read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{error} It is damaged: choose another folder, or remove {path.parent}.") from error
     flat = lambda d: {k: v for k, v in d.items() if k != "options"} | d.get("options", {})
-    with files.reading(path, "a run"):
-        before, now = flat(then), flat(about)
+    try:
+        with files.reading(path, "a run"):
+            before, now = flat(files.read_json(path)), flat(about)
+    except ValueError as error:
+        raise ValueError(f"{error} It says what the run was about: choose another folder.") from error
     differ = [k for k in now if before.get(k) != now[k]]
     if differ:
         what = ", ".join(f"{k} was {before.get(k)!r}, is {now[k]!r}" for k in differ)
@@ -235,7 +239,8 @@ def _is_there(path: Path, seconds: float) -> bool:
     end = time.monotonic() + (0 if hosts.is_main() else seconds)
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.5)
-        os.listdir(path.parent)  # a network's file system looks again
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # a network's file system looks again
     return path.is_file()
 
 

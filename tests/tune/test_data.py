@@ -99,7 +99,7 @@ def test_an_example_has_one_form():
 
 def test_what_is_too_long_is_told_by_its_number(tmp_path):
     examples = [{"text": "a"}, {"text": "b" * 40}, {"text": "c" * 50}]
-    with pytest.raises(ValueError, match=r"got \d+ in the one numbered 2, and 1 more"):
+    with pytest.raises(ValueError, match=r"got \d+ in example 2 \(blank lines do not count\), and 1 more"):
         data.prepare(examples, TOKENIZER, length=16, batch_size=1)
     with pytest.raises(IsADirectoryError, match="this is a folder"):
         data.read_jsonl(tmp_path)

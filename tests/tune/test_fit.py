@@ -362,7 +362,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
     tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
     (tmp_path / "run.json").write_text('{"opt')
-    with pytest.raises(ValueError, match=r"run.json: not JSON .* damaged: choose another folder"):
+    with pytest.raises(ValueError, match=r"run.json: not JSON .* what the run was about: choose another folder"):
         tune.fit(tiny_model(), EXAMPLES, options, folder=tmp_path, progress=False)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="a run's folder is one that can be made and written"):

@@ -11,7 +11,7 @@ from jaxml.tune.adapters.mix import mix
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Stack, Whole
 from jaxml.tune.adapters.optimizers import lora_fa, lora_plus
 from jaxml.tune.adapters.peft_load import load_peft
-from jaxml.tune.adapters.peft_save import save_peft
+from jaxml.tune.adapters.peft_save import base_checksum, save_peft
 from jaxml.tune.adapters.tree import (
     combine,
     delta,
@@ -32,6 +32,7 @@ __all__ = [
     "Whole",
     "adalora",
     "attach",
+    "base_checksum",
     "combine",
     "delta",
     "detach",

@@ -12,13 +12,14 @@ import numpy as np
 
 from jaxml import files, paths, weights
 from jaxml.axes import Array, Params
+from jaxml.checksum import checksum
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
 from jaxml.lm.tensors import real
 from jaxml.quant import QArray
 from jaxml.tune.adapters import peft_config, starts
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
-from jaxml.tune.adapters.peft_names import PREFIX, RANK_SHIFT, VERA, Modules, modules_of, short
+from jaxml.tune.adapters.peft_names import BASE, PREFIX, RANK_SHIFT, VERA, Modules, modules_of, short
 from jaxml.tune.adapters.tree import is_adapter
 
 
@@ -72,7 +73,20 @@ def _load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCo
     for target in about.get("modules_to_save") or ():
         if not any(isinstance(w, Whole) and modules[path].format(0).endswith(target) for path, w in new.items()):
             raise ValueError(f"{folder}: modules_to_save names {target!r}, which the file does not hold.")
+    if (folder / BASE).is_file():
+        _check_base(folder, about, new)
     return paths.replaced(params, new)
+
+
+def _check_base(folder: Path, about: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuses other weights than those that a part moved out of, where that is known (`save_peft`)."""
+    told = files.read_json(folder / BASE).get("checksum")
+    base = {path: w.base for path, w in new.items() if isinstance(w, LoRA) and isinstance(w.base, QArray)}
+    if checksum(base) != told:
+        raise ValueError(
+            f"{folder}: this adapter holds a part of the weights that it was trained on, and these are others. Load "
+            f"it on {about.get('base_model_name_or_path') or 'those'} (what was left of them)."
+        )
 
 
 def tensor(folder: Path, file: Any, name: str) -> np.ndarray:

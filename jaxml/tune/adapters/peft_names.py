@@ -7,6 +7,7 @@ from jaxml.lm.config import DecoderConfig
 from jaxml.lm.tensors import tensor_names
 
 Modules = Mapping[str, str]  # path → module, "{}" for the layer
+BASE = "base.json"  # beside an adapter that is of no use on any weights but those it was trained on
 PREFIX = "base_model.model."
 VERA = ("base_model.vera_A", "base_model.vera_B")
 RANK_SHIFT = 1e-5  # PEFT divides AdaLoRA's product by the rank and this

@@ -9,17 +9,24 @@ import numpy as np
 
 from jaxml import paths, weights
 from jaxml.axes import Array, Params
+from jaxml.checksum import checksum
 from jaxml.lm import hf
 from jaxml.lm.config import DecoderConfig
 from jaxml.quant import QArray
 from jaxml.tune.adapters import starts
 from jaxml.tune.adapters.nodes import LoRA, Scaled, Whole
-from jaxml.tune.adapters.peft_names import PREFIX, RANK_SHIFT, VERA, Modules, modules_of, of_layers, short
+from jaxml.tune.adapters.peft_names import BASE, PREFIX, RANK_SHIFT, VERA, Modules, modules_of, of_layers, short
 from jaxml.tune.adapters.tree import of
 
 
 def save_peft(
-    folder: str | Path, params: Params, config: DecoderConfig | Modules, *, base_model: str = "", dtype: Any = None
+    folder: str | Path,
+    params: Params,
+    config: DecoderConfig | Modules,
+    *,
+    base_model: str = "",
+    dtype: Any = None,
+    base: str | None = None,
 ) -> Path:
     """Writes adapter_config.json and adapter_model.safetensors, which PEFT loads as they are.
 
@@ -31,6 +38,8 @@ def save_peft(
             a part of W into the adapter and the rest was quantised: the adapter stands around that rest alone, so
             write it too (``lm.save`` of ``adapters.detach``) and name it.
         dtype: of the tensors; their own where None.
+        base: `base_checksum(params)` where one process of several writes; found out where None. It is kept beside an
+            adapter of such a start, and `load_peft` refuses other weights.
 
     Raises:
         ValueError: no adapters in the tree, several methods, a weight that PEFT has no name for, a start that moved a
@@ -76,11 +85,27 @@ def save_peft(
         a, b = _vera_projections(found)
         arrays |= {VERA[0]: a.T, VERA[1]: b.T}
     arrays = {k: np.asarray(v if dtype is None else v.astype(dtype)) for k, v in arrays.items()}
+    base = base or base_checksum(params)
     with hf.whole_folder(folder) as temporary:
+        if base:
+            (temporary / BASE).write_text(json.dumps({"checksum": base}))
         hf.save_safetensors(temporary / "adapter_model.safetensors", arrays)
         about = _about(found, modules, method, kept, base_model)
         (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2))
     return Path(folder)
+
+
+def base_checksum(params: Params) -> str | None:
+    """Of the quantised weights under adapters into which a part of them moved; None where there are no such.
+
+    Example:
+        >>> from jaxml import testing
+        >>> base_checksum(testing.tiny_model().params) is None
+        True
+    """
+    moved = {path: w for path, w in of(params).items() if isinstance(w, LoRA) and starts.moves(w.start)}
+    found = {path: w.base for path, w in moved.items() if isinstance(w.base, QArray)}
+    return checksum(found) if found else None
 
 
 def _tensors(w: Any, path: str, layer: int | None, kept: np.ndarray | None) -> dict[str, Array]:
