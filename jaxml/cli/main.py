@@ -60,7 +60,9 @@ def _main(argv: Sequence[str] | None) -> int:
         _compilation_cache()
     from jaxml.tune.run import Stopped
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of its own affairs
+    if not os.environ.get("JAXML_TRACEBACK"):
+        for name in ("absl", "asyncio"):  # Orbax tells of each write that a failure has ended; jaxml once, what failed
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return args.run(args) or 0
     except Stopped as stopped:
