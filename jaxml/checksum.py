@@ -60,12 +60,25 @@ def _parts(a: Any) -> list[Any]:
         a = np.ascontiguousarray(a)
         a = a.view(np.uint32) if a.itemsize > 4 else a  # of 64 bits JAX would keep half
         return [_sums(a, np.zeros(a.ndim, np.uint32), _strides(a.shape))] if a.size else [np.zeros(2, np.uint32)]
-    strides, parts = _strides(a.shape), [np.zeros(2, np.uint32)]
+    strides, nowhere = _strides(a.shape), [np.zeros(2, np.uint32)]
+    if len(a.sharding.device_set) == 1:
+        whole = np.zeros(a.ndim, np.uint32)
+        return [_sums(_on_device(a), whole, strides)] if a.size else nowhere
+    parts = nowhere
     for shard in a.addressable_shards:
         if shard.replica_id == 0 and shard.data.size:
             starts = np.array([axis.start or 0 for axis in shard.index], np.uint64).astype(np.uint32)
-            parts.append(_sums(shard.data, starts, strides))
+            parts.append(_sums(_on_device(shard.data), starts, strides))
     return parts
+
+
+def _on_device(a: Array) -> Array:
+    """An array of one device in that device's own memory, where it lies in the host's."""
+    (device,) = a.sharding.device_set
+    kind = device.default_memory().kind
+    if a.sharding.memory_kind in (None, kind):
+        return a
+    return jax.device_put(a, jax.sharding.SingleDeviceSharding(device, memory_kind=kind))
 
 
 def _strides(shape: tuple[int, ...]) -> np.ndarray:

@@ -19,6 +19,7 @@ from jaxml.prompts.llm import Reply, Scores
 from jaxml.prompts.store import Store
 
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
+GRACE_S = 2.0  # for answers that are on their way when one has failed
 ANSWER_BYTES = 64 * files.MIB  # of one answer; a long prompt's log-probabilities have a few MiB
 Body = tuple[str, dict[str, Any]]  # (path, JSON) of a request
 
@@ -204,7 +205,7 @@ class Endpoint:
 
     def _all(self, asked: Sequence[tuple[Body, Callable[[Any], Any]]]) -> list[Any]:
         """What is made of the answer to each request; the first failure, or Ctrl-C, ends all of them."""
-        over = threading.Event()
+        over, futures = threading.Event(), []
         pool = concurrent.futures.ThreadPoolExecutor(self.concurrency)
         try:
             futures = [pool.submit(self._ask, body, parse, over) for body, parse in asked]
@@ -214,6 +215,7 @@ class Endpoint:
         finally:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            concurrent.futures.wait(futures, GRACE_S)  # what is on its way already is paid for, and kept
 
     def _ask(self, body: Body, parse: Callable[[Any], Any], over: threading.Event) -> Any:
         path, content = body
@@ -259,12 +261,15 @@ class Endpoint:
         """The whole of an answer, unless it is too late, too long, or no longer wanted."""
         httpx = need("httpx", "prompts")
         until, content = time.monotonic() + self.timeout, bytearray()
+        whole = response.headers.get("content-length", "")
         if (packed := response.headers.get("content-encoding", "identity")) != "identity":
             raise EndpointError(f"{self.url}: an answer is not packed, got content-encoding {packed[:50]!r}.")
         for part in response.iter_bytes():
             content += part
             if len(content) > ANSWER_BYTES:
                 raise EndpointError(f"{self.url}: an answer has at most {ANSWER_BYTES:,} bytes, got more.")
+            if whole.isdigit() and len(content) >= int(whole):
+                break
             if over.is_set() or time.monotonic() > until:
                 raise httpx.ReadTimeout(f"an answer is whole within {self.timeout} s")
         return bytes(content)
