@@ -27,6 +27,7 @@ log.jsonl and loss.png. Going on, --mesh, the number of processes, --eval and --
 (on the same mesh, to the same bits). Several processes are given one shared --out, and the same MODEL and DATA.
 """
 
+import argparse
 import fnmatch
 import hashlib
 import math
@@ -263,7 +264,7 @@ def check(args, who: str):
         raise ValueError(f"{who}: --targets are those of --adapter. Leave them out.")
     if args.method == "full" and args.targets != "*":
         raise ValueError(f"{who}: --targets is no option of --method full. Leave it out.")
-    args.quantize = quantised_as(args)
+    args.quantize = args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
     if (args.start or "").startswith("loftq") and not args.quantize:
         raise ValueError(f"{who}: --start {args.start} is for quantised weights. Give --quantize or --method qlora.")
     rank = args.rank or {"adalora": 12, "galore": 128, "vera": None}.get(args.method, 8)  # VeRA's: as it fits
@@ -282,11 +283,8 @@ def _loaded(args, mesh):
     """The model as it is before anything is put on it; quantised, unless the start needs the weights as they were."""
     from jaxml.tune import adapters
 
-    format, args.quantize = quantised_as(args), None if adapters.starts.moves(args.start) else quantised_as(args)
-    try:
-        return load(args, mesh)
-    finally:
-        args.quantize = format
+    format = None if adapters.starts.moves(args.start) else args.quantize
+    return load(argparse.Namespace(**vars(args) | {"quantize": format}), mesh)
 
 
 def _adapted(args, model):
@@ -315,11 +313,6 @@ def _method_of(params) -> str:
         for node in adapters.tree.of(params).values()
     }
     return min(found - {"whole"}, default="whole")
-
-
-def quantised_as(args) -> str | None:
-    """The format of the weights under what is trained."""
-    return args.quantize or ("nf4" if args.method in ("qlora", "qdora") else None)
 
 
 def attached(args, params, quantize: str | None = None, show=None):
