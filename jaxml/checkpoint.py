@@ -12,8 +12,9 @@ from typing import Any, TypeVar
 import jax
 
 from jaxml import files
-from jaxml.checksum import checksum, name_of
+from jaxml.checksum import checksum
 from jaxml.parallel import hosts
+from jaxml.paths import path_of
 
 Tree = TypeVar("Tree")
 DELETED = ".deleted"  # of a run's folder: checkpoints that are being deleted
@@ -203,11 +204,11 @@ def _check_writable(folder: Path) -> None:
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path → shape; named fields, keys and indices are spelled alike, since Orbax stores all as keys."""
-    return {name_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _dtypes(tree: Any) -> dict[str, str]:
-    return {name_of(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {path_of(path): str(leaf.dtype) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def save(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxml.axes import Array
+from jaxml.paths import path_of
 
 UNSIGNED = {64: jnp.uint32, 32: jnp.uint32, 16: jnp.uint16, 8: jnp.uint8}  # bits of a number → its words
 
@@ -26,7 +27,7 @@ def checksum(tree: Any) -> str:
         (True, 16)
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    named = [(name_of(path), leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in leaves]
+    named = [(path_of(path), leaf if hasattr(leaf, "dtype") else np.asarray(leaf)) for path, leaf in leaves]
     with jax.set_mesh(NONE):  # a part is on one device
         begun = [_parts(leaf) for _, leaf in named]  # all devices are at work before the first is waited for
     sums = np.array([np.sum([np.asarray(p) for p in parts], axis=0, dtype=np.uint32) for parts in begun], np.uint32)
@@ -38,18 +39,6 @@ def checksum(tree: Any) -> str:
         sums[spread] = everyones.sum(axis=0, dtype=np.uint32)
     about = sorted((name, leaf.shape, str(leaf.dtype), s.tolist()) for (name, leaf), s in zip(named, sums))
     return hashlib.sha256(repr(about).encode()).hexdigest()[:16]
-
-
-def name_of(path: Any) -> str:
-    """A path in a tree; fields, keys and indices are spelled alike, since Orbax stores all as keys.
-
-    Example:
-        >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"a": [1]})
-        >>> name_of(path)
-        'a/0'
-    """
-    one = lambda key: str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
-    return "/".join(map(one, path))
 
 
 def _parts(a: Any) -> list[Any]:

@@ -1,10 +1,12 @@
 """Files from elsewhere: whatever their bytes are, a reader gives a value or one clear sentence."""
 
 import contextlib
+import fcntl
 import json
 import os
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -58,6 +60,25 @@ def check_stored(archive: zipfile.ZipFile, size: int, where: str | Path) -> None
         raise ValueError(f"{where}: {packed[0]} is compressed, as nothing in such a file is.")
     if sum(member.file_size for member in members) > size:
         raise ValueError(f"{where}: its parts are larger than itself.")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Within it no other process has this lock, a plain file that is made if it is not there.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be made, or is a link.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # a file system without locks
+            said = f"{path.parent}: cannot be locked ({error.strerror}). See that no other process is at work there."
+            warnings.warn(said, stacklevel=3)
+        yield
 
 
 def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:

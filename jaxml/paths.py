@@ -16,6 +16,17 @@ ALL_LINEAR = tuple(f"layers/{name}" for name in MATRICES)
 TABLES = ("embed", "head")
 
 
+def path_of(path: Any) -> str:
+    """ "layers/attn/kernel" of a key path; fields, keys and places are spelled alike, as Orbax stores them.
+
+    Example:
+        >>> [(path, _)] = jax.tree_util.tree_leaves_with_path({"a": [1]})
+        >>> path_of(path)
+        'a/0'
+    """
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def named(params: Params) -> dict[str, Array | Weight]:
     """Every weight, array or node, by its path.
 
@@ -25,12 +36,12 @@ def named(params: Params) -> dict[str, Array | Weight]:
         ['layers/0/q', 'norm']
     """
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    return {path_of(path): leaf for path, leaf in leaves}
 
 
 def replaced(params: Params, new: dict[str, Any]) -> Params:
     """The tree with other weights at some paths."""
-    put = lambda path, leaf: new.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    put = lambda path, leaf: new.get(path_of(path), leaf)
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_node)
 
 

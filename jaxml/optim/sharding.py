@@ -18,8 +18,9 @@ from jaxml.optim.lora import Factors
 from jaxml.optim.offload import HOST, Offloaded, is_large
 from jaxml.optim.packed import Packed, is_packed
 from jaxml.optim.plain import plain
-from jaxml.optim.targets import Target, path_of
+from jaxml.optim.targets import Target
 from jaxml.parallel.rules import dividing
+from jaxml.paths import path_of
 
 
 def state_sharding(tx: optax.GradientTransformation, params: Any) -> Any:

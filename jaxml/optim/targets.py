@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxml.axes import Array, Float
+from jaxml.paths import path_of
 
 SIDES = ("auto", "std", "reverse_std", "left", "right", "full")
 NOT_BY_DEFAULT = r"(?i)embed|lm_head|unembed|vocab|(^|/)w[tp]e(/|$)|norm|(^|/|_)(bias|scale|ln(_?\d+)?)(/|$)"
@@ -123,11 +124,6 @@ def _multiply(dtype):
         return jnp.einsum(spec, a.astype(dtype), b.astype(dtype), preferred_element_type=wide)
 
     return multiply
-
-
-def path_of(path) -> str:
-    """ "layers/attn/kernel" of a key path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check_mesh(name: str, leaves: list[Array]) -> None:

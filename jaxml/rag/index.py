@@ -7,10 +7,8 @@ index.search(["who keeps the lighthouse?"], 5)
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -325,15 +323,13 @@ def _alone(path: Path) -> Iterator[None]:
     Raises:
         ValueError: one is at it.
     """
-    try:
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise ValueError(f"{path / 'lock'}: a plain file of the index's own ({error}). Remove it.") from error
-    with open(lock, "w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            held.enter_context(files.locked(path / "lock"))
+        except BlockingIOError as error:
             raise ValueError(f"{path}: another process is changing this index. Wait until it is done.") from error
+        except OSError as error:
+            raise ValueError(f"{path / 'lock'}: a plain file of the index's own ({error}). Remove it.") from error
         yield
 
 

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,18 +103,19 @@ class Run:
         if self.folder is None:
             return self
         with contextlib.ExitStack() as opened:
-            hosts.together(lambda: self._open(opened))
-            hosts.meet("a run begins")
-            hosts.together(lambda: agree(self.folder / "run.json", self.about, "fit"))
+            hosts.together(lambda: self._open(opened) if hosts.is_main() else None)
+            # The others are to see what that one wrote there.
+            hosts.together(lambda: None if hosts.is_main() else self._agree())
             self.checkpoints = Checkpoints(self.folder / "checkpoints", keep=self.options.keep, best=self.best)
             self._opened = opened.pop_all()
         return self
 
     def _open(self, opened: contextlib.ExitStack) -> None:
-        """The folder, which one process writes; the others are to see what it wrote there."""
-        if hosts.is_main():
-            opened.enter_context(alone(self.folder))
-            agree(self.folder / "run.json", self.about, "fit")
+        opened.enter_context(alone(self.folder))
+        self._agree()
+
+    def _agree(self) -> None:
+        agree(self.folder / "run.json", self.about, "fit")
 
     def restore(self, state: State) -> State:
         if self.folder is None:
@@ -175,24 +174,18 @@ def alone(folder: Path) -> Iterator[None]:
         OSError: it cannot be made or written.
         RuntimeError: another process has it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise OSError(
-            f"{folder}: a run's folder is one that can be made and written ({error.strerror}). Choose another."
-        ) from error
-    with open(lock, "w") as file:
+    with contextlib.ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.locked(folder / ".lock"))
         except BlockingIOError as error:
             raise RuntimeError(
                 f"{folder}: another process is at work in this folder. Wait for it, or choose another."
             ) from error
-        except OSError as error:  # a file system without locks
-            warnings.warn(
-                f"{folder}: cannot be locked ({error.strerror}). See that no other run is in it.", stacklevel=2
-            )
+        except OSError as error:
+            raise OSError(
+                f"{folder}: a run's folder is one that can be made and written ({error.strerror}). Choose another."
+            ) from error
         yield
 
 
