@@ -53,7 +53,6 @@ def test_what_is_stored_is_the_source_with_its_outputs(name):
     assert not [out for _, out in found if out.output_type == "error" or out.get("name") == "stderr"]
     assert len(BUILD.pictures(stored)) >= 1
     made = re.compile(r"^(\w+(, \w+)* = |def |import |from )", re.MULTILINE)
-    made = re.compile(r"^(\w+(, \w+)* = |def |import |from )", re.MULTILINE)
     for cell in stored.cells:  # no dead cells: each draws, prints or defines what a later one takes
         if cell.cell_type == "code" and not cell.source.startswith("%pip"):
             assert cell.outputs or made.search(cell.source), cell.source
