@@ -2,6 +2,7 @@
 
     python benchmarks/lm.py                      LoRA training step, greedy decoding, peak memory
     python benchmarks/lm.py --only decode --repeats 5
+    python benchmarks/lm.py --table              the table of all results
 
 Each subject runs in a process of its own (peak memory is a process's), ours and theirs alternating, `repeats`
 times; the medians and all single times go to benchmarks/results/. Needs the extra "oracle".
@@ -40,6 +41,9 @@ def main() -> None:
     if options.child:
         print("RESULT " + json.dumps(run(options.child, options.model, options.warm)))
         return
+    if options.table:
+        print(table())
+        return
     with tempfile.TemporaryDirectory() as folder:
         from jaxml import lm
 
@@ -73,6 +77,7 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=3, help="processes for each side")
     parser.add_argument("--warm", type=int, default=3, help="timed calls in each process, after one that is not")
     parser.add_argument("--only", help="subjects that begin with this")
+    parser.add_argument("--table", action="store_true", help="print the table of all results and stop")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -284,6 +289,29 @@ def agree(ours, theirs) -> float:
     if isinstance(ours, float):
         return abs(ours - theirs)
     return float(np.mean(np.array(ours) == np.array(theirs)))
+
+
+HEADER = """| device, date | subject | jaxml | rival | times as fast | aim | peak MiB | rival |
+|---|---|---|---|---|---|---|---|"""
+
+
+def table() -> str:
+    """Markdown of every results file, newest last."""
+    files = sorted(RESULTS.glob("lm-*.json"))
+    return "\n".join([HEADER, *(line for path in files for line in rows(path))])
+
+
+def rows(path: Path) -> list[str]:
+    """One line a subject of a results file."""
+    report = json.loads(path.read_text())
+    lines = []
+    for name, r in report["subjects"].items():
+        aim = "" if r["aim"] is None else f"{r['aim']:.1f}"
+        lines.append(
+            f"| {report['device']}, {report['date']} | {name} | {r['seconds']:.2f} s | {r['rival']} "
+            f"{r['rival_seconds']:.2f} s | {r['ratio']:.2f} | {aim} | {r['peak_mib']:.0f} | {r['rival_peak_mib']:.0f} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables in benchmarks/README.md are those of the newest results; what is proved in minutes is proved here."""
+"""The tables of both READMEs are those of the newest results; what is proved in minutes is proved here."""
 
 import importlib.util
 from pathlib import Path
@@ -9,7 +9,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 SCRIPTS = [
-    "table", "attention", "tpu_schedule", "optim", "optim_training", "activations", "feed_forward", "kan", "kan_tables",
+    "lm", "attention", "tpu_schedule", "optim", "optim_training", "activations", "feed_forward", "kan", "kan_tables",
     "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz", "imports",
 ]  # fmt: skip
 
@@ -24,6 +24,10 @@ def load(script: str):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_table_in_the_readme_is_what_was_measured(script):
     assert load(script).table() in (BENCHMARKS / "README.md").read_text()
+
+
+def test_the_readmes_figures_are_the_newest_results():
+    assert f"{load('headlines').table()}\n" in (BENCHMARKS.parent / "README.md").read_text()
 
 
 @pytest.mark.slow
