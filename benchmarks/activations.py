@@ -13,12 +13,12 @@ below 0.001 at each of 1024 inputs, at the end, mean of 3 seeds.
 """
 
 import argparse
-import datetime
 import functools
 import json
 import math
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +47,7 @@ def main() -> None:
         print(table())
         return
     if not options.picture:
-        report = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": "cpu"}
+        report = {"device": "cpu"} | about.made()
         report["memory"] = [memory(name, dtype) for dtype in ("float32", "bfloat16") for name in MEMORY]
         report["depth"] = [row for entry in plot.drawable() if entry.name != "logit" for row in [depth(entry)]]
         (RESULTS / f"activations-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
@@ -164,7 +164,7 @@ def table() -> str:
     """Two tables in Markdown, of the newest results."""
     report = newest()
     lines = [
-        f"`memory` (MiB planned, CPU, {report['date']}):",
+        f"`memory` (MiB planned, CPU, {about.said(report)}):",
         "",
         "| activation | dtype | jaxml | jax.nn | ratio | aim |",
         "|---|---|---|---|---|---|",
@@ -181,7 +181,7 @@ def table() -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
         "",
-        f"`depth` ({report['date']}; all of them in the picture):",
+        f"`depth` ({about.said(report)}; all of them in the picture):",
         "",
         "| activation | gain | gradient, s = 1 | gradient, s = gain | mean / rms | dead units |",
         "|---|---|---|---|---|---|",

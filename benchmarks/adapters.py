@@ -30,6 +30,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -60,7 +61,7 @@ def main() -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"adapters-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
-    report |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    report |= about.made("torch", "peft", "bitsandbytes", "qwix")
     report["device"] = jax.devices()[0].device_kind
     for subject in options.subjects:
         report[subject] = globals()[subject]()
@@ -564,7 +565,7 @@ def table() -> str:
         reports = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{device}-????-??-??.json"))]
         for key, title in TITLES.items():
             for report in [r for r in reports if key in r][-1:]:
-                where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+                where = f"{report['device']}, {about.said(report)}"
                 columns = list(dict.fromkeys(c for row in report[key] for c in row))
                 rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]
                 head = [c.replace("_", " ") for c in columns]

@@ -26,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,10 +81,10 @@ def cases(options) -> list[dict]:
 
 
 def _device() -> dict:
-    code = "import jax; d = jax.devices()[0]; print('RESULT', d.device_kind, '|', jax.__version__)"
+    code = "import jax; print('RESULT', jax.devices()[0].device_kind)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    kind, version = next(x for x in out.splitlines() if x.startswith("RESULT")).removeprefix("RESULT ").split(" | ")
-    return {"device": kind, "jax": version, "date": datetime.date.today().isoformat()}
+    kind = next(x for x in out.splitlines() if x.startswith("RESULT")).removeprefix("RESULT ")
+    return {"device": kind} | about.made("torch", "peft", "bitsandbytes", "qwix")
 
 
 def _child(case: dict) -> dict:
@@ -287,7 +288,7 @@ def table() -> str:
         shown = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
         lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]
         lines += [[shown(row.get(c)) for c in columns] for row in report["rows"]]
-        head = f"Llama-3.1-8B's shapes, {report['device']}, {report['date']}, jax {report['jax']}:"
+        head = f"Llama-3.1-8B's shapes, {report['device']}, {about.said(report)}:"
         parts.append(head + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
     return "\n\n".join(parts) or "no results yet"
 

@@ -10,7 +10,6 @@ that it has no figure.
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import re
 import time
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,13 +43,12 @@ def main() -> None:
     device = jax.devices()[0].device_kind
     device = f"{device}, {os.cpu_count()} cores" if device == "cpu" else device
     report = {
-        "date": datetime.date.today().isoformat(),
+        **about.made("torch"),
         "device": device,
         "machine": platform.machine(),
         "heads": HEADS,
         "width": WIDTH,
         "dtype": "float32",
-        "versions": {p: version(p) for p in ("jax", "torch")},
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -132,7 +131,7 @@ def table() -> str:
             cells += [f"{times['jax.nn']:.2f}", f"{aim}", f"{times['torch']:.2f}" if "torch" in times else ""]
             cells += [f"{extra['jaxml']:.1f}", f"{extra['jax.nn']:.1f}", f"1/{r['memory_ratio']:.0f}"]
             lines.append(f"| {r['T']} | {r['what']} | " + " | ".join(cells) + " |")
-        parts.append(f"{report['device']}, {report['date']}:\n\n" + "\n".join(lines))
+        parts.append(f"{report['device']}, {about.said(report)}:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 

@@ -27,6 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +57,7 @@ def main() -> None:
     for subject in subjects:
         name = "tpu-compiled" if subject == "tpu" else device.device_kind.lower().replace(" ", "-")
         path = RESULTS / f"feed-forward-{name}-{datetime.date.today().isoformat()}.json"
-        report = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "device": name, subject: []}
+        report = {"device": name, subject: []} | about.made("torch", "tokamax", "libtpu")
         for row in globals()[subject]():
             report[subject].append(row)
             print(row, flush=True)
@@ -232,9 +233,7 @@ def table() -> str:
         shown = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)
         lines = ["| " + " | ".join(c.replace("_", " ") for c in columns) + " |", "|---" * len(columns) + "|"]
         lines += ["| " + " | ".join(shown(row.get(c)) for c in columns) + " |" for row in rows]
-        parts.append(
-            f"Gated feed-forward, {report['device']}, {report['date']}, jax {report['jax']}:\n\n" + "\n".join(lines)
-        )
+        parts.append(f"Gated feed-forward, {report['device']}, {about.said(report)}:\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 

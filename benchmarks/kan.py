@@ -38,6 +38,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def main() -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"kan-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
-    report["date"], report["jax"] = datetime.date.today().isoformat(), jax.__version__
+    report |= about.made("torch", "pykan", "jaxkan")
     report["device"] = jax.devices()[0].device_kind
     for subject in options.subjects:
         if subject == "kernel" and (reason := kernel_of_layer.unsupported(layers.Spec(), jnp.float32)):
@@ -417,7 +418,7 @@ def table() -> str:
     parts = []
     for device in sorted({p.name[:-16] for p in RESULTS.glob("kan-*-????-??-??.json")}):
         report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
-        where = f"{report['device']}, {report['date']}, jax {report['jax']}"
+        where = f"{report['device']}, {about.said(report)}"
         parts += [_layers(report["layer"], where)] if "layer" in report else []
         for key, title in TITLES.items():
             if key in report:

@@ -9,7 +9,6 @@ times; the medians and all single times go to benchmarks/results/. Needs the ext
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -256,7 +256,6 @@ def device(side: str) -> str:
 
 
 def summary(measured) -> dict:
-    import importlib.metadata as metadata
 
     rows = {}
     for subject, sides in measured.items():
@@ -276,10 +275,9 @@ def summary(measured) -> dict:
             "runs": {side: [r["times"] for r in runs] for side, runs in sides.items()},
         }
     return {
-        "date": datetime.date.today().isoformat(),
+        **about.made("torch", "transformers", "peft"),
         "device": next(iter(measured.values()))["jaxml"][0]["device"],
         "machine": platform.machine(),
-        "versions": {p: metadata.version(p) for p in ("jax", "torch", "transformers", "peft")},
         "subjects": rows,
     }
 
@@ -298,7 +296,8 @@ HEADER = """| device, date | subject | jaxml | rival | times as fast | aim | pea
 def table() -> str:
     """Markdown of every results file, newest last."""
     files = sorted(RESULTS.glob("lm-*.json"))
-    return "\n".join([HEADER, *(line for path in files for line in rows(path))])
+    said = [f"{about.said(json.loads(path.read_text()))}." for path in files]
+    return "\n".join([HEADER, *(line for path in files for line in rows(path)), "", *said])
 
 
 def rows(path: Path) -> list[str]:

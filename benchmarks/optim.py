@@ -24,6 +24,7 @@ import statistics
 import time
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 import optax
@@ -75,7 +76,7 @@ def main() -> None:
         for row in SUBJECTS[subject](arguments):
             rows.append({"subject": subject, **row})
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-        report = {"date": datetime.date.today().isoformat(), "device": device.device_kind, "jax": jax.__version__}
+        report = {"device": device.device_kind} | about.made("optax", "torch")
         part = path.with_suffix(".part")
         part.write_text(json.dumps(report | {"rows": rows}, indent=1))
         part.replace(path)
@@ -464,7 +465,8 @@ def table() -> str:
         columns = list(dict.fromkeys(k for r in rows for k in r if k not in ("subject", "error")))
         columns += ["aim"] if any(map(_aim, rows)) else []
         where = "" if subject in ("bytes", "tpu") else f"{device}, "
-        lines = [f"`{subject}` ({where}{date}):", "", "| " + " | ".join(c.replace("_", " ") for c in columns) + " |"]
+        lines = [f"`{subject}` ({where}{about.said(reports[date])}):", ""]
+        lines.append("| " + " | ".join(c.replace("_", " ") for c in columns) + " |")
         lines.append("|" + "---|" * len(columns))
         for row in rows:
             cells = [_aim(row) if c == "aim" else row.get(c, "") for c in columns]

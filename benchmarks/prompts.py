@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,7 +66,7 @@ def main() -> None:
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"prompts-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
-    report |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__}
+    report |= about.made("torch", "transformers")
     report["device"] = jax.devices()[0].device_kind
 
     def save(subject: str, rows: list[dict]) -> None:
@@ -250,7 +251,7 @@ def table() -> str:
     """The tables of benchmarks/README.md."""
     out = []
     if of := newest("choices"):
-        out += [f"Seconds on {of['device']}, {of['date']}, jax {of['jax']}:", ""]
+        out += [f"Seconds on {of['device']}, {about.said(of)}:", ""]
         out += ["| prompts × choices | one pass | rows of a batch | one by one | transformers | its cache used again "]
         out[-1] += "| largest difference |"
         out += ["|---|---|---|---|---|---|---|"]
@@ -265,7 +266,7 @@ def table() -> str:
         out += ["", "| prompt of 20 places | start | divergence before training, nats |", "|---|---|---|"]
         out += [f"| {r['prompt']} | {r['start']} | {r['divergence']:.2f} |" for r in of["starts"]]
     if of := newest("methods"):
-        out += ["", f"On {of['device']}, {of['date']}:", ""]
+        out += ["", f"On {of['device']}, {about.said(of)}:", ""]
         out += ["| method | numbers trained | tokens read | seconds | same facts, other words | new countries |"]
         out += ["|---|---|---|---|---|---|"]
         for r in of["methods"]:

@@ -22,6 +22,7 @@ import statistics
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,8 +56,8 @@ def main() -> None:
 
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"r-tuning-{device}-{datetime.date.today()}.json"
-    report = json.loads(path.read_text()) if path.is_file() else {"device": device, "jax": jax.__version__}
-    report["date"] = str(datetime.date.today())
+    report = json.loads(path.read_text()) if path.is_file() else {"device": device}
+    report |= about.made()
     for seed in options.seeds:
         if "proof" in options.subjects:
             _once(report, path, f"proof {seed}", lambda: proof(seed))
@@ -216,7 +217,7 @@ def table() -> str:
     reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("r-tuning-*.json"))]
     report = max(reports, key=lambda one: one["date"])
     proofs = {k.split()[1]: v for k, v in report.items() if k.startswith("proof ")}
-    lines = [f"Device {report['device']}, {report['date']}, jax {report['jax']}.", ""]
+    lines = [f"Device {report['device']}, {about.said(report)}.", ""]
     if proofs:
         lines += [
             "| seed | told things answered rightly | untold | AUROC of certainty, told from untold | of the untuned "

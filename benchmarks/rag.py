@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
@@ -49,8 +50,8 @@ def main() -> None:
 
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
     path = RESULTS / f"rag-{device}-{datetime.date.today()}.json"
-    report = json.loads(path.read_text()) if path.is_file() else {"device": device, "jax": jax.__version__}
-    report["date"] = str(datetime.date.today())
+    report = json.loads(path.read_text()) if path.is_file() else {"device": device}
+    report |= about.made("torch", "sentence-transformers", "faiss-cpu", "numpy")
     for subject in options.subjects:
         report[subject] = globals()[subject](options)
         path.write_text(json.dumps(report, indent=2) + "\n")
@@ -269,7 +270,7 @@ def table() -> str:
     if not reports:
         return ""
     report = max(reports, key=lambda one: one["date"])
-    lines = [f"Device {report['device']}, {report['date']}, jax {report['jax']}.", ""]
+    lines = [f"Device {report['device']}, {about.said(report)}.", ""]
     if of := report.get("encoding"):
         lines += [
             "| encoding, passages/s | jaxml | sentence-transformers | times | largest difference |",

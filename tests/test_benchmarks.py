@@ -1,6 +1,7 @@
 """The tables of both READMEs are those of the newest results; what is proved in minutes is proved here."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,12 @@ SCRIPTS = [
     "lm", "attention", "tpu_schedule", "optim", "optim_training", "activations", "feed_forward", "kan", "kan_tables",
     "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz", "imports",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def beside_each_other(monkeypatch):
+    """Scripts import one another, as they do where Python starts one of them."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
 def load(script: str):

@@ -51,7 +51,7 @@ def subjects() -> dict[str, str]:
     found = {"attention": "attention by each backend that runs here"}
     for path in sorted(FOLDER.glob("*.py")):
         head = path.read_text(encoding="utf-8").partition("\n")[0].strip('"')
-        if path.stem not in ("attention", "headlines"):
+        if path.stem not in ("attention", "headlines", "about"):
             found[path.stem] = head
     return found
 
