@@ -1,5 +1,6 @@
 """Exact attention: one public function, `flash_attention`, and a backend for each place it runs."""
 
+from jaxml.attention import paged
 from jaxml.attention.dispatch import Explanation, explain, flash_attention
 from jaxml.attention.masks import Causal, Chunked, Fn, Lengths, Mask, Prefix, Segments, Window
 from jaxml.attention.masks import Dense as Array
@@ -20,6 +21,7 @@ __all__ = [
     "Window",
     "explain",
     "flash_attention",
+    "paged",
     "paged_attention",
     "ring_attention",
     "zigzag_order",

@@ -1,12 +1,12 @@
 """Language models: load one, ask it, score with it.
 
->>> from jaxml import lm                                        # doctest: +SKIP
->>> model = lm.load("smollm2-135m")                             # doctest: +SKIP
->>> lm.generate(model, ["The capital of France is"], max_new_tokens=2)  # doctest: +SKIP
-[' Paris.']
+```python
+model = lm.load("smollm2-135m")
+lm.generate(model, ["The capital of France is"], max_new_tokens=2)  # [' Paris.']
+```
 """
 
-from jaxml.lm import decoder, zoo
+from jaxml.lm import cache, decoder, encoder, zoo
 from jaxml.lm.config import DecoderConfig, RopeScaling
 from jaxml.lm.generate import generate, samples
 from jaxml.lm.model import Model, load, save, save_orbax
@@ -20,7 +20,9 @@ __all__ = [
     "RopeScaling",
     "Sampling",
     "Tokenizer",
+    "cache",
     "decoder",
+    "encoder",
     "generate",
     "load",
     "perplexity",

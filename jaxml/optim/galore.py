@@ -45,11 +45,12 @@ def galore(
 ) -> optax.GradientTransformationExtraArgs:
     """GaLore around an Optax optimizer, or in front of one in a chain.
 
-    Wrapper and chain are the same to the last bit::
-
-        galore(optax.adam(1e-3), rank=128)
-        optax.chain(galore(rank=128), adam(1e-3))        # adam of jaxml.optim, or aware(any optimizer)
-        jaxml.optim.chain(galore(rank=128), optax.adam(1e-3))
+    Wrapper and chain are the same to the last bit:
+    ```python
+    galore(optax.adam(1e-3), rank=128)
+    optax.chain(galore(rank=128), adam(1e-3))        # adam of jaxml.optim, or aware(any optimizer)
+    jaxml.optim.chain(galore(rank=128), optax.adam(1e-3))
+    ```
 
     Members of a chain before it see whole gradients (clipping), members after the optimizer act in full space (weight
     decay, learning rate). Without an optimizer that knows it (a stock `optax.adam` in a stock `optax.chain`) it emits

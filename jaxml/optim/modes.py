@@ -1,13 +1,11 @@
 """What becomes of N, the inner optimizer's answer to the projected gradient R, in full space.
 
-=========== ====================================================== =======================================
-mode        update of one matrix                                   reference
-=========== ====================================================== =======================================
-galore      α P N                                                  Zhao et al. 2024, algorithm 2
-fira        α P N + s · limit(φ (G − α P R))                       Chen et al. 2024, "Fira", algorithm 1
-apollo      s · limit(√α φ G)                                      Zhu et al. 2024, "APOLLO", algorithm 1
-apollo-mini s · limit(√α φ G) with one φ for the whole matrix      the same, section 4.2
-=========== ====================================================== =======================================
+| mode | update of one matrix | reference |
+|---|---|---|
+| galore | α P N | Zhao et al. 2024, algorithm 2 |
+| fira | α P N + s · limit(φ (G − α P R)) | Chen et al. 2024, "Fira", algorithm 1 |
+| apollo | s · limit(√α φ G) | Zhu et al. 2024, "APOLLO", algorithm 1 |
+| apollo-mini | s · limit(√α φ G) with one φ for the whole matrix | the same, section 4.2 |
 
 φ is ‖N / s‖ / ‖R‖ channel by channel, along the axis of the rank, and `limit` lets a norm grow by 1 % a step at most.
 The papers' N has no learning rate; here an optimizer with any learning rate may stand, whose size and sign s is found

@@ -55,15 +55,16 @@ def subspace(
 ) -> Subspace:
     """GaLore whose backward pass makes the projected gradients directly.
 
-    A step, jitted with `params` and `state` donated::
-
-        method = subspace(optax.adam(1e-3), rank=128)
-        state = method.init(params)
-        def step(params, state, batch):
-            loss, grads = method.value_and_grad(loss_fn)(params, state, batch)
-            return *method.update(grads, state, params), loss
-        def refresh(params, state, batch):              # every 200 steps or so, and a few times at the beginning
-            return method.refresh(loss_fn)(params, state, batch)
+    A step, jitted with `params` and `state` donated:
+    ```python
+    method = subspace(optax.adam(1e-3), rank=128)
+    state = method.init(params)
+    def step(params, state, batch):
+        loss, grads = method.value_and_grad(loss_fn)(params, state, batch)
+        return *method.update(grads, state, params), loss
+    def refresh(params, state, batch):              # every 200 steps or so, and a few times at the beginning
+        return method.refresh(loss_fn)(params, state, batch)
+    ```
 
     `loss_fn(params, ...)` multiplies with its weights through `jaxml.weights.dot`, as the decoder does; at targets it
     is given weight nodes. Gradients are trees like the parameters, with R at targets: they can be summed over small

@@ -1,9 +1,9 @@
 """Prompt engineering by exact likelihood: templates, choices, demonstrations, search, votes, grammars.
 
->>> from jaxml import lm, prompts                               # doctest: +SKIP
->>> model = lm.load("smollm2-135m")                             # doctest: +SKIP
->>> prompts.score_choices(model, ["The capital of France is"], [" Paris", " London"])[0].argmax()  # doctest: +SKIP
-0
+```python
+model = lm.load("smollm2-135m")
+prompts.score_choices(model, ["The capital of France is"], [" Paris", " London"])[0].argmax()  # 0
+```
 """
 
 from jaxml.prompts import constrain, select

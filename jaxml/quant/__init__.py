@@ -1,13 +1,11 @@
 """Quantised weights: pytrees that stand where a matrix stood, and are dequantised inside each product.
 
-======== ======== ============= ==========================================================
-format   bits     scale of      use
-======== ======== ============= ==========================================================
-``nf4``  4.127    64 weights    frozen weights under adapters (QLoRA); bitsandbytes' bytes
-``fp4``  4.127    64 weights    the same with a floating code
-``int4`` 4.127    64 weights    the same, linear
-``int8`` 8 + …    a channel     near-exact; or of blocks
-======== ======== ============= ==========================================================
+| format | bits | scale of | use |
+|---|---|---|---|
+| `nf4` | 4.127 | 64 weights | frozen weights under adapters (QLoRA); bitsandbytes' bytes |
+| `fp4` | 4.127 | 64 weights | the same with a floating code |
+| `int4` | 4.127 | 64 weights | the same, linear |
+| `int8` | 8 + … | a channel | near-exact; or of blocks |
 
 A product keeps nothing but codes for the backward pass, where the weight is dequantised again. `explain` says by which
 program, `with_implementation` chooses one.

@@ -1,10 +1,12 @@
 """Retrieval, and Astute RAG: answers that survive bad passages.
 
+```python
 index = rag.Index.create("runs/index", encoder.load())   # encoder from jaxml.lm
 index.update("docs/")
 [hits] = index.search(["who keeps the lighthouse?"], 5)
 [found] = rag.answer(prompts.Local(model), ["who keeps the lighthouse?"], [[hit.passage for hit in hits]], "astute")
 print(rag.report(found))
+```
 """
 
 from jaxml.rag import (

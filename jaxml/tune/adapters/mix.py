@@ -30,15 +30,15 @@ def mix(
 ) -> Params:
     """A tree with one LoRA around each weight, made of the LoRAs of several trees around the same model.
 
-    ================ =====================================================================================
-    linear           Σ f·s·A B taken apart into Σ √(f·s)·A and Σ √(f·s)·B: exact for one adapter only
-    cat              A side by side, B one above the other: exactly Σ f·s·A B; ranks add up
-    svd              the closest matrix of that rank to Σ f·s·A B
-    ties             values that are not among the largest go, then those against the majority's sign
-    dare_linear      values go by chance, the others grow in turn
-    dare_ties        both
-    magnitude_prune  values that are not among the largest go
-    ================ =====================================================================================
+    | method | |
+    |---|---|
+    | linear | Σ f·s·A B taken apart into Σ √(f·s)·A and Σ √(f·s)·B: exact for one adapter only |
+    | cat | A side by side, B one above the other: exactly Σ f·s·A B; ranks add up |
+    | svd | the closest matrix of that rank to Σ f·s·A B |
+    | ties | values that are not among the largest go, then those against the majority's sign |
+    | dare_linear | values go by chance, the others grow in turn |
+    | dare_ties | both |
+    | magnitude_prune | values that are not among the largest go |
 
     The last four on A and B each, or, with "_svd" at the end of the name, on A B.
 

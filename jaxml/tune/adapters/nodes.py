@@ -1,11 +1,11 @@
 """The weight nodes that adapters are made of.
 
-====== =======================================================================
-LoRA   W + s·A B in its many forms: DoRA, VeRA, AdaLoRA are fields of it
-Scaled diag(inner)·W·diag(outer) (IA³)
-Whole  a copy of the weight that is trained itself
-Stack  many LoRAs around one W, chosen row by row of the batch
-====== =======================================================================
+| node | |
+|---|---|
+| `LoRA` | W + s·A B in its many forms: DoRA, VeRA, AdaLoRA are fields of it |
+| `Scaled` | diag(inner)·W·diag(outer) (IA³) |
+| `Whole` | a copy of the weight that is trained itself |
+| `Stack` | many LoRAs around one W, chosen row by row of the batch |
 """
 
 import dataclasses

@@ -1,15 +1,14 @@
 """Where A and B begin.
 
-============== =========================================================================================
-default        A uniform within ±1/√in, B zero
-gaussian       A normal of deviation 1/rank, B zero
-orthogonal     both random with A B = 0
-pissa          the largest singular parts of W; what is left of W stays frozen. "pissa_niter_4": by 4 rounds of
-               subspace iteration, faster
-olora          the first columns and rows of W's QR factors; what is left of W stays frozen
-loftq          alternately what quantising leaves over and its largest singular parts; "loftq_5": 5 rounds
-directions     A is given (`eva`: what the inputs vary along), B zero
-============== =========================================================================================
+| start | |
+|---|---|
+| default | A uniform within ±1/√in, B zero |
+| gaussian | A normal of deviation 1/rank, B zero |
+| orthogonal | both random with A B = 0 |
+| pissa | the largest singular parts of W; what is left of W stays frozen; "pissa_niter_4": by subspace iteration |
+| olora | the first columns and rows of W's QR factors; what is left of W stays frozen |
+| loftq | alternately what quantising leaves over and its largest singular parts; "loftq_5": 5 rounds |
+| directions | A is given (`eva`: what the inputs vary along), B zero |
 """
 
 import math

@@ -1,9 +1,11 @@
 """R-Tuning: a model that says when it does not know (Zhang et al. 2024), with the methods that repaired it.
 
+```python
 split = r_tuning.split(r_tuning.countries())
 made = r_tuning.r_tune(model, split.train, tune)                       # asks, labels, trains
 policy = r_tuning.calibrate(r_tuning.answer(made.model, split.calibration), risk=0.2)
 r_tuning.answer_or_refuse(made.model, ["What is the capital of Zubrowka?"], policy)
+```
 """
 
 from jaxml.tune.r_tuning import ask, examples, form, items, job, judge, labels, metrics, policy, report, sources
