@@ -146,7 +146,14 @@ class Local:
 
 
 def fingerprint(model: Model) -> str:
-    """Of configuration and parameters, from a few numbers of each array: other weights, another name."""
+    """Of configuration and parameters, from a few numbers of each array: other weights, another name.
+
+    Example:
+        >>> from jaxml import testing
+        >>> one, same, other = (fingerprint(testing.tiny_model(seed)) for seed in (0, 0, 1))
+        >>> one == same, one == other
+        (True, False)
+    """
     t = model.tokenizer
     said = (model.config, t.bos_id, t.eos_ids, t.add_bos, t.chat_template, t.vocab_size)
     digest = hashlib.sha256(repr(said).encode())

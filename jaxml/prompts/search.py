@@ -121,7 +121,13 @@ def search(
 
 
 def draw(task: Task, shots: Sequence[int], sets: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """Sets of demonstrations, drawn from the task's pool."""
+    """Sets of demonstrations, drawn from the task's pool.
+
+    Example:
+        >>> task = Task([{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(9)])
+        >>> [len(shown) for shown in draw(task, [0, 2, 4], sets=2, rng=np.random.default_rng(0))]
+        [0, 2, 2, 4, 4]
+    """
     out: list[tuple[int, ...]] = []
     for number in shots:
         if not 0 <= number <= len(task.pool):

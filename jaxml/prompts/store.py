@@ -85,5 +85,10 @@ class Store:
 
 
 def key(question: Any) -> str:
-    """A short name of whatever JSON can say."""
+    """A short name of whatever JSON can say.
+
+    Example:
+        >>> key({"prompt": "1+1", "seed": 0}) == key({"seed": 0, "prompt": "1+1"}), len(key("1+1"))
+        (True, 32)
+    """
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()[:32]

@@ -109,7 +109,14 @@ class Task:
 
 
 def foreseen(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Example], look: int = 4) -> float:
-    """The tokens that measuring will cost, from the first `look` examples."""
+    """The tokens that measuring will cost, from the first `look` examples.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted  # whose tokens are words
+        >>> examples = [{"prompt": "1 + 1 =", "response": " 2"}] * 10
+        >>> foreseen(Scripted({}), Task(), Candidate("Add."), examples)
+        60.0
+    """
     total, look = 0, max(1, min(look, len(examples)))
     for example in examples[:look]:
         prompt = task.prompt(candidate, example)
@@ -120,7 +127,12 @@ def foreseen(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Exam
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A candidate on some examples."""
+    """A candidate on some examples.
+
+    Example:
+        >>> Measured(np.array([1.0, 0.0, 1.0, 1.0]), tokens=40).mean
+        0.75
+    """
 
     values: np.ndarray  # [n] float64, the metric of each
     tokens: int  # read and written for them, as if nothing had been kept
@@ -134,7 +146,14 @@ AT_ONCE = 64  # questions that are asked before what came is on disk
 
 
 def measure(llm: LLM, task: Task, candidate: Candidate, examples: Sequence[Example], store: Store) -> Measured:
-    """How good a candidate is on each example; what the store holds is not asked again."""
+    """How good a candidate is on each example; what the store holds is not asked again.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> examples = [{"prompt": "who?", "response": "Ada"}, {"prompt": "where?", "response": "Oslo"}]
+        >>> measure(Scripted({"who?": "ada"}), Task(metric="match"), Candidate(), examples, Store(None)).values.tolist()
+        [1.0, 0.0]
+    """
     prompts = [task.prompt(candidate, example) for example in examples]
     scored = [_scored(task, prompt, example) for prompt, example in zip(prompts, examples)]
     questions = [_question(llm, task, prompt, choices) for prompt, choices in zip(prompts, scored)]

@@ -41,6 +41,14 @@ def prompted(
             goes from single texts straight to the answer.
         memories: m̂, at most so many passages from memory; 0 for none.
 
+    Example:
+        >>> from jaxml.rag import calls, scripted
+        >>> llm = scripted.Scripted({"who?": "ada"})  # to whom what it knows is worth one text and a half
+        >>> passages = [Passage("The answer is bob.", name) for name in ("a", "b")]
+        >>> [out] = calls.run(llm, [prompted(llm, "who?", passages)])
+        >>> out.text, out.cited, [(group.answer, group.members) for group in out.groups]
+        ('bob', [1, 2], [('bob', [1, 2]), ('ada', [3])])
+
     Reference:
         Wang et al. 2024, "Astute RAG: Overcoming Imperfect Retrieval Augmentation and Knowledge Conflicts for Large
         Language Models", algorithm 1.

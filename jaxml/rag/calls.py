@@ -20,7 +20,16 @@ T = TypeVar("T")
 
 
 class Ask(NamedTuple):
-    """Continuations of prompts: a `Reply` for each comes back."""
+    """Continuations of prompts: a `Reply` for each comes back.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> def method(question):
+        ...     [reply] = yield Ask([question], max_new_tokens=8)
+        ...     return reply.text.capitalize()
+        >>> run(Scripted({"who?": "ada", "where?": "oslo"}), [method("who?"), method("where?")])
+        ['Ada', 'Oslo']
+    """
 
     prompts: Sequence[Prompt]
     max_new_tokens: int = 64
@@ -30,7 +39,18 @@ class Ask(NamedTuple):
 
 
 class Weigh(NamedTuple):
-    """The likelihood of each prompt's choices: `Scores` for each prompt come back."""
+    """The likelihood of each prompt's choices: `Scores` for each prompt come back.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> def method(question, choices):
+        ...     [scores] = yield Weigh([question], [choices])
+        ...     return choices[scores.log_probs.argmax()]
+        >>> score = lambda prompts, choices: [Scores(-np.array([*map(len, of)]), np.ones(len(of)), 1) for of in choices]
+        >>> llm = SimpleNamespace(name="terse", score=score)  # the shorter a text, the likelier
+        >>> run(llm, [method("Is it?", ["perhaps", "no"])])
+        ['no']
+    """
 
     prompts: Sequence[Prompt]
     choices: Sequence[Sequence[str]]

@@ -100,7 +100,12 @@ def _halves(text: str, size: int) -> Iterator[tuple[int, int]]:
 
 
 def words(text: str) -> int:
-    """How long a text counts: its words, or an eighth of its characters where that is more."""
+    """How long a text counts: its words, or an eighth of its characters where that is more.
+
+    Example:
+        >>> words("boats leave at six"), words("x" * 80)
+        (4, 10)
+    """
     return max(len(text.split()), -(-len(text) // 8))
 
 

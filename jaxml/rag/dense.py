@@ -22,7 +22,13 @@ AXIS = "rows"
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """Rows to search among, in blocks of equal size; what fills the last one up, and dead rows, score −∞."""
+    """Rows to search among, in blocks of equal size; what fills the last one up, and dead rows, score −∞.
+
+    Example:
+        >>> matrix = place(np.eye(5, dtype=np.float32), block=2)
+        >>> matrix.count, [block.shape for block in matrix.blocks], matrix.nbytes
+        (5, [(2, 5), (2, 5), (2, 5)], 144)
+    """
 
     blocks: Sequence[Float[Array, "block D"]]  # or int8 codes
     bias: Sequence[Float[Array, "block"]]  # 0, or −∞ where a row is not to be found
@@ -54,6 +60,13 @@ def place(
 
     Raises:
         ValueError: no rows, wrong shapes, or a block that does not divide over the devices.
+
+    Example:
+        >>> codes, scales = quantize(np.eye(3, 4, dtype=np.float32))
+        >>> matrix = place(codes, scales=scales, dead=np.array([True, False, False]))
+        >>> scores, rows = search(matrix, np.array([[9.0, 1.0, 2.0, 0.0]]), 3)
+        >>> rows.tolist()
+        [[2, 1, -1]]
     """
     if vectors.ndim != 2 or not len(vectors):
         raise ValueError(f"dense.place: vectors are [n, D] with n at least 1, got {vectors.shape}.")
@@ -187,6 +200,12 @@ def refine(
 
     Returns:
         (scores [Q, k] float32, rows [Q, k]).
+
+    Example:
+        >>> vectors = np.array([[1.0, 0.0], [0.75, 0.5], [0.0, 1.0]], np.float32)
+        >>> scores, rows = refine(vectors, np.array([[1.0, 1.0]]), np.array([[0, 1, -1]]), 2)
+        >>> scores.tolist(), rows.tolist()
+        ([[1.25, 1.0]], [[1, 0]])
     """
     queries, candidates = np.asarray(queries, np.float32), np.asarray(candidates)
     exact = np.einsum("qcd,qd->qc", vectors[candidates].astype(np.float32), queries)
@@ -200,6 +219,10 @@ def recall(found: np.ndarray, exact: np.ndarray) -> float:
 
     Args:
         found, exact: [Q, k] rows.
+
+    Example:
+        >>> recall(np.array([[1, 2], [3, 4]]), np.array([[2, 1], [3, 9]]))
+        0.75
     """
     pairs = list(zip(np.asarray(found), np.asarray(exact)))
     return float(np.mean([len(set(a.tolist()) & set(b.tolist())) / len(b) for a, b in pairs]))

@@ -343,6 +343,14 @@ def check(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: no index there, or a damaged one.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = Index.create(folder, testing.TinyEncoder(), Chunking(size=60))
+        ...     check(folder)["chunking"]
+        Chunking(size=60, overlap=24)
     """
     path = Path(path) / "index.json"
     if not path.is_file():

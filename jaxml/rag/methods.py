@@ -27,6 +27,12 @@ def closed(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = 
     Args:
         form: "chat", a turn that says what is wanted, or "lines", lines after examples, as likelihoods are read from
             (`wording.lines`).
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({"who?": "ada"})
+        >>> [str(out) for out in run(llm, [closed(llm, "who?", []), closed(llm, "where?", [])])]
+        ['ada', 'Insufficient evidence.']
     """
     out = Answer(question, "none")
     yield from _brief(out, "memory", _in(form, _alone(llm, question), wording.lines(llm, question)))
@@ -38,6 +44,13 @@ def plain(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = "
 
     Args:
         form: as in `closed`.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({"who?": "ada"})
+        >>> [out] = run(llm, [plain(llm, "who?", [Passage("The answer is bob.", "a")])])
+        >>> out.text, [step.name for step in out.steps]
+        ('bob', ['texts'])
     """
     out, asked = _before(llm, question, passages, "plain")
     lines = wording.lines(llm, question, *(e.text for e in out.evidence))
@@ -49,6 +62,13 @@ def consistent(
     llm: LLM, question: str, passages: Sequence[Passage], *, samples: int = 5, temperature: float = 0.7
 ) -> Steps[Answer]:
     """Self-consistency: the answer that most of several samples over all passages come to.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({})
+        >>> [out] = run(llm, [consistent(llm, "who?", [Passage("The answer is bob.", "a")], samples=3)])
+        >>> out.text, out.confidence, [step.name for step in out.steps]
+        ('bob', 1.0, ['sample 1', 'sample 2', 'sample 3'])
 
     Reference:
         Wang et al. 2023, "Self-Consistency Improves Chain of Thought Reasoning in Language Models".
@@ -69,6 +89,13 @@ def isolated(llm: LLM, question: str, passages: Sequence[Passage], *, form: str 
     Args:
         form: as in `closed`.
 
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm, said = Scripted({}), ["The answer is bob.", "The answer is carl.", "Nothing.", "The answer is bob."]
+        >>> [out] = run(llm, [isolated(llm, "who?", [Passage(text, "a") for text in said])])
+        >>> out.text, out.confidence, out.cited, out.irrelevant
+        ('bob', 0.5, [1, 4], [3])
+
     Reference:
         Xiang et al. 2024, "Certifiably Robust RAG against Retrieval Corruption" (RobustRAG), with whole answers in the
         place of keywords.
@@ -87,6 +114,13 @@ def generated(
 ) -> Steps[Answer]:
     """Generate, then read: the answer from what the model itself wrote about the question.
 
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({"who?": "ada"})
+        >>> [out] = run(llm, [generated(llm, "who?", [Passage("The answer is bob.", "a")])])
+        >>> out.text, [(e.source, e.text) for e in out.evidence]
+        ('ada', [('memory', 'The answer is ada.')])
+
     Reference:
         Yu et al. 2023, "Generate rather than Retrieve" (GenRead).
     """
@@ -104,6 +138,13 @@ def generated(
 def routed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer]:
     """Self-route: from the passages, or from memory where the model says that they do not answer.
 
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({"who?": "ada"})
+        >>> [out] = run(llm, [routed(llm, "who?", [Passage("Boats leave at six.", "a")])])
+        >>> out.text, [step.name for step in out.steps]
+        ('ada', ['texts', 'memory'])
+
     Reference:
         Li et al. 2024, "Retrieval Augmented Generation or Long-Context LLMs?" (Self-Route), with memory as the other
         way, as the Astute RAG paper has it.
@@ -118,6 +159,13 @@ def routed(llm: LLM, question: str, passages: Sequence[Passage]) -> Steps[Answer
 
 def instructed(llm: LLM, question: str, passages: Sequence[Passage], *, max_new_tokens: int = 256) -> Steps[Answer]:
     """A word about each passage first, then the answer.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({})
+        >>> [out] = run(llm, [instructed(llm, "who?", [Passage("The answer is bob.", "a")])])
+        >>> out.text, "whether it can be trusted" in out.steps[0].prompt[0]["content"]
+        ('bob', True)
 
     Reference:
         Wei et al. 2024, "InstructRAG: Instructing Retrieval-Augmented Generation via Self-Synthesized Rationales"
@@ -134,6 +182,13 @@ def astute(llm: LLM, question: str, passages: Sequence[Passage], *, mode: str = 
 
     Args:
         options: of the function that is taken.
+
+    Example:
+        >>> from jaxml.rag.scripted import Scripted
+        >>> llm = Scripted({"who?": "ada"})  # tells no likelihoods: it is prompted
+        >>> [out] = run(llm, [astute(llm, "who?", [Passage("The answer is bob.", name) for name in ("a", "b")])])
+        >>> out.method, out.text, [(group.answer, group.members) for group in out.groups]
+        ('astute', 'bob', [('bob', [1, 2]), ('ada', [3])])
     """
     if mode not in MODES:
         raise ValueError(f"rag.astute: mode is one of {', '.join(MODES)}, got {mode!r}.")
@@ -189,7 +244,14 @@ def answer(
 
 
 def scores(llm: LLM) -> bool:
-    """Whether a model tells likelihoods."""
+    """Whether a model tells likelihoods.
+
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> from jaxml.rag.scripted import Scripted
+        >>> scores(Scripted({})), scores(prompts.Local(testing.tiny_model()))
+        (False, True)
+    """
     try:
         llm.score(["a"], [[" b"]])
     except NotImplementedError:

@@ -18,12 +18,22 @@ CLASSES = {
 
 
 def exact(said: str, answers: Sequence[str]) -> bool:
-    """Equal to one of the answers, normalised."""
+    """Equal to one of the answers, normalised.
+
+    Example:
+        >>> exact("the Oslo.", ["Oslo", "Kristiania"]), exact("in Oslo", ["Oslo"])
+        (True, False)
+    """
     return normalise(said) in {normalise(a) for a in answers}
 
 
 def contains(said: str, answers: Sequence[str]) -> bool:
-    """One of the answers stands in it as whole words, or it names its number (`r_tuning.judge.right`)."""
+    """One of the answers stands in it as whole words, or it names its number (`r_tuning.judge.right`).
+
+    Example:
+        >>> contains("in Oslo", ["Oslo"]), contains("an Osloer", ["Oslo"]), contains("1,200 boats", ["1200"])
+        (True, False, True)
+    """
     return judge.right(said, Item("?", tuple(answers)))
 
 
@@ -48,6 +58,13 @@ def citation(answer: Answer, supports: Sequence[bool]) -> tuple[float, float]:
 
     Args:
         supports: of each passage given, in order.
+
+    Example:
+        >>> from jaxml.rag.trace import Evidence, Group
+        >>> found = [Evidence(number, "", Passage("", "a")) for number in (1, 2, 3, 4)]
+        >>> out = Answer("who?", "isolated", "ada", evidence=found, groups=[Group("ada", [1, 2])], chosen=0)
+        >>> citation(out, [True, False, True, False])
+        (0.5, 0.5)
     """
     retrieved = [e.number for e in answer.evidence if not e.memory]
     if len(retrieved) != len(supports):
@@ -77,6 +94,12 @@ def evaluate(
     Returns:
         questions, answered, exact, contains, f1 (each with NAME_interval), and where there is what they need:
         wrong, citation_precision, citation_recall (where any answer cites), classes (name → questions and contains).
+
+    Example:
+        >>> said = [Answer("who?", "plain", text) for text in ("Ada", "It is Ada.", "Bob", "")]
+        >>> found = evaluate(said, [["Ada"]] * 4, wrong=[["Bob"]] * 4)
+        >>> {name: found[name] for name in ("answered", "exact", "contains", "wrong")}
+        {'answered': 0.75, 'exact': 0.25, 'contains': 0.5, 'wrong': 0.25}
     """
     columns = {
         "exact": np.array([exact(a.text, r) for a, r in zip(answers, right, strict=True)], float),
@@ -106,7 +129,13 @@ def evaluate(
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """`evaluate`'s figures of several methods as tables."""
+    """`evaluate`'s figures of several methods as tables.
+
+    Example:
+        >>> found = evaluate([Answer("who?", "plain", "It is Ada.")], [["Ada"]])
+        >>> print(markdown({"plain": found}).splitlines()[2])
+        | plain | 100.0% (100.0%–100.0%) | 0.0% (0.0%–0.0%) | 0.500 | 100.0% | – | – | – |
+    """
     percent = lambda x: "–" if x is None or np.isnan(x) else f"{x:.1%}"
     ranged = lambda f, name: f"{percent(f[name])} ({'–'.join(map(percent, f[f'{name}_interval']))})"
     lines = [
@@ -131,6 +160,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def supporting(passages: Sequence[Passage], answers: Sequence[str]) -> list[bool]:
-    """Which passages hold one of the answers, in words or as one of their numbers."""
+    """Which passages hold one of the answers, in words or as one of their numbers.
+
+    Example:
+        >>> supporting([Passage("In 1900 it had 1,200 boats.", "a"), Passage("It had boats.", "b")], ["1200"])
+        [True, False]
+    """
     values = {value for a in answers if (value := judge.number(a)) is not None}
     return [contains(p.whole, answers) or bool(values & set(judge.numbers(p.whole))) for p in passages]

@@ -12,7 +12,13 @@ KEYS = ("question", "answers", "answer", "wrong", "passages")
 
 
 class Question(NamedTuple):
-    """A question; `passages` are None where they are to be searched for."""
+    """A question; `passages` are None where they are to be searched for.
+
+    Example:
+        >>> one = Question("Who keeps the lighthouse?", ("Ada", "Ada Holm"), wrong=("Bob",))
+        >>> one.answers, one.passages
+        (('Ada', 'Ada Holm'), None)
+    """
 
     question: str
     answers: tuple[str, ...]
@@ -25,6 +31,13 @@ def read(path: str) -> list[Question]:
 
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(f"{folder}/q.jsonl").write_text('{"question": "1+1?", "answer": "2", "wrong": ["3"]}')
+        ...     read(f"{folder}/q.jsonl")
+        [Question(question='1+1?', answers=('2',), wrong=('3',), passages=None)]
     """
     kind, _, file = path.partition(":")
     if kind == "ramdocs" and file:
@@ -64,6 +77,12 @@ def ramdocs(row: Any) -> Question:
 
     Raises:
         ValueError: another form.
+
+    Example:
+        >>> documents = [{"text": "It is Ada.", "type": "correct"}, {"text": "It is Bob.", "type": "misinfo"}]
+        >>> row = {"question": "who?", "documents": documents, "gold_answers": ["Ada"], "wrong_answers": ["Bob"]}
+        >>> [passage.source for passage in ramdocs(row).passages]
+        ['document 1 (correct)', 'document 2 (misinfo)']
     """
     try:
         documents = [(d["text"], d["type"]) for d in row["documents"]]

@@ -21,7 +21,13 @@ BETWEEN = " › "
 
 
 class Block(NamedTuple):
-    """A paragraph, a list item, a table's row, a page."""
+    """A paragraph, a list item, a table's row, a page.
+
+    Example:
+        >>> block = Block("Boats leave at six.", BETWEEN.join(["Harbour", "Ferries"]), page=3)
+        >>> block.title, block.page, block.source
+        ('Harbour › Ferries', 3, '')
+    """
 
     text: str
     title: str = ""  # the headings above it
@@ -63,6 +69,13 @@ def find(folder: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: no file that can be read, or a file of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = [Path(folder, name).write_text("x") for name in ("b.md", "a.txt", ".c.txt", "d.bin")]
+        ...     [path.name for path in find(folder)]
+        ['a.txt', 'b.md']
     """
     folder = Path(folder)
     if folder.is_file():
@@ -91,6 +104,13 @@ def read(path: str | Path, limits: Limits = USUAL) -> Iterator[Block]:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another ending, larger than the limits, another encoding, or broken; the file is named.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.html").write_text("<h1>Harbour</h1><p>Boats leave at six.</p><p>Bring a coat.</p>")
+        ...     [(block.text, block.title) for block in read(f"{folder}/a.html")]
+        [('Boats leave at six.', 'Harbour'), ('Bring a coat.', 'Harbour')]
     """
     path = Path(path)
     [path] = find(path)
@@ -104,14 +124,30 @@ def read(path: str | Path, limits: Limits = USUAL) -> Iterator[Block]:
 
 
 def text(path: Path, limits: Limits) -> Iterator[Block]:
-    """Paragraphs, which empty lines part."""
+    """Paragraphs, which empty lines part.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.txt").write_text("Boats leave\\nat six.\\n\\nBring a coat.")
+        ...     [block.text for block in text(Path(folder, "a.txt"), USUAL)]
+        ['Boats leave\\nat six.', 'Bring a coat.']
+    """
     for part in re.split(r"\n\s*\n", _decoded(path)):
         if part.strip():
             yield Block(part.strip())
 
 
 def markdown(path: Path, limits: Limits) -> Iterator[Block]:
-    """Paragraphs, list items, rows of tables and code under their headings, without the marks."""
+    """Paragraphs, list items, rows of tables and code under their headings, without the marks.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.md").write_text("# Harbour\\n## Ferries\\nBoats leave at *six*.\\n# Inn\\n- Soup")
+        ...     [(block.text, block.title) for block in markdown(Path(folder, "a.md"), USUAL)]
+        [('Boats leave at six.', 'Harbour › Ferries'), ('Soup', 'Inn')]
+    """
     parser = need("markdown_it", "rag").MarkdownIt("commonmark").enable("table")
     titles: list[str] = []
     cells: list[str] = []
@@ -144,7 +180,15 @@ def markdown(path: Path, limits: Limits) -> Iterator[Block]:
 
 
 def html(path: Path, limits: Limits) -> Iterator[Block]:
-    """What a page shows, under its headings."""
+    """What a page shows, under its headings.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.html").write_text("<h1>Boats</h1><p>At <b>six</b>.<script>x()</script><p hidden>5.")
+        ...     [(block.text, block.title) for block in html(Path(folder, "a.html"), USUAL)]
+        [('At six.', 'Boats')]
+    """
     data = path.read_bytes()
     declared = re.search(rb"""<meta[^>]{0,200}charset=["']?([\w-]{1,40})""", data[:4096], re.IGNORECASE)
     charset = declared.group(1).decode().lower().replace("_", "-") if declared else "utf-8"
@@ -155,7 +199,17 @@ def html(path: Path, limits: Limits) -> Iterator[Block]:
 
 
 def pdf(path: Path, limits: Limits) -> Iterator[Block]:
-    """A block a page."""
+    """A block a page.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import figure
+        >>> drawn = figure.figure(4, 1)
+        >>> _ = drawn.text(0.1, 0.5, "Boats leave at six.")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [(block.text, block.page) for block in pdf(figure.write(drawn, f"{folder}/a.pdf"), USUAL)]
+        [('Boats leave at six.', 1)]
+    """
     pypdf = need("pypdf", "rag")
     broken = (
         pypdf.errors.PyPdfError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError,
@@ -190,7 +244,15 @@ def pdf(path: Path, limits: Limits) -> Iterator[Block]:
 
 
 def jsonl(path: Path, limits: Limits) -> Iterator[Block]:
-    """An object a line: text, and where there is one title and source."""
+    """An object a line: text, and where there is one title and source.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.jsonl").write_text('{"text": "At six."}\\n{"text": "Soup", "source": "menu"}')
+        ...     [(block.text, block.page, block.source) for block in jsonl(Path(folder, "a.jsonl"), USUAL)]
+        [('At six.', 1, ''), ('Soup', 2, 'menu')]
+    """
     with path.open("rb") as file:
         number = 0
         while line := file.readline(limits.line + 1):

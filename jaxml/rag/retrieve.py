@@ -34,6 +34,12 @@ def diverse(encoder: Encoder, question: str, hits: Sequence[Hit], k: int, *, tra
 
     Args:
         trade: 1 looks at the question alone, 0 at the other passages alone.
+
+    Example:
+        >>> from jaxml import testing
+        >>> hits = [Hit(Passage(text, "a"), 0.0) for text in ("the cat sat", "the cat sat down", "a cat ran")]
+        >>> [hit.passage.text for hit in diverse(testing.TinyEncoder(), "the cat", hits, 2, trade=0.5)]
+        ['the cat sat', 'a cat ran']
     """
     if not hits:
         return []
@@ -43,6 +49,13 @@ def diverse(encoder: Encoder, question: str, hits: Sequence[Hit], k: int, *, tra
 
 def likely(llm: LLM, question: str, hits: Sequence[Hit]) -> list[Hit]:
     """The hits ordered by how likely the question is after each, in nats a token: a decoder as the judge.
+
+    Example:
+        >>> from jaxml import prompts, testing
+        >>> hits = [Hit(Passage(text, "a"), 0.0) for text in ("the cat sat", "boats leave at six")]
+        >>> found = likely(prompts.Local(testing.tiny_model()), "who sat?", hits)
+        >>> [(hit.passage.text, round(hit.score, 1)) for hit in found]
+        [('the cat sat', -9.4), ('boats leave at six', -9.7)]
 
     Reference:
         Sachan et al. 2022, "Improving Passage Retrieval with Zero-Shot Question Generation".

@@ -45,7 +45,13 @@ class Group:
 
 
 class Step(NamedTuple):
-    """A prompt and what came back."""
+    """A prompt and what came back.
+
+    Example:
+        >>> out = Answer("who?", "none", "ada", steps=[Step("memory", "Question: who?\\nAnswer:", " ada")])
+        >>> [(step.name, step.reply.strip()) for step in out.steps]
+        [('memory', 'ada')]
+    """
 
     name: str
     prompt: Prompt
@@ -94,7 +100,14 @@ class Answer:
 
 
 def row(answer: Answer) -> dict[str, Any]:
-    """As JSON keeps it."""
+    """As JSON keeps it.
+
+    Example:
+        >>> found = [Evidence(1, "Ada keeps it.", Passage("Ada keeps it.", "a.md")), Evidence(2, "Bob does.")]
+        >>> kept = row(Answer("who?", "isolated", "Ada", evidence=found, groups=[Group("Ada", [1])], chosen=0))
+        >>> kept["cited"], [(e["source"], e["memory"]) for e in kept["evidence"]]
+        ([1], [('a.md', False), ('memory', True)])
+    """
     return dataclasses.asdict(answer) | {
         "evidence": [
             {"number": e.number, "text": e.text, "source": e.source, "memory": e.memory} for e in answer.evidence

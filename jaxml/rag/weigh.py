@@ -64,6 +64,19 @@ def scored(
     Raises:
         ValueError: a probability, or `least`, outside [0, 1].
         NotImplementedError: a model that gives no likelihoods.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from jaxml import prompts
+        >>> from jaxml.rag import calls
+        >>> thinks = lambda text: "bob" if "bob" in text else "ada"  # what it answers after a text, and finds likely
+        >>> says = lambda asked, **_: [prompts.Reply(thinks(text), 1, 1) for text in asked]
+        >>> logs = lambda text, choices: np.log([0.9 if choice.strip() == thinks(text) else 0.1 for choice in choices])
+        >>> finds = lambda asked, choices: [prompts.Scores(logs(*both), np.ones(2), 1) for both in zip(asked, choices)]
+        >>> llm = SimpleNamespace(name="known", generate=says, score=finds)
+        >>> [out] = calls.run(llm, [scored(llm, "who?", [Passage("It was bob.", "a")])])
+        >>> out.text, [(group.answer, round(group.confidence, 2)) for group in out.groups]
+        ('bob', [('bob', 0.8), ('ada', 0.18)])
     """
     if not 0 <= least <= 1:
         raise ValueError(f"weigh.scored: least is in [0, 1], got {least}.")
@@ -177,7 +190,14 @@ def _others(says: np.ndarray) -> int:
 
 
 def once(says: np.ndarray, rho: np.ndarray, source: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(v, ρ) of sources rather than of passages: of each the mean v and the largest ρ of its passages."""
+    """(v, ρ) of sources rather than of passages: of each the mean v and the largest ρ of its passages.
+
+    Example:
+        >>> says = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+        >>> v, rho = once(says, np.array([0.9, 0.6, 0.8]), [0, 0, 1])
+        >>> v.tolist(), rho.tolist()
+        ([[0.75, 0.25], [0.0, 1.0]], [0.9, 0.8])
+    """
     groups = [[i for i, s in enumerate(source) if s == number] for number in dict.fromkeys(source)]
     mean = np.array([says[of].mean(0) for of in groups]).reshape(len(groups), says.shape[1])
     return mean, np.array([rho[of].max() for of in groups])
@@ -204,7 +224,13 @@ def clusters(said: Sequence[str]) -> tuple[list[str], list[int | None]]:
 
 def independent(passages: Sequence[Passage], alike: float = 0.8) -> list[int]:
     """The number of each passage's source: one for those of the same `Passage.source`, or whose runs of three words are
-    the same but for a few."""
+    the same but for a few.
+
+    Example:
+        >>> texts, sources = ("boats leave at six", "soup", "Boats leave at six.", "no boats"), ("a", "a", "b", "c")
+        >>> independent([Passage(text, source) for text, source in zip(texts, sources)])
+        [0, 0, 0, 1]
+    """
     runs = []
     for p in passages:
         words = normalise(p.text).split()

@@ -50,7 +50,14 @@ class Answered(NamedTuple):
 
 
 def join(parts: Sequence[Answered]) -> Answered:
-    """Answers to questions that were asked in parts."""
+    """Answers to questions that were asked in parts.
+
+    Example:
+        >>> one = Answered(["Rome"], np.array([True]), np.array([0.9]), np.array([0.8]))
+        >>> other = Answered(["Oslo"], np.array([False]), np.array([0.4]), np.array([0.3]))
+        >>> join([one, other]).texts, join([one, other]).confidence.tolist()
+        (['Rome', 'Oslo'], [0.9, 0.4])
+    """
     return Answered(
         [t for part in parts for t in part.texts], *(np.concatenate([p[i] for p in parts]) for i in range(1, 4))
     )
@@ -184,7 +191,16 @@ def answer(model: Model, items: Sequence[Item], form: Form = PLAIN, **options) -
 
 
 def merged(model: Model) -> Model:
-    """The model to ask: LoRA and its kin merged into weights that are arrays, which is faster."""
+    """The model to ask: LoRA and its kin merged into weights that are arrays, which is faster.
+
+    Example:
+        >>> import jax
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> tuned = model.replace(params=adapters.attach(model.params, jax.random.key(0), rank=2, targets=["q"]))
+        >>> adapters.has_adapters(tuned.params), adapters.has_adapters(merged(tuned).params)
+        (True, False)
+    """
     bare = paths.named(adapters.detach(model.params)).values()
     if "prefix" in model.params or any(isinstance(w, QArray) for w in bare):
         return model
@@ -192,7 +208,13 @@ def merged(model: Model) -> Model:
 
 
 def texts_of(model: Model, items: Sequence[Item], form: Form, *, max_new_tokens: int = 15) -> list[str]:
-    """The greedy answer to each question; the likeliest choice, where there are choices."""
+    """The greedy answer to each question; the likeliest choice, where there are choices.
+
+    Example:
+        >>> from jaxml import testing
+        >>> texts_of(testing.tiny_model(), [Item("is it?", ("no",), choices=("no", "yes"))], PLAIN)
+        ['no']
+    """
     texts = [""] * len(items)
     chosen, open_ = _kinds(items)
     if open_:
@@ -207,7 +229,12 @@ def texts_of(model: Model, items: Sequence[Item], form: Form, *, max_new_tokens:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """A seed of its own for each part of a job."""
+    """A seed of its own for each part of a job.
+
+    Example:
+        >>> [seed_of(0, number) for number in range(2)]
+        [1484405855, 1982462498]
+    """
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0] >> 1)
 
 

@@ -19,7 +19,13 @@ KNOWN = ("gold", "own")
 
 
 def plain(tokenizer: Tokenizer, items: Sequence[Item], form: Form = PLAIN) -> list[dict[str, Any]]:
-    """Question and right answer alone; questions without one are left out."""
+    """Question and right answer alone; questions without one are left out.
+
+    Example:
+        >>> from jaxml import testing
+        >>> plain(testing.tiny_tokenizer(), [Item("1+1?", ("2",)), Item("What is Quen?")])
+        [{'parts': [['Question: 1+1?\\nAnswer:', 0.0], [' 2', 1.0], ['\\n', 1.0]]}]
+    """
     return [_example(tokenizer, form, item, target(item), None) for item in items if item.answerable]
 
 
@@ -56,6 +62,14 @@ def make(
 
     Raises:
         ValueError: an unknown `known` or `unknown`, or the model's own answers wanted and not given.
+
+    Example:
+        >>> from jaxml import testing
+        >>> items = [Item(f"{i}+1?", (str(i + 1),)) for i in range(3)]
+        >>> labels = Labels(np.array([1.0, 1.0, 0.0]), np.array([True, True, True]))
+        >>> made = make(testing.tiny_tokenizer(), items, labels)
+        >>> [[example["parts"][1][0], *example["parts"][4]] for example in made]
+        [[' 1', 'I am sure.', 0.75], [' 2', 'I am sure.', 0.75], [' 3', 'I am unsure.', 1.5]]
     """
     if unknown not in UNKNOWN:
         raise ValueError(f"r_tuning.examples: unknown is one of {', '.join(UNKNOWN)}, got {unknown!r}.")
@@ -99,6 +113,13 @@ def two_stages(
     Raises:
         ValueError: a question without context, or fewer than two different contexts.
 
+    Example:
+        >>> from jaxml import testing
+        >>> items = [Item("Who left?", ("Ada",), "Ada left."), Item("Who came?", ("Bob",), "Bob came.")]
+        >>> first, second = two_stages(testing.tiny_tokenizer(), items, PLAIN)
+        >>> [example["parts"][1][0] for example in first], second[0]["parts"][1][0]
+        ([' Yes.', ' No.', ' Yes.', ' No.'], ' Ada')
+
     Reference:
         Li et al. 2024, "Know the Unknown: An Uncertainty-Sensitive Method for LLM Instruction Tuning" (US-Tuning): two
         stages, the recognition of what a text leaves open before the instructions that follow it.
@@ -121,6 +142,17 @@ def two_stages(
 
 
 def check_contexts(items: Sequence[Item]) -> None:
+    """Refuses questions that `two_stages` makes nothing of.
+
+    Raises:
+        ValueError: a question without context, or fewer than two different contexts.
+
+    Example:
+        >>> check_contexts([Item("Who left?", ("Ada",))])
+        Traceback (most recent call last):
+            ...
+        ValueError: r_tuning.two_stages: every question has a context, 'Who left?' has none.
+    """
     if missing := [item.question for item in items if not item.context]:
         raise ValueError(f"r_tuning.two_stages: every question has a context, {missing[0]!r} has none.")
     if len({item.context for item in items}) < 2:

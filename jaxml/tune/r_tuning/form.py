@@ -144,12 +144,22 @@ PLAIN = Form()
 
 
 def target(item: Item) -> str:
-    """The right answer as it is written."""
+    """The right answer as it is written.
+
+    Example:
+        >>> target(Item("1+1?", ("2", "two"))), target(Item("Which is larger?", ("two",), choices=("one", "two")))
+        ('2', 'B')
+    """
     return said_as(item, item.answers[0])
 
 
 def said_as(item: Item, answer: str) -> str:
-    """An answer as it is written: of a choice its letter."""
+    """An answer as it is written: of a choice its letter.
+
+    Example:
+        >>> said_as(Item("1+1?", ("2",)), "3"), said_as(Item("Larger?", ("two",), choices=("one", "two")), "one")
+        ('3', 'A')
+    """
     return letters(item)[item.choices.index(answer)] if item.choices else answer
 
 
@@ -158,6 +168,10 @@ def letters(item: Item) -> Sequence[str]:
 
     Raises:
         ValueError: more choices than letters.
+
+    Example:
+        >>> letters(Item("Which is largest?", ("three",), choices=("one", "two", "three")))
+        'ABC'
     """
     if len(item.choices) > len(LETTERS):
         raise ValueError(f"r_tuning.Form: at most {len(LETTERS)} choices, got {len(item.choices)}.")

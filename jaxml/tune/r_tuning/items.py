@@ -107,7 +107,12 @@ def item(row: Any) -> Item:
 
 
 def row(one: Item) -> dict[str, Any]:
-    """The object of a file that `item` reads as this question."""
+    """The object of a file that `item` reads as this question.
+
+    Example:
+        >>> row(Item("1+1?", ("2",), group="sums")), row(Item("Who is Quen?"))
+        ({'question': '1+1?', 'answers': ['2'], 'group': 'sums'}, {'question': 'Who is Quen?', 'answerable': False})
+    """
     out: dict[str, Any] = {"question": one.question}
     out |= {"answers": list(one.answers)} if one.answerable else {"answerable": False}
     out |= {k: v for k, v in (("context", one.context), ("group", one.group)) if v}

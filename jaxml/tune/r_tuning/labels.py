@@ -33,6 +33,11 @@ class Labels(NamedTuple):
 def correct(answered: Answered) -> Labels:
     """R-Tuning as published: sure of what was answered rightly.
 
+    Example:
+        >>> answered = Answered(["Paris", "Rome"], np.array([True, False]), np.array([0.4, 0.9]), np.array([0.2, 0.8]))
+        >>> correct(answered).sure.tolist()
+        [1.0, 0.0]
+
     Reference:
         Zhang et al. 2024, "R-Tuning", section 3.
     """
@@ -49,6 +54,11 @@ def consistent(
         same: which of them mean the same (`clusters` where None); choices are compared as they are.
         share: of the questions that are sure; among equal entropies the earlier ones.
 
+    Example:
+        >>> samples = [["Rome", "Lyon", "Oslo"], ["Rome", "rome.", "Rome"]]
+        >>> consistent(samples, [Item("of France?", ("Paris",)), Item("of Italy?", ("Rome",))]).sure.tolist()
+        [0.0, 1.0]
+
     Reference:
         Zhang et al. 2024, section 5.2 (entropy of answers as strings); Kuhn et al. 2023, "Semantic Uncertainty" (of
         meanings).
@@ -63,6 +73,11 @@ def consistent(
 
 def expected(samples: Sequence[Sequence[str]], items: Sequence[Item]) -> Labels:
     """Graded: as sure as the share of sampled answers that are right.
+
+    Example:
+        >>> samples = [["2", "3", "two", "2"], ["5", "4", "3", "6"]]
+        >>> expected(samples, [Item("1+1?", ("2", "two")), Item("2+2?", ("4",))]).sure.tolist()
+        [0.75, 0.25]
 
     Reference:
         Yang et al. 2023, "Alignment for Honesty", section 4 (expected accuracy).
@@ -91,6 +106,12 @@ def craft(
         right: share of right samples from which a question counts as known.
         drop: share of each side that is left out for its certainty.
 
+    Example:
+        >>> items = [Item(question, ("a",)) for question in ("known?", "learnt?", "unknown?")]
+        >>> made = craft([["a", "a"], ["b", "c"], ["b", "c"]], [["a", "a"], ["a", "a"], ["b", "c"]], items)
+        >>> made.sure.tolist(), made.keep.tolist()
+        ([1.0, 0.0, 0.0], [True, False, True])
+
     Reference:
         Zhu et al. 2024, "Utilize the Flow before Stepping into the Same River Twice" (CRaFT): correctness, certainty
         and their flow under rehearsal decide. The two thresholds are this library's.
@@ -109,7 +130,13 @@ def craft(
 
 
 def rehearsal(samples: Sequence[Sequence[str]], items: Sequence[Item], same: Same | None = None, *, share: float = 0.5):
-    """Numbers of the questions that `craft` rehearses: of those answered rightly most often, the most certain share."""
+    """Numbers of the questions that `craft` rehearses: of those answered rightly most often, the most certain share.
+
+    Example:
+        >>> items = [Item(question, ("a",)) for question in ("often?", "always?", "never?")]
+        >>> rehearsal([["a", "a", "b"], ["a", "a", "a"], ["b", "b", "b"]], items)
+        [1]
+    """
     accuracy, unrest = accuracy_of(samples, items), _unrest(samples, items, same)
     order = np.lexsort((unrest, -accuracy))
     known = [int(i) for i in order if accuracy[i] >= 0.5]
@@ -136,6 +163,13 @@ def cross_fitted(
 
     Raises:
         ValueError: fewer than two folds, or fewer questions than folds.
+
+    Example:
+        >>> items = [Item(f"what is {i}?", (str(i),)) for i in range(4)]
+        >>> learn = lambda part: [item.answers[0] for item in part]
+        >>> tune = lambda model, examples, name: sorted(examples)  # the "model" is what it was tuned on
+        >>> [(sorted(part.tolist()), tuned) for part, tuned in cross_fitted(None, items, learn, tune)]
+        [([0, 2], ['1', '3']), ([1, 3], ['0', '2'])]
     """
     check_folds(len(items), folds)
     parts = np.array_split(np.random.default_rng(seed).permutation(len(items)), folds)
@@ -145,6 +179,17 @@ def cross_fitted(
 
 
 def check_folds(questions: int, folds: int) -> None:
+    """Refuses a number of folds that `cross_fitted` cannot make of so many questions.
+
+    Raises:
+        ValueError: fewer than two folds, or fewer questions than folds.
+
+    Example:
+        >>> check_folds(4, 5)
+        Traceback (most recent call last):
+            ...
+        ValueError: labels.cross_fitted: folds are in 2 … 4, the number of questions, got 5.
+    """
     if not 2 <= folds <= questions:
         raise ValueError(f"labels.cross_fitted: folds are in 2 … {questions}, the number of questions, got {folds}.")
 
@@ -153,7 +198,12 @@ def check_folds(questions: int, folds: int) -> None:
 
 
 def accuracy_of(samples: Sequence[Sequence[str]], items: Sequence[Item]) -> np.ndarray:
-    """Of each question, the share of its samples that are right: [n] float64."""
+    """Of each question, the share of its samples that are right: [n] float64.
+
+    Example:
+        >>> accuracy_of([["2", "two", "3", "2"]], [Item("1+1?", ("2", "two"))]).tolist()
+        [0.75]
+    """
     return np.array(
         [np.mean([judge.right(t, item) for t in texts]) for texts, item in zip(samples, items, strict=True)]
     )
@@ -186,6 +236,12 @@ def by_meaning(embed: Callable[[Sequence[str]], np.ndarray], *, alike: float = 0
     Args:
         embed: texts to unit vectors (`lm.encoder.load()`).
         alike: the least cosine of two answers that mean the same.
+
+    Example:
+        >>> from jaxml import testing
+        >>> same, texts = by_meaning(testing.TinyEncoder(), alike=0.6), ["the old port", "a port, old", "the inn"]
+        >>> same(texts), clusters(texts)
+        ([0, 0, 1], [0, 1, 2])
     """
 
     def same(texts: Sequence[str]) -> list[int]:

@@ -82,7 +82,13 @@ class Policy:
 
 def best_weight(answered: Answered, steps: int = 20) -> float:
     """The weight of the certainty said with the least area under the risk–coverage curve of a calibration set; of equal
-    ones the nearest to the paper's ½."""
+    ones the nearest to the paper's ½.
+
+    Example:
+        >>> answered = Answered(["a", "b"], np.array([True, False]), np.array([0.1, 0.9]), np.array([0.8, 0.3]))
+        >>> best_weight(answered)  # the answers' own probabilities mislead
+        0.65
+    """
     weights = np.linspace(0, 1, steps + 1)
     areas = [metrics.risk_coverage(Policy(float(w)).confidence(answered), answered.right).area for w in weights]
     best = weights[np.isclose(areas, min(areas), rtol=0, atol=1e-12)]
@@ -91,7 +97,13 @@ def best_weight(answered: Answered, steps: int = 20) -> float:
 
 def halves(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the calibration questions that choose the weight, and of those that choose the threshold, where a
-    promise is to be kept."""
+    promise is to be kept.
+
+    Example:
+        >>> choose, keep = halves(5)
+        >>> len(choose), len(keep), sorted([*choose.tolist(), *keep.tolist()])
+        (2, 3, [0, 1, 2, 3, 4])
+    """
     order = np.random.default_rng(0).permutation(count)
     return order[: count // 2], order[count // 2 :]
 

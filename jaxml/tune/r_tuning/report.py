@@ -123,7 +123,12 @@ def compare(methods: Sequence[Method], before: dict[str, np.ndarray] | None = No
 
 
 def without_nan(report: Any) -> Any:
-    """The same as JSON can say it: null for what is not a number."""
+    """The same as JSON can say it: null for what is not a number.
+
+    Example:
+        >>> without_nan({"ap": float("nan"), "interval": [0.25, float("inf")]})
+        {'ap': None, 'interval': [0.25, None]}
+    """
     if isinstance(report, dict):
         return {k: without_nan(v) for k, v in report.items()}
     if isinstance(report, list | tuple):
@@ -145,7 +150,14 @@ def _refused(method: Method, first: Method, beside: str | None) -> dict[str, flo
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """`compare`'s figures as a page."""
+    """`compare`'s figures as a page.
+
+    Example:
+        >>> answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> found = compare([Method("tuned", Policy(), {"unanswerable": answered})])
+        >>> print(markdown(found).splitlines()[-1])
+        | tuned | 50.0% | – |
+    """
     percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
     number = lambda x: "–" if np.isnan(x) else f"{x:.3f}"
     ranged = lambda f, name: f"{number(f[name])} ({'–'.join(map(number, f[f'{name}_interval']))})"
@@ -189,7 +201,16 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def plot_risk(methods: Sequence[Method], path: str | Path) -> Path:
-    """Risk against coverage, one panel for each part; the point is where a method's threshold stands."""
+    """Risk against coverage, one panel for each part; the point is where a method's threshold stands.
+
+    Example:
+        >>> import tempfile
+        >>> answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> methods = [Method("tuned", Policy(), {"seen": answered})]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     "tuned (area 0.25)" in plot_risk(methods, f"{folder}/risk.svg").read_text()
+        True
+    """
     parts = [part for part in PARTS if part in methods[0].answers]
     made = figure.figure(5.2 * len(parts), 4)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
@@ -210,7 +231,16 @@ def plot_risk(methods: Sequence[Method], path: str | Path) -> Path:
 
 
 def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10) -> Path:
-    """Confidence against accuracy, in bins; a well-calibrated method lies on the diagonal."""
+    """Confidence against accuracy, in bins; a well-calibrated method lies on the diagonal.
+
+    Example:
+        >>> import tempfile
+        >>> answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> methods = [Method("tuned", Policy(), {"seen": answered})]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     "tuned (ECE 0.15)" in plot_reliability(methods, f"{folder}/reliability.svg").read_text()
+        True
+    """
     parts = [part for part in PARTS if part in methods[0].answers]
     made = figure.figure(4.6 * len(parts), 4.2)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
@@ -236,7 +266,17 @@ def _tidy(axes) -> None:
 
 
 def examples_table(items: Sequence[Item], answered: Answered, labels: Labels, count: int = 4) -> str:
-    """A few questions that are labelled sure (D1) and unsure (D0), as a page shows them."""
+    """A few questions that are labelled sure (D1) and unsure (D0), as a page shows them.
+
+    Example:
+        >>> answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> items, labels = [Item("1+1?", ("2",)), Item("2+2?", ("4",))], Labels(np.array([1.0, 0.0]), np.ones(2, bool))
+        >>> print(examples_table(items, answered, labels))
+        | | question | the model said | right |
+        |---|---|---|---|
+        | D1, sure | 1+1? | 2 | 2 |
+        | D0, unsure | 2+2? | 5 | 4 |
+    """
     lines = ["| | question | the model said | right |", "|---|---|---|---|"]
     for name, wanted in (("D1, sure", labels.sure >= 0.5), ("D0, unsure", labels.sure < 0.5)):
         for i in np.flatnonzero(wanted & labels.keep)[:count]:
@@ -254,7 +294,17 @@ def _cell(text: str) -> str:
 
 
 def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, above: str = "") -> Path:
-    """report.json, risk_coverage.png, reliability.png and report.md in the folder."""
+    """report.json, risk_coverage.png, reliability.png and report.md in the folder.
+
+    Example:
+        >>> import tempfile
+        >>> answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+        >>> methods = [Method("tuned", Policy(), {"seen": answered})]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = save(compare(methods), methods, folder)
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['reliability.png', 'report.json', 'report.md', 'risk_coverage.png']
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text(folder / "report.json", json.dumps(without_nan(report), indent=2, allow_nan=False))
