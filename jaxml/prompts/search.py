@@ -123,6 +123,9 @@ def search(
 def draw(task: Task, shots: Sequence[int], sets: int, rng: np.random.Generator) -> list[tuple[int, ...]]:
     """Sets of demonstrations, drawn from the task's pool.
 
+    Raises:
+        ValueError: more shots than the pool has examples, or fewer than 0.
+
     Example:
         >>> task = Task([{"prompt": f"{i}+1=", "response": str(i + 1)} for i in range(9)])
         >>> [len(shown) for shown in draw(task, [0, 2, 4], sets=2, rng=np.random.default_rng(0))]

@@ -41,6 +41,9 @@ def prompted(
             goes from single texts straight to the answer.
         memories: m̂, at most so many passages from memory; 0 for none.
 
+    Raises:
+        ValueError: rounds or memories below 0.
+
     Example:
         >>> from jaxml.rag import calls, scripted
         >>> llm = scripted.Scripted({"who?": "ada"})  # to whom what it knows is worth one text and a half

@@ -1,7 +1,9 @@
 """Exact search among vectors by inner product, block by block; and search among int8 codes, ranked again exactly.
 
+```python
 matrix = dense.place(vectors)                    # [n, D], in blocks on the device or spread over several
 scores, rows = dense.search(matrix, queries, 10)
+```
 """
 
 import dataclasses
@@ -199,7 +201,7 @@ def refine(
         candidates: rows, or −1 for none.
 
     Returns:
-        (scores [Q, k] float32, rows [Q, k]).
+        (scores [Q, k] float32, rows [Q, k]); −∞ and −1 where there are fewer.
 
     Example:
         >>> vectors = np.array([[1.0, 0.0], [0.75, 0.5], [0.0, 1.0]], np.float32)
@@ -211,7 +213,9 @@ def refine(
     exact = np.einsum("qcd,qd->qc", vectors[candidates].astype(np.float32), queries)
     exact = np.where(candidates < 0, np.float32(-np.inf), exact)
     order = np.argsort(-exact, 1, kind="stable")[:, :k]
-    return np.take_along_axis(exact, order, 1), np.take_along_axis(candidates, order, 1)
+    missing = ((0, 0), (0, k - order.shape[1]))
+    scores, rows = (np.take_along_axis(of, order, 1) for of in (exact, candidates))
+    return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

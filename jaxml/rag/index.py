@@ -1,8 +1,10 @@
 """An index in a folder: what was read from which file, the passages with their vectors, their words.
 
+```python
 index = rag.Index.create("runs/index", encoder.load())
 index.update("docs/")
 index.search(["who keeps the lighthouse?"], 5)
+```
 """
 
 import contextlib

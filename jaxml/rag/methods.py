@@ -1,6 +1,8 @@
 """The methods in one interface: (llm, question, passages) to an answer. Astute RAG, and what it is measured against.
 
+```python
 [answer] = rag.answer(llm, ["who keeps the lighthouse?"], [passages], "astute")
+```
 """
 
 from collections import Counter
@@ -28,6 +30,9 @@ def closed(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = 
         form: "chat", a turn that says what is wanted, or "lines", lines after examples, as likelihoods are read from
             (`wording.lines`).
 
+    Raises:
+        ValueError: an unknown form.
+
     Example:
         >>> from jaxml.rag.scripted import Scripted
         >>> llm = Scripted({"who?": "ada"})
@@ -44,6 +49,9 @@ def plain(llm: LLM, question: str, passages: Sequence[Passage], *, form: str = "
 
     Args:
         form: as in `closed`.
+
+    Raises:
+        ValueError: an unknown form.
 
     Example:
         >>> from jaxml.rag.scripted import Scripted
@@ -88,6 +96,9 @@ def isolated(llm: LLM, question: str, passages: Sequence[Passage], *, form: str 
 
     Args:
         form: as in `closed`.
+
+    Raises:
+        ValueError: an unknown form.
 
     Example:
         >>> from jaxml.rag.scripted import Scripted
@@ -182,6 +193,9 @@ def astute(llm: LLM, question: str, passages: Sequence[Passage], *, mode: str = 
 
     Args:
         options: of the function that is taken.
+
+    Raises:
+        ValueError: an unknown mode.
 
     Example:
         >>> from jaxml.rag.scripted import Scripted

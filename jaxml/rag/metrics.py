@@ -18,13 +18,13 @@ CLASSES = {
 
 
 def exact(said: str, answers: Sequence[str]) -> bool:
-    """Equal to one of the answers, normalised.
+    """Equal to one of the answers, normalised; what normalises to nothing is equal to none.
 
     Example:
         >>> exact("the Oslo.", ["Oslo", "Kristiania"]), exact("in Oslo", ["Oslo"])
         (True, False)
     """
-    return normalise(said) in {normalise(a) for a in answers}
+    return bool(normalise(said)) and normalise(said) in {normalise(a) for a in answers}
 
 
 def contains(said: str, answers: Sequence[str]) -> bool:
@@ -58,6 +58,9 @@ def citation(answer: Answer, supports: Sequence[bool]) -> tuple[float, float]:
 
     Args:
         supports: of each passage given, in order.
+
+    Raises:
+        ValueError: not one of `supports` a passage.
 
     Example:
         >>> from jaxml.rag.trace import Evidence, Group

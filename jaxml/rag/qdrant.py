@@ -1,7 +1,9 @@
 """A store in Qdrant, for more passages than one machine holds.
 
+```python
 store = Qdrant.open(qdrant_client.QdrantClient("http://host:6333"), "passages", width=384)
 index = rag.Index.create("runs/index", encoder, store=store)
+```
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ def read(path: str | Path, limits: Limits = USUAL) -> Iterator[Block]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another ending, larger than the limits, another encoding, or broken; the file is named.
+        ValueError: a folder, another ending, larger than the limits, another encoding, or broken; the file is named.
 
     Example:
         >>> import tempfile
@@ -113,6 +113,8 @@ def read(path: str | Path, limits: Limits = USUAL) -> Iterator[Block]:
         [('Boats leave at six.', 'Harbour'), ('Bring a coat.', 'Harbour')]
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path}: read takes one file, got a folder. find({str(path)!r}) lists the files in it.")
     [path] = find(path)
     reader = READERS[path.suffix.lower()]
     if reader is not jsonl and (size := path.stat().st_size) > limits.file:

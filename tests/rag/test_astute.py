@@ -515,3 +515,7 @@ def test_questions_are_read_from_files(tmp_path):
         path.write_text(json.dumps(right | wrong) + "\n")
         with pytest.raises(ValueError, match="line 1: a question of RAMDocs"):
             rag.questions.read(f"ramdocs:{path}")
+
+
+def test_what_normalises_to_nothing_is_no_answer():
+    assert not metrics.exact("", ["%"]) and not metrics.exact("!", ["?"]) and metrics.exact("The Oslo!", ["oslo"])

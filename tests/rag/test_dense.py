@@ -75,3 +75,9 @@ def test_the_same_shapes_are_compiled_once():
 def test_wrong_shapes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         wrong()
+
+
+def test_fewer_candidates_than_are_wanted_leave_places_empty():
+    scores, rows = dense.refine(ROWS, ASKED[:2], np.array([[3, -1], [1, 2]]), 4)
+    assert scores.shape == rows.shape == (2, 4)
+    assert rows[0].tolist() == [3, -1, -1, -1] and np.isneginf(scores[0, 1:]).all() and rows[1, 2:].tolist() == [-1, -1]

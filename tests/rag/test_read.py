@@ -245,3 +245,9 @@ def test_a_passage_says_where_it_is_from():
     assert Passage("t", "a.jsonl", page=3).place == "a.jsonl, line 3"
     keys = {Passage("t", "a").key, Passage("u", "a").key, Passage("t", "b").key, Passage("t", "a", start=1).key}
     assert len(keys) == 4
+
+
+def test_a_folder_is_no_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    with pytest.raises(ValueError, match="read takes one file, got a folder"):
+        list(read.read(tmp_path))

@@ -476,3 +476,15 @@ def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="a list, got a single string"):
         r_tuning.answer_or_refuse(None, "who?", 0.5)
     assert SURE.phrase(0.5) == "I am sure." and SURE.phrase(0.49) == "I am unsure."
+
+
+def test_a_form_without_a_scale_is_for_refusals_alone():
+    items = [Item("1+1?", ("2",)), Item("2+2?", ("4",))]
+    given, form = Labels(np.array([1.0, 0.0]), np.ones(2, bool)), Form(scale=None, refusals=("I do not know.",))
+    tokenizer = tiny_model().tokenizer
+    made = examples.make(tokenizer, items, given, form=form, unknown="refusal")
+    assert [[text for text, weight in example["parts"] if weight] for example in made] == [
+        [" 2", "\n"], [" I do not know.", "\n"]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="the form asks for certainty by a scale"):
+        examples.make(tokenizer, items, given, form=form)

@@ -188,3 +188,13 @@ def test_a_policy_is_kept_on_disk(tmp_path):
             Policy.load(tmp_path / "policy.json")
     with pytest.raises(FileNotFoundError, match="no such file"):
         Policy.load(tmp_path / "none.json")
+
+
+def test_questions_that_nothing_answers_make_a_report_without_pictures(tmp_path):
+    answered = Answered(["2", "5"], np.array([True, False]), np.array([0.9, 0.2]), np.array([0.8, 0.1]))
+    methods = [r_tuning.Method("tuned", Policy(), {"unanswerable": answered})]
+    r_tuning.report.save(r_tuning.compare(methods), methods, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+    for plot in (r_tuning.report.plot_risk, r_tuning.report.plot_reliability):
+        with pytest.raises(ValueError, match=r"a part with right answers is needed .* got unanswerable"):
+            plot(methods, tmp_path / "a.png")

@@ -61,7 +61,8 @@ def make(
         Examples of the form parts (`tune.data`).
 
     Raises:
-        ValueError: an unknown `known` or `unknown`, or the model's own answers wanted and not given.
+        ValueError: an unknown `known` or `unknown`, the model's own answers wanted and not given, or a form that does
+            not ask for certainty where "refusal" is not what is trained.
 
     Example:
         >>> from jaxml import testing
@@ -79,9 +80,13 @@ def make(
     nothing = unknown != "refusal" and not all(items[i].answerable for i in kept)
     if answered is None and (nothing or {known, unknown} & {"own", "heard"}):
         raise ValueError("r_tuning.examples: the model's own answers are wanted. Give them as answered.")
-    phrases = {i: form.scale.phrase(float(labels.sure[i])) for i in kept}
     refused = {i for i in kept if unknown == "refusal" and (labels.sure[i] < 0.5 or not items[i].answerable)}
-    said = [phrases[i] for i in kept if i not in refused]
+    if form.scale is None and unknown != "refusal":
+        raise ValueError(
+            'r_tuning.examples: the form asks for certainty by a scale, or unknown is "refusal"; got neither.'
+        )
+    phrases = {i: form.scale.phrase(float(labels.sure[i])) for i in kept if form.scale and i not in refused}
+    said = list(phrases.values())
     each = {p: len(said) / (len(set(said)) * said.count(p)) if balance else 1.0 for p in set(said)}
     rng, out = np.random.default_rng(seed), []
     for i in kept:
@@ -93,7 +98,8 @@ def make(
         heard = not item.answerable or (own and not knows and unknown == "heard")
         text = said_as(item, answered.texts[i]) if own or heard else target(item)
         learnt = 0.0 if heard else 1.0
-        out.append(_example(tokenizer, form, item, text, (phrases[i], weight * each[phrases[i]]), learnt))
+        certainty = (phrases[i], weight * each[phrases[i]]) if i in phrases else None
+        out.append(_example(tokenizer, form, item, text, certainty, learnt))
     if not out:
         raise ValueError("r_tuning.examples: the labels keep at least one question, got none.")
     return out

@@ -54,6 +54,9 @@ def consistent(
         same: which of them mean the same (`clusters` where None); choices are compared as they are.
         share: of the questions that are sure; among equal entropies the earlier ones.
 
+    Raises:
+        ValueError: a share outside (0, 1).
+
     Example:
         >>> samples = [["Rome", "Lyon", "Oslo"], ["Rome", "rome.", "Rome"]]
         >>> consistent(samples, [Item("of France?", ("Paris",)), Item("of Italy?", ("Rome",))]).sure.tolist()
@@ -105,6 +108,9 @@ def craft(
         after: of the model tuned on what `rehearsal` chooses.
         right: share of right samples from which a question counts as known.
         drop: share of each side that is left out for its certainty.
+
+    Raises:
+        ValueError: a drop outside [0, 1).
 
     Example:
         >>> items = [Item(question, ("a",)) for question in ("known?", "learnt?", "unknown?")]

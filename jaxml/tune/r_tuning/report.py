@@ -211,7 +211,7 @@ def plot_risk(methods: Sequence[Method], path: str | Path) -> Path:
         ...     "tuned (area 0.25)" in plot_risk(methods, f"{folder}/risk.svg").read_text()
         True
     """
-    parts = [part for part in PARTS if part in methods[0].answers]
+    parts = _drawn("plot_risk", methods)
     made = figure.figure(5.2 * len(parts), 4)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
         for colour, method in zip(COLOURS, methods):
@@ -241,7 +241,7 @@ def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10
         ...     "tuned (ECE 0.15)" in plot_reliability(methods, f"{folder}/reliability.svg").read_text()
         True
     """
-    parts = [part for part in PARTS if part in methods[0].answers]
+    parts = _drawn("plot_reliability", methods)
     made = figure.figure(4.6 * len(parts), 4.2)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
@@ -257,6 +257,14 @@ def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10
         _tidy(axes)
     np.atleast_1d(made.axes)[0].set_ylabel("share of right answers")
     return figure.write(made, path)
+
+
+def _drawn(function: str, methods: Sequence[Method]) -> list[str]:
+    parts = [part for part in PARTS if part in methods[0].answers]
+    if not parts:
+        known, got = ", ".join(PARTS), ", ".join(methods[0].answers) or "none"
+        raise ValueError(f"r_tuning.{function}: a part with right answers is needed ({known}), got {got}.")
+    return parts
 
 
 def _tidy(axes) -> None:
@@ -294,7 +302,7 @@ def _cell(text: str) -> str:
 
 
 def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, above: str = "") -> Path:
-    """report.json, risk_coverage.png, reliability.png and report.md in the folder.
+    """report.json and report.md in the folder; risk_coverage.png and reliability.png where some questions have answers.
 
     Example:
         >>> import tempfile
@@ -308,8 +316,10 @@ def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text(folder / "report.json", json.dumps(without_nan(report), indent=2, allow_nan=False))
-    plot_risk(methods, folder / "risk_coverage.png")
-    plot_reliability(methods, folder / "reliability.png")
-    pictures = "![Risk and coverage](risk_coverage.png)\n\n![Reliability](reliability.png)\n"
+    pictures = ""
+    if any(part in methods[0].answers for part in PARTS):
+        plot_risk(methods, folder / "risk_coverage.png")
+        plot_reliability(methods, folder / "reliability.png")
+        pictures = "![Risk and coverage](risk_coverage.png)\n\n![Reliability](reliability.png)\n"
     log.write_text(folder / "report.md", "\n".join([above, markdown(report), pictures]))
     return folder / "report.md"
