@@ -28,6 +28,14 @@ def test_known_facts_are_there():
     }
 
 
+def test_currencies_are_money_of_today():
+    table = facts.read_countries()
+    paid = {"Chile": "CLP", "Uruguay": "UYU", "Switzerland": "CHF", "Belarus": "BYN", "Zambia": "ZMW", "Croatia": "EUR"}
+    assert {country: table[country]["currency"] for country in paid} == paid
+    codes = {answers["currency"] for answers in table.values()}
+    assert not codes & (facts.NO_MONEY | set(facts.REPLACED))
+
+
 @pytest.mark.parametrize("said, wanted", [("São Tomé.", "sao tome"), (" The Valley ", "Valley"), ("+ 33", "+ 33")])
 def test_exact_match_forgives_case_accents_and_punctuation_only(said, wanted):
     assert facts.normalise(said) == facts.normalise(wanted)
