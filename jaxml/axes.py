@@ -30,12 +30,22 @@ Params = dict[str, Any]
 
 
 def wide(dtype) -> jnp.dtype:
-    """The dtype to accumulate in: float32, or float64 where the input is."""
+    """The dtype to accumulate in: float32, or float64 where the input is.
+
+    Example:
+        >>> [wide(dtype).name for dtype in ("bfloat16", "float32", "float64")]
+        ['float32', 'float32', 'float64']
+    """
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def floating(x, dtype) -> Array:
-    """x as an array of floating point numbers; integers and booleans in that dtype."""
+    """x as an array of floating point numbers; integers and booleans in that dtype.
+
+    Example:
+        >>> floating([True, False], "bfloat16").dtype.name, floating(jnp.ones(2), "bfloat16").dtype.name
+        ('bfloat16', 'float32')
+    """
     x = jnp.asarray(x)
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(dtype)
 

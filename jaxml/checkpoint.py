@@ -33,6 +33,15 @@ class Checkpoints:
         keep: how many of the latest to keep (None: all).
         best: name of a metric given to `save`, the lowest of which is kept as well.
         read_only: delete nothing, not even what a killed process left half deleted.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1, best="loss") as checkpoints:
+        ...     for step, loss in [(10, 0.5), (20, 0.7), (30, 0.6)]:
+        ...         checkpoints.save(step, {"w": jnp.arange(3) + step}, {"loss": loss})
+        ...     checkpoints.wait()
+        ...     print(checkpoints.steps(), checkpoints.restore({"w": jnp.zeros(3, int)}, 10)["w"])
+        [10, 30] [10 11 12]
     """
 
     def __init__(self, folder: str | Path, *, keep: int | None = 3, best: str | None = None, read_only: bool = False):
@@ -239,13 +248,29 @@ def restore(folder: str | Path, template: Tree, step: int | None = None) -> Tree
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: it does not fit the template.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, 10, {"w": jnp.arange(3.0), "b": jnp.ones(2)})
+        ...     tree = restore(folder, {"w": jnp.zeros(3, jnp.bfloat16), "b": jnp.zeros(2)})
+        >>> tree["w"].dtype.name, tree["w"].tolist(), tree["b"].tolist()
+        ('bfloat16', [0.0, 1.0, 2.0], [1.0, 1.0])
     """
     with _existing(folder) as checkpoints:
         return checkpoints.restore(template, step)
 
 
 def latest(folder: str | Path) -> int | None:
-    """The last step that was written whole, or None."""
+    """The last step that was written whole, or None.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(folder, 10, {"w": jnp.ones(3)})
+        ...     print(latest(folder), latest(f"{folder}/another"))
+        10 None
+    """
     if not Path(folder).is_dir():
         return None
     with _existing(folder) as checkpoints:

@@ -10,6 +10,14 @@ def need(module: str, extra: str) -> ModuleType:
 
     Raises:
         ImportError: it is not installed; names the extra to install.
+
+    Example:
+        >>> need("math", "plot").sqrt(4.0)
+        2.0
+        >>> need("none", "plot")
+        Traceback (most recent call last):
+            ...
+        ImportError: this needs the package 'none', which is not installed. Install it with: pip install "jaxml[plot]"
     """
     try:
         return importlib.import_module(module)

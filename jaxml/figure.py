@@ -12,6 +12,12 @@ def figure(width: float, height: float, **options: Any):
 
     Raises:
         ImportError: Matplotlib is missing.
+
+    Example:
+        >>> made = figure(4, 3)
+        >>> _ = made.subplots(1, 2)
+        >>> made.get_size_inches().tolist(), len(made.axes)
+        ([4.0, 3.0], 2)
     """
     need("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -27,6 +33,13 @@ def write(made, path: str | Path, *, dpi: int = 120) -> Path:
 
     Raises:
         ValueError: another kind of file.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write(figure(4, 3), f"{folder}/plots/empty.png")
+        ...     print(path.name, path.read_bytes()[1:4], len(list(path.parent.iterdir())))
+        empty.png b'PNG' 1
     """
     path = Path(path)
     if path.suffix not in (".png", ".svg", ".pdf"):

@@ -54,6 +54,15 @@ def check_stored(archive: zipfile.ZipFile, size: int, where: str | Path) -> None
 
     Raises:
         ValueError: it is.
+
+    Example:
+        >>> import io
+        >>> with zipfile.ZipFile(io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as archive:
+        ...     archive.writestr("data.pkl", "0" * 1000)
+        ...     check_stored(archive, 200, "model.pt")
+        Traceback (most recent call last):
+            ...
+        ValueError: model.pt: data.pkl is compressed, as nothing in such a file is.
     """
     members = archive.infolist()
     if packed := [member.filename for member in members if member.compress_type]:
@@ -69,6 +78,15 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         BlockingIOError: another process has it.
         OSError: it cannot be made, or is a link.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +IGNORE_EXCEPTION_DETAIL
+        ...     with locked(Path(folder, "lock")), locked(Path(folder, "lock")):
+        ...         print("twice")
+        Traceback (most recent call last):
+            ...
+        BlockingIOError: [Errno 11] Resource temporarily unavailable
     """
     with open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644), "w") as file:
         try:
@@ -87,6 +105,13 @@ def read_bytes(path: str | Path, most: int = JSON_BYTES) -> bytes:
     Raises:
         FileNotFoundError: no such file.
         ValueError: it is larger than `most` bytes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a").write_bytes(b"GGUF")
+        ...     read_bytes(f"{folder}/a", most=4)
+        b'GGUF'
     """
     path = Path(path)
     if not path.is_file():
@@ -103,6 +128,13 @@ def read_text(path: str | Path, most: int = JSON_BYTES) -> str:
 
     Raises:
         ValueError: it is no UTF-8.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a").write_bytes(b"caf\\xc3\\xa9")
+        ...     read_text(f"{folder}/a")
+        'café'
     """
     try:
         return read_bytes(path, most).decode("utf-8")
@@ -136,6 +168,13 @@ def read_json(path: str | Path, most: int = JSON_BYTES) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: no such file, one that is too large, or no object.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text('{"width": 32, "bias": false}')
+        ...     read_json(f"{folder}/config.json")
+        {'width': 32, 'bias': False}
     """
     value = json_of(read_bytes(path, most), path)
     if not isinstance(value, dict):

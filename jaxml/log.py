@@ -10,19 +10,47 @@ from jaxml import figure
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_bytes(f"{folder}/a.bin", b"123")
+        ...     print([(path.name, path.read_bytes()) for path in Path(folder).iterdir()])
+        [('a.bin', b'123')]
+    """
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(f"{folder}/a.txt", "first")
+        ...     write_text(f"{folder}/a.txt", "second")
+        ...     print([(path.name, path.read_text()) for path in Path(folder).iterdir()])
+        [('a.txt', 'second')]
+    """
     write_bytes(path, text.encode())
 
 
 class JSONL:
-    """A log file with one JSON object a line; each line is on disk when `write` returns."""
+    """A log file with one JSON object a line; each line is on disk when `write` returns.
+
+    Example:
+        >>> import contextlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for first, resume_from in [(1, None), (2, 1)]:  # the second run goes on from the checkpoint of step 1
+        ...         with contextlib.closing(JSONL(f"{folder}/log.jsonl", resume_from=resume_from)) as rows:
+        ...             for step in range(first, first + 2):
+        ...                 rows.write(step=step, run=first)
+        ...     print([(row["step"], row["run"]) for row in read(f"{folder}/log.jsonl")])
+        [(1, 1), (2, 2), (3, 2)]
+    """
 
     def __init__(self, path: str | Path, *, resume_from: int | None = None):
         """Opens the file to append; rows of steps after `resume_from` (they will come again) are dropped."""
@@ -45,7 +73,15 @@ def _before(step: Any, last: int) -> bool:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a log; a last line cut off by a crash is left out."""
+    """The rows of a log; a last line cut off by a crash is left out.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "log.jsonl").write_text('{"step": 1, "loss": 2.5}\\n{"step": 2, "lo')
+        ...     read(f"{folder}/log.jsonl"), read(f"{folder}/none.jsonl")
+        ([{'step': 1, 'loss': 2.5}], [])
+    """
     path = Path(path)
     if not path.is_file():
         return []
@@ -62,7 +98,16 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 
 
 def progress(description: str, *, enabled: bool = True, fields: Sequence[str] = ()):
-    """A rich progress bar with speed and time left; `fields` are shown by name (task fields)."""
+    """A rich progress bar with speed and time left; `fields` are shown by name (task fields).
+
+    Example:
+        >>> with progress("training", enabled=False, fields=("loss",)) as bar:
+        ...     task = bar.add_task("train", total=3, loss="–")
+        ...     for loss in (2.5, 1.5, 1.25):
+        ...         bar.update(task, advance=1, loss=loss)
+        >>> bar.tasks[0].completed, bar.tasks[0].fields["loss"], bar.finished
+        (3, 1.25, True)
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -83,6 +128,13 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = 
 
     Args:
         rows: of a log, with step and loss or eval_loss.
+
+    Example:
+        >>> import tempfile
+        >>> rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 2.0}]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_loss(rows, f"{folder}/loss.png").read_bytes()[1:4]
+        b'PNG'
     """
     made = figure.figure(7, 4)
     axes = made.subplots()

@@ -40,13 +40,26 @@ def named(params: Params) -> dict[str, Array | Weight]:
 
 
 def replaced(params: Params, new: dict[str, Any]) -> Params:
-    """The tree with other weights at some paths."""
+    """The tree with other weights at some paths.
+
+    Example:
+        >>> replaced({"layers": [{"k": 1, "q": 2}], "norm": 3}, {"layers/0/q": 10})
+        {'layers': [{'k': 1, 'q': 10}], 'norm': 3}
+    """
     put = lambda path, leaf: new.get(path_of(path), leaf)
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_node)
 
 
 def matrices(params: Params) -> dict[str, Array | Weight]:
-    """The weights that products are taken with, by path: of a decoder's tree by name, of any other by shape."""
+    """The weights that products are taken with, by path: of a decoder's tree by name, of any other by shape.
+
+    Example:
+        >>> stack = jnp.ones((2, 4, 4))
+        >>> list(matrices({"embed": stack[0], "layers": {"q": stack, "norm": stack[0]}}))
+        ['embed', 'layers/q']
+        >>> list(matrices({"dense": {"kernel": stack[0], "bias": stack[0, 0]}}))
+        ['dense/kernel']
+    """
     found = named(params)
     if {"embed", "layers"} <= set(params):
         # Stacked vectors have the shape of matrices; layers are a dictionary of stacks or a tuple of layers.
@@ -61,6 +74,14 @@ def match(paths: Iterable[str], patterns: str | Sequence[str], who: str) -> list
 
     Raises:
         ValueError: a pattern that matches nothing (lists the paths).
+
+    Example:
+        >>> match(["layers/q", "layers/k", "layers/up"], ["up", "layers/q"], "lora")
+        ['layers/q', 'layers/up']
+        >>> match(["layers/q", "layers/k"], "query", "lora")
+        Traceback (most recent call last):
+            ...
+        ValueError: lora: a pattern matches at least one weight, got 'query'. There are layers/q, layers/k.
     """
     paths = list(paths)
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)

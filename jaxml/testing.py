@@ -35,7 +35,13 @@ def tolerance(dtype, reduction: int = 1) -> float:
 
 
 def tiny_config(**fields) -> DecoderConfig:
-    """A Llama of two layers and width 32, with any field replaced."""
+    """A Llama of two layers and width 32, with any field replaced.
+
+    Example:
+        >>> config = tiny_config(num_layers=3)
+        >>> config.num_layers, config.width, config.family
+        (3, 32, 'llama')
+    """
     config = DecoderConfig(
         family="llama",
         vocab_size=64,
@@ -54,7 +60,13 @@ def tiny_config(**fields) -> DecoderConfig:
 
 
 def tiny_tokenizer(vocab_size: int = 64, chat_template: str | None = None):
-    """One token a character: 0 padding, 1 begin, 2 end, then letters, digits and punctuation."""
+    """One token a character: 0 padding, 1 begin, 2 end, then letters, digits and punctuation.
+
+    Example:
+        >>> tokenizer = tiny_tokenizer()
+        >>> tokenizer.encode("a cab"), tokenizer.decode([6, 4, 5])
+        ([4, 3, 6, 4, 5], 'cab')
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -70,7 +82,17 @@ def tiny_tokenizer(vocab_size: int = 64, chat_template: str | None = None):
 
 
 def tiny_model(seed: int = 0, **fields):
-    """A random model with `tiny_config` and `tiny_tokenizer`, its logits spread enough to be told apart."""
+    """A random model with `tiny_config` and `tiny_tokenizer`, its logits spread enough to be told apart.
+
+    Example:
+        >>> from jaxml.lm import decoder
+        >>> model = tiny_model(num_layers=1)
+        >>> tokens = jnp.array([model.tokenizer.encode("fox")])
+        >>> x = decoder.hidden(model.params, model.config, tokens, positions=jnp.arange(3)[None])
+        >>> logits = decoder.logits(model.params, model.config, x)
+        >>> logits.shape, bool(logits.std() > 1)
+        ((1, 3, 64), True)
+    """
     from jaxml.lm import decoder
     from jaxml.lm.model import Model
 
@@ -129,6 +151,13 @@ def compile_for_tpu(function, arguments, chip: str, donate: tuple[int, ...] = ()
 
     Returns:
         What `jit(function).lower(...).compile()` returns: `memory_analysis()`, `cost_analysis()`, `as_text()`.
+
+    Example:
+        >>> from jaxml.extras import version
+        >>> x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+        >>> if version("libtpu"):  # jaxml[tpu]
+        ...     compiled = compile_for_tpu(jnp.matmul, [x, x], "v5e")
+        ...     assert compiled.memory_analysis().output_size_in_bytes == 2 * x.size
     """
     from jax.sharding import SingleDeviceSharding
 
@@ -148,6 +177,13 @@ def lower_for_gpu(function, arguments):
 
     Returns:
         What `jit(function).lower(...)` returns: `as_text()`.
+
+    Example:
+        >>> from jaxml.attention import flash_attention
+        >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+        >>> attend = lambda q, k, v: flash_attention(q, k, v, implementation="mosaic_gpu")
+        >>> "flash_attention_forward" in lower_for_gpu(attend, [x, x, x]).as_text()
+        True
     """
     with _as_on("NVIDIA H100", 132, "gpu"), target("NVIDIA H100"):
         return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
@@ -163,7 +199,13 @@ GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class GpuKernel:
-    """What CUDA's assembler says of a kernel."""
+    """What CUDA's assembler says of a kernel.
+
+    Example:
+        >>> log = "Compiling entry function 'attend' for 'sm_90a': 0 bytes spill stores, Used 168 registers"
+        >>> _kernels(log)
+        [GpuKernel(name='attend', registers=168, spilled=0, serialized=False)]
+    """
 
     name: str
     registers: int  # of a thread, when the kernel begins
@@ -184,6 +226,15 @@ def compile_for_gpu(function, arguments, device_kind: str = "NVIDIA H100") -> tu
     Returns:
         (what `jit(function).lower(...).compile()` returns, the kernels written in Triton or Mosaic GPU that are in it).
         Kernels that jax-triton calls are assembled by the assembler that comes with Triton.
+
+    Example:
+        >>> import shutil
+        >>> from jaxml.attention import flash_attention
+        >>> x = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+        >>> attend = lambda q, k, v: flash_attention(q, k, v, implementation="mosaic_gpu")
+        >>> if shutil.which("ptxas") and importlib.util.find_spec("jax_plugins"):
+        ...     _, kernels = compile_for_gpu(attend, [x, x, x])
+        ...     assert [kernel.spilled for kernel in kernels] == [0]
     """
     from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
@@ -290,7 +341,13 @@ def _as_on(device_kind: str, cores: int, platform: str):
 
 
 def tpu_mesh(chip: str, axis_name: str) -> jax.sharding.Mesh:
-    """A mesh of one axis over the chips of a small TPU that is not there: for shardings to compile with."""
+    """A mesh of one axis over the chips of a small TPU that is not there: for shardings to compile with.
+
+    Example:
+        >>> from jaxml.extras import version
+        >>> if version("libtpu"):  # jaxml[tpu]
+        ...     assert dict(tpu_mesh("v5e", "context").shape) == {"context": 4}
+    """
     return jax.sharding.Mesh(_tpus(chip), (axis_name,))
 
 

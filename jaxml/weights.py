@@ -18,7 +18,14 @@ from jaxml.axes import Array, Int, wide
 
 
 class Weight(Protocol):
-    """A pytree that stands for a matrix [..., in, out]."""
+    """A pytree that stands for a matrix [..., in, out].
+
+    Example:
+        >>> from jaxml import quant
+        >>> w: Weight = quant.nf4.quantize(jnp.ones((64, 2)), double=False)
+        >>> w.shape, w.matmul(jnp.ones((1, 64))).tolist(), w.take(jnp.array([3])).tolist()
+        ((64, 2), [[64.0, 64.0]], [[1.0, 1.0]])
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,7 +50,14 @@ class Weight(Protocol):
 
 
 def is_node(w: Any) -> bool:
-    """Whether `w` is a weight node rather than an array (use as ``is_leaf`` in tree functions)."""
+    """Whether `w` is a weight node rather than an array (use as ``is_leaf`` in tree functions).
+
+    Example:
+        >>> from jaxml import quant
+        >>> w = jnp.ones((64, 2))
+        >>> is_node(w), is_node(quant.nf4.quantize(w))
+        (False, True)
+    """
     return all(hasattr(w, name) for name in ("matmul", "take", "dense", "astype"))
 
 
@@ -117,7 +131,14 @@ def take(w: Array | Weight, ids: Int[Array, "..."]) -> Array:
 
 
 def dense(w: Array | Weight) -> Array:
-    """The array that a weight stands for."""
+    """The array that a weight stands for.
+
+    Example:
+        >>> from jaxml import quant
+        >>> w = jnp.ones((64, 2))
+        >>> bool((dense(quant.nf4.quantize(w, double=False)) == w).all()), dense(w) is w
+        (True, True)
+    """
     return w.dense() if is_node(w) else w
 
 
@@ -151,7 +172,14 @@ def materialized(function: Callable) -> Callable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Shared:
-    """A part of a node that all stacked layers have in common: no axis of layers in front."""
+    """A part of a node that all stacked layers have in common: no axis of layers in front.
+
+    Example:
+        >>> layers = {"w": jnp.ones((3, 4, 5)), "scale": Shared(jnp.ones(4))}
+        >>> second = layer_of(layers, lambda stacked: stacked[1])
+        >>> second["w"].shape, second["scale"].value.shape
+        ((4, 5), (4,))
+    """
 
     value: Any
 
@@ -159,7 +187,13 @@ class Shared:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows(Shared):
-    """A part of a node that has a number for each row of the batch: which of many adapters or prompts it takes."""
+    """A part of a node that has a number for each row of the batch: which of many adapters or prompts it takes.
+
+    Example:
+        >>> params = {"adapter": Rows(jnp.array([2, 0, 1]))}  # of a batch of three
+        >>> of_rows(params, [0, 2])["adapter"].value.tolist()
+        [2, 1]
+    """
 
     value: Int[Array, "B"]
 
@@ -169,6 +203,12 @@ def of_rows(params: Any, rows: Any) -> Any:
 
     Raises:
         IndexError: a row that the parameters say nothing about.
+
+    Example:
+        >>> params = {"w": jnp.ones((4, 4)), "adapter": Rows(jnp.array([2, 0, 1]))}
+        >>> part = of_rows(params, [1])
+        >>> part["w"].shape, part["adapter"].value.tolist()
+        ((4, 4), [0])
     """
 
     def one(x):
@@ -185,26 +225,58 @@ def of_rows(params: Any, rows: Any) -> Any:
 
 
 def has_rows(params: Any) -> bool:
-    """Whether any part has a number for each row of the batch."""
+    """Whether any part has a number for each row of the batch.
+
+    Example:
+        >>> has_rows({"adapter": Rows(jnp.array([2, 0]))}), has_rows({"adapter": Shared(jnp.array([2, 0]))})
+        (True, False)
+    """
     return any(isinstance(x, Rows) for x in jax.tree.leaves(params, is_leaf=is_shared))
 
 
 def is_shared(x: Any) -> bool:
+    """Whether all stacked layers have this part in common.
+
+    Example:
+        >>> is_shared(Shared(1.0)), is_shared(Rows(jnp.array([2, 0]))), is_shared(1.0)
+        (True, True, False)
+    """
     return isinstance(x, Shared)
 
 
 def value(x: Any) -> Any:
-    """What a part holds, shared or not."""
+    """What a part holds, shared or not.
+
+    Example:
+        >>> value(Shared(2.0)), value(3.0)
+        (2.0, 3.0)
+    """
     return x.value if is_shared(x) else x
 
 
 def layer_of(layers: Any, pick: Callable[[Array], Array]) -> Any:
-    """`pick` of every stacked array; shared parts as they are."""
+    """`pick` of every stacked array; shared parts as they are.
+
+    Example:
+        >>> layers = {"bias": jnp.array([[1.0, 2.0], [3.0, 4.0]]), "scale": Shared(jnp.array([5.0, 6.0]))}
+        >>> first = layer_of(layers, lambda stacked: stacked[0])
+        >>> first["bias"].tolist(), value(first["scale"]).tolist()
+        ([1.0, 2.0], [5.0, 6.0])
+    """
     return jax.tree.map(lambda a: a if is_shared(a) else pick(a), layers, is_leaf=is_shared)
 
 
 def apart(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """(stacked parts alone, to scan over; what puts shared parts back into a slice of them)."""
+    """(stacked parts alone, to scan over; what puts shared parts back into a slice of them).
+
+    Example:
+        >>> stacked, join = apart({"bias": jnp.array([1.0, 2.0, 3.0]), "scale": Shared(jnp.array(10.0))})
+        >>> def add(x, part):
+        ...     layer = join(part)
+        ...     return x + layer["bias"] * value(layer["scale"]), None
+        >>> float(jax.lax.scan(add, jnp.array(0.0), stacked)[0])
+        60.0
+    """
     leaves, tree = jax.tree.flatten(layers, is_leaf=is_shared)
     common = [leaf if is_shared(leaf) else None for leaf in leaves]
     join = lambda leaves: tree.unflatten([leaf if c is None else c for leaf, c in zip(leaves, common)])

@@ -103,6 +103,10 @@ def select(**wanted) -> list[Activation]:
 
     Raises:
         ValueError: no such attribute.
+
+    Example:
+        >>> [a.name for a in select(parity="even")]
+        ['absolute', 'triangle', 'lisht', 'square', 'cos', 'sinc', 'gaussian', 'mexican_hat']
     """
     known = {name for name in dir(Activation) if not name.startswith("_")} | set(Activation.__dataclass_fields__)
     if unknown := set(wanted) - known:
@@ -117,6 +121,10 @@ def find(name: str) -> Activation:
 
     Raises:
         ValueError: no such activation; says which are near.
+
+    Example:
+        >>> find("prelu").name, find("noisy.rrelu").name, find("hard_swish").name
+        ('learnable.prelu', 'noisy.rrelu', 'hard_silu')
     """
     for candidate in (name, f"learnable.{name}", f"noisy.{name}"):
         if candidate in CATALOGUE:

@@ -13,7 +13,13 @@ from jaxml.axes import Array, Params
 
 
 class Learnable(NamedTuple):
-    """An activation with parameters; `about` has its formula and its paper."""
+    """An activation with parameters; `about` has its formula and its paper.
+
+    Example:
+        >>> params = polynorm.init(degree=2)
+        >>> sorted(params), polynorm.apply(params, jnp.array([1.0, -1.0])).round(3).tolist()
+        (['bias', 'weight'], [1.0, 0.0])
+    """
 
     init: Callable[..., Params]
     apply: Callable[..., Array]
@@ -27,7 +33,13 @@ def _acon_slope(x, p1, p2, beta):
 
 @activation(_acon_slope)
 def acon(x, p1, p2, beta):
-    """(p₁ − p₂) x σ(β (p₁ − p₂) x) + p₂ x."""
+    """(p₁ − p₂) x σ(β (p₁ − p₂) x) + p₂ x.
+
+    Example:
+        >>> x = jnp.array([-1.0, 0.0, 2.0])
+        >>> bool(jnp.allclose(acon(x, 1.0, 0.0, 1.0), jax.nn.silu(x))), acon(x, 1.0, 0.25, 1000.0).tolist()
+        (True, [-0.25, 0.0, 2.0])
+    """
     d = (p1 - p2) * x
     return jnp.where(beta * d < -500, 0, d * logistic(bounded(beta * d, -500.0))) + p2 * x
 

@@ -12,7 +12,13 @@ TRAITS = ("monotonic", "odd", "even", "zero_centred")
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
-    """What is known of an activation; numbers are None where they depend on parameters, noise or several inputs."""
+    """What is known of an activation; numbers are None where they depend on parameters, noise or several inputs.
+
+    Example:
+        >>> row = Activation("tanh", "tanh(x)", limits=(-1.0, 1.0), traits="monotonic odd zero_centred")
+        >>> row.parity, row.saturating, float(row.function(0.0))
+        ('odd', 'both', 0.0)
+    """
 
     name: str  # in jaxml.activations, or after its module's name: "learnable.snake"
     formula: str
@@ -57,5 +63,11 @@ class Activation:
 
 
 def fixed(name: str, formula: str, **facts) -> Activation:
-    """A function of one array, element by element."""
+    """A function of one array, element by element.
+
+    Example:
+        >>> row = fixed("relu", "max(x, 0)", limits=(0.0, INF), traits="monotonic")
+        >>> row.kind, row.monotonic, row.saturating
+        ('fixed', True, 'left')
+    """
     return Activation(name, formula, **facts)

@@ -16,6 +16,11 @@ def rrelu(key: Array, x: Float[Array, "..."], lower: float = 1 / 8, upper: float
     Raises:
         ValueError: lower > upper.
 
+    Example:
+        >>> y = rrelu(jax.random.key(0), jnp.full(10_000, -1.0))  # the mean of −a is −11/48
+        >>> round(float(y.mean()), 2), bool((-y >= 1 / 8).all()), float(rrelu(jax.random.key(0), 3.0))
+        (-0.23, True, 3.0)
+
     Reference:
         Xu, Wang, Chen, Li 2015, https://arxiv.org/abs/1505.00853, section 2.4.
     """
@@ -28,6 +33,13 @@ def rrelu(key: Array, x: Float[Array, "..."], lower: float = 1 / 8, upper: float
 
 def bernoulli(key: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """1 with probability σ(x), 0 otherwise, with the gradient of σ (straight through). Without noise: `sigmoid(x)`.
+
+    Example:
+        >>> y = bernoulli(jax.random.key(0), jnp.full(10_000, 1.0))
+        >>> round(float(y.mean()), 2), round(float(jax.nn.sigmoid(1.0)), 2)
+        (0.73, 0.73)
+        >>> float(jax.grad(bernoulli, argnums=1)(jax.random.key(0), 0.0))
+        0.25
 
     Reference:
         Bengio, Léonard, Courville 2013, https://arxiv.org/abs/1308.3432.
@@ -45,6 +57,11 @@ def bernoulli(key: Array, x: Float[Array, "..."]) -> Float[Array, "..."]:
 def concrete(key: Array, x: Float[Array, "..."], temperature: float = 2 / 3) -> Float[Array, "..."]:
     """Binary concrete: σ((x + log u − log(1 − u)) / temperature), u uniform. Without noise: `sigmoid(x)`.
 
+    Example:
+        >>> y = concrete(jax.random.key(0), jnp.full(10_000, 1.0))
+        >>> round(float((y > 0.5).mean()), 2), round(float(jax.nn.sigmoid(1.0)), 2)
+        (0.73, 0.73)
+
     Reference:
         Maddison, Mnih, Teh 2016, https://arxiv.org/abs/1611.00712, appendix B.
     """
@@ -59,6 +76,11 @@ def hard_concrete(
     """`concrete` stretched to [lower, upper] and clipped to [0, 1]: exactly 0 and exactly 1 have a probability.
 
     Without noise: clip(σ(x) (upper − lower) + lower, 0, 1).
+
+    Example:
+        >>> y = hard_concrete(jax.random.key(0), jnp.zeros(10_000))
+        >>> round(float((y == 0).mean()), 2), round(float((y == 1).mean()), 2)
+        (0.17, 0.17)
 
     Reference:
         Louizos, Welling, Kingma 2017, https://arxiv.org/abs/1712.01312, equations 10 to 12.

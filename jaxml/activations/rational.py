@@ -35,6 +35,11 @@ def init(
 
     Returns:
         {"numerator": [m + 1, *shape], "denominator": [n, *shape]}, lowest power first (the denominator from x¹).
+
+    Example:
+        >>> params = init((2,), jnp.tanh)
+        >>> params["numerator"].shape, [f"{y:.2f}" for y in apply(params, jnp.array([0.5, -2.0]))]
+        ((6, 2), ['0.46', '-0.96'])
     """
     from jaxml.activations.self_gated import silu
 

@@ -32,6 +32,11 @@ def init(
 
     Raises:
         ValueError: grid < 1 or low ≥ high.
+
+    Example:
+        >>> params = init((2,), jnp.tanh, grid=16)
+        >>> params["coefficients"].shape, [f"{y:.2f}" for y in apply(params, jnp.array([0.5, -2.0]))]
+        ((19, 2), ['0.46', '-0.96'])
     """
     from jaxml.activations.self_gated import silu
 

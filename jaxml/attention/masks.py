@@ -21,7 +21,13 @@ from jaxml.axes import Array, Bool, Int
 
 
 class Tile(NamedTuple):
-    """Indices of the places of a tile; each broadcasts to [B, N, rows, columns]."""
+    """Indices of the places of a tile; each broadcasts to [B, N, rows, columns].
+
+    Example:
+        >>> tile = tile_at(1, 1, B=1, N=1, grid=Grid(T=4, S=4, rows=2, columns=2))
+        >>> Causal().visible(tile)[0, 0].astype(int).tolist()
+        [[1, 0], [1, 1]]
+    """
 
     batch: Int[Array, "B 1 1 1"]
     head: Int[Array, "1 N 1 1"]
@@ -30,7 +36,13 @@ class Tile(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """How T × S is cut into tiles."""
+    """How T × S is cut into tiles.
+
+    Example:
+        >>> some, every = Causal().blocks(Grid(T=4, S=4, rows=2, columns=2))
+        >>> some[0, 0].astype(int).tolist(), every[0, 0].astype(int).tolist()
+        ([[1, 0], [1, 1]], [[0, 0], [1, 0]])
+    """
 
     T: int
     S: int
@@ -330,7 +342,12 @@ class _Pair(Mask):
 
 @_mask()
 class And(_Pair):
-    """Visible in both."""
+    """Visible in both.
+
+    Example:
+        >>> whole(And(Causal(), Chunked(2)), 1, 1, 4, 4)[0, 0].astype(int).tolist()  # Causal() & Chunked(2)
+        [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    """
 
     left: Mask
     right: Mask
@@ -349,7 +366,12 @@ class And(_Pair):
 
 @_mask()
 class Or(_Pair):
-    """Visible in either."""
+    """Visible in either.
+
+    Example:
+        >>> whole(Or(Causal(), Chunked(2)), 1, 1, 4, 4)[0, 0].astype(int).tolist()  # Causal() | Chunked(2)
+        [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+    """
 
     left: Mask
     right: Mask
@@ -365,7 +387,12 @@ class Or(_Pair):
 
 @_mask()
 class Not(Mask):
-    """Visible where the other is not."""
+    """Visible where the other is not.
+
+    Example:
+        >>> whole(Not(Chunked(2)), 1, 1, 4, 4)[0, 0].astype(int).tolist()  # ~Chunked(2)
+        [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
+    """
 
     mask: Mask
     scattered: ClassVar = True
@@ -385,13 +412,25 @@ class Not(Mask):
 
 
 def whole(mask: Mask, B: int, N: int, T: int, S: int) -> Bool[Array, "b n T S"]:
-    """The mask as one array: for the definition and for tests."""
+    """The mask as one array: for the definition and for tests.
+
+    Example:
+        >>> seen = whole(Causal() & Lengths(kv_lengths=jnp.array([1, 2])), B=2, N=1, T=2, S=2)
+        >>> seen.shape, seen[:, 0].astype(int).tolist()
+        ((2, 1, 2, 2), [[[1, 0], [1, 0]], [[1, 0], [1, 1]]])
+    """
     visible = mask.map(lay).visible(tile_at(0, 0, B, N, Grid(T, S, T, S)))
     return jnp.broadcast_to(visible, (*visible.shape[:2], T, S))
 
 
 def tile_at(i: Array, j: Array, B: int, N: int, grid: Grid) -> Tile:
-    """The indices of the tile in block row i and block column j."""
+    """The indices of the tile in block row i and block column j.
+
+    Example:
+        >>> tile = tile_at(1, 0, B=2, N=1, grid=Grid(T=6, S=6, rows=2, columns=3))
+        >>> tile.row.shape, tile.row.ravel().tolist(), tile.column.ravel().tolist()
+        ((1, 1, 2, 1), [2, 3], [0, 1, 2])
+    """
     return Tile(
         _index(B, 0), _index(N, 1), i * grid.rows + _index(grid.rows, 2), j * grid.columns + _index(grid.columns, 3)
     )
@@ -405,7 +444,12 @@ def _index(n: int, axis: int) -> Int[Array, "..."]:
 
 
 def lay(role: str, x: Array) -> Array:
-    """An array of data, its axes where [B, N, rows, columns] has them."""
+    """An array of data, its axes where [B, N, rows, columns] has them.
+
+    Example:
+        >>> [lay(role, jnp.ones((2, 5))).shape for role in ("row", "column")], lay("batch", jnp.ones(2)).shape
+        ([(2, 1, 5, 1), (2, 1, 1, 5)], (2, 1, 1, 1))
+    """
     axes = {"row": (1, 3), "column": (1, 2), "batch": (1, 2, 3)}.get(role, ())
     return jnp.expand_dims(jnp.asarray(x), axes) if axes else x
 
@@ -445,7 +489,12 @@ def _extent(x: Array | None, length: int, size: int) -> tuple[Array, Array]:
 
 
 def pad(role: str, x: Array, grid: Grid) -> Array:
-    """An array along rows, columns or both ([b, n, t, s], axes of length 1 stay) lengthened to whole blocks."""
+    """An array along rows, columns or both ([b, n, t, s], axes of length 1 stay) lengthened to whole blocks.
+
+    Example:
+        >>> pad("column", jnp.array([[1, 2, 3]]), Grid(T=3, S=3, rows=1, columns=2)).tolist()
+        [[1, 2, 3, 3]]
+    """
     if role in ("batch", "data"):
         return x
     more_rows, more_columns = -grid.T % grid.rows, -grid.S % grid.columns
@@ -458,7 +507,12 @@ def pad(role: str, x: Array, grid: Grid) -> Array:
 
 
 def cut(role: str, x: Array, i: Array, j: Array, grid: Grid) -> Array:
-    """The part of a padded array that belongs to the tile in block row i and block column j."""
+    """The part of a padded array that belongs to the tile in block row i and block column j.
+
+    Example:
+        >>> cut("column", jnp.array([[1, 2, 3, 3]]), 0, 1, Grid(T=3, S=3, rows=1, columns=2)).tolist()
+        [[3, 3]]
+    """
     if role in ("batch", "data"):
         return x
     if role != "both":

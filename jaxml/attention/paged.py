@@ -23,7 +23,16 @@ from jaxml.target import platform
 
 
 class Kernel(NamedTuple):
-    """What attends to pages: (rules, query, key, value, table, lengths) → (out, log-sum-exp)."""
+    """What attends to pages: (rules, query, key, value, table, lengths) → (out, log-sum-exp).
+
+    Example:
+        >>> import numpy as np
+        >>> from jaxml.target import target
+        >>> query, store, table = np.ones((1, 1, 2, 64), "f"), np.ones((4, 8, 128), "f"), np.array([[0]])
+        >>> with target("NVIDIA H100"):
+        ...     KERNELS["triton"].supports(query, store, store, table)
+        'pages hold a multiple of 16 tokens, these 8'
+    """
 
     supports: Callable[..., str | None]  # (query, key, value, table) → the reason why not
     attend: Callable
@@ -84,6 +93,13 @@ def write(
 
     Raises:
         ValueError: shapes that do not agree.
+
+    Example:
+        >>> pages = init(pages=3, size=16, num_heads=1, head_dim=1, dtype=jnp.float32)
+        >>> new = jnp.array([7.0, 8.0]).reshape(1, 2, 1, 1)
+        >>> pages = write(pages, new, new, table=jnp.array([[2, 0]]), lengths=jnp.array([17]))  # places 15 and 16
+        >>> float(pages.key[2, 15, 0]), float(pages.key[0, 0, 0]), float(pages.key.sum())
+        (7.0, 8.0, 15.0)
     """
     B, T, K, _ = key.shape
     wanted = {"key": (pages.key, key), "value": (pages.value, value)}

@@ -89,7 +89,16 @@ def ring_attention(
 
 
 class Ring(NamedTuple):
-    """A mesh axis, its devices in a circle."""
+    """A mesh axis, its devices in a circle.
+
+    Example:
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> n, spec = jax.device_count(), P("context")
+        >>> mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,))
+        >>> turn = jax.shard_map(Ring("context", n).pass_on, mesh=mesh, in_specs=spec, out_specs=spec)
+        >>> turn(jnp.arange(n)).tolist() == [n - 1, *range(n - 1)]
+        True
+    """
 
     axis_name: str
     n: int
@@ -207,6 +216,15 @@ def into_zigzag(x: Array, axis_name: str) -> Array:
     """A device's part [B, T, ...] of a sequence in the order of `zigzag_order`; call it inside `jax.shard_map`.
 
     Of the 2n pieces a device has two neighbours, and is given a piece from the front and its mirror from the back.
+
+    Example:
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> n, spec = jax.device_count(), P(None, "context")
+        >>> mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,))
+        >>> part = functools.partial(into_zigzag, axis_name="context")
+        >>> turned = jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=spec)(jnp.arange(4 * n)[None])
+        >>> turned[0].tolist() == zigzag_order(4 * n, n).tolist()
+        True
     """
     n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     sent = [jax.lax.ppermute(half, axis_name, way) for half, way in zip(jnp.split(x, 2, axis=1), _ways(n))]
@@ -216,7 +234,17 @@ def into_zigzag(x: Array, axis_name: str) -> Array:
 
 
 def out_of_zigzag(x: Array, axis_name: str) -> Array:
-    """The inverse of `into_zigzag`."""
+    """The inverse of `into_zigzag`.
+
+    Example:
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> n, spec = jax.device_count(), P(None, "context")
+        >>> mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,))
+        >>> part = functools.partial(out_of_zigzag, axis_name="context")
+        >>> home = jax.shard_map(part, mesh=mesh, in_specs=spec, out_specs=spec)(zigzag_order(4 * n, n)[None])
+        >>> home[0].tolist() == list(range(4 * n))
+        True
+    """
     n, me = jax.lax.axis_size(axis_name), jax.lax.axis_index(axis_name)
     front, back = jnp.split(x, 2, axis=1)
     even = me % 2 == 0

@@ -20,14 +20,27 @@ _trying: contextvars.ContextVar[dict | None] = contextvars.ContextVar("trying", 
 
 
 def path() -> Path:
-    """Where the file is, or would be."""
+    """Where the file is, or would be.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, {"JAXML_BLOCKS": "blocks.json"}):
+        ...     print(path())
+        blocks.json
+    """
     if named := os.environ.get("JAXML_BLOCKS"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxml" / "attention-blocks.json"
 
 
 def find(backend: str, which: str, T: int, width: int, dtype) -> dict | None:
-    """The tiles that were measured for such a kernel, or that `trying` names; None where there are none."""
+    """The tiles that were measured for such a kernel, or that `trying` names; None where there are none.
+
+    Example:
+        >>> with trying({"forward": {"rows": 64}}):
+        ...     find("triton", "forward", 1500, 64, "bfloat16"), find("triton", "keys", 1500, 64, "bfloat16")
+        ({'rows': 64}, None)
+    """
     if (tried := _trying.get()) is not None:
         return tried.get(which)
     if target.named():  # for another device than this one
@@ -52,7 +65,15 @@ def name(backend: str, which: str, T: int, width: int, dtype) -> str:
 
 @contextlib.contextmanager
 def trying(tiles: dict[str, dict]):
-    """Kernels take these tiles, of "forward", "queries" and "keys", whatever has been measured."""
+    """Kernels take these tiles, of "forward", "queries" and "keys", whatever has been measured.
+
+    Example:
+        >>> with trying({"forward": {"rows": 64}}):
+        ...     with trying({"forward": {"rows": 128}}):
+        ...         inner = find("triton", "forward", 1500, 64, "bfloat16")
+        ...     print(inner, find("triton", "forward", 1500, 64, "bfloat16"))
+        {'rows': 128} {'rows': 64}
+    """
     token = _trying.set(tiles)
     try:
         yield
@@ -61,7 +82,18 @@ def trying(tiles: dict[str, dict]):
 
 
 def save(kind: str, entries: dict[str, dict]) -> Path:
-    """Adds entries of a device kind to the file, which is written whole or not at all."""
+    """Adds entries of a device kind to the file, which is written whole or not at all.
+
+    Example:
+        >>> import tempfile
+        >>> from unittest import mock
+        >>> kind, entry = jax.devices()[0].device_kind, name("triton", "forward", 2048, 64, "bfloat16")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with mock.patch.dict(os.environ, {"JAXML_BLOCKS": f"{folder}/blocks.json"}):
+        ...         _ = save(kind, {entry: {"columns": 32, "rows": 64}})
+        ...         find("triton", "forward", 1500, 64, "bfloat16")  # of up to 2048
+        {'columns': 32, 'rows': 64}
+    """
     file = path()
     known = _read(str(file), file.stat().st_mtime_ns) if file.is_file() else {}
     known = known | {kind: known.get(kind, {}) | entries}

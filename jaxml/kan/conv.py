@@ -27,7 +27,13 @@ from jaxml.kan.layer import BASE_FUNCTIONS, Spec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """Trained are `coef` and `base`."""
+    """Trained are `coef` and `base`.
+
+    Example:
+        >>> params = init(jax.random.key(0), (3, 8), (5,), Spec(grid=4, order=3))
+        >>> params.coef.shape, params.base.shape
+        ((7, 5, 3, 8), (5, 3, 8))
+    """
 
     coef: Float[Array, "K *kernel I O"]
     base: Float[Array, "*kernel I O"]
@@ -94,6 +100,12 @@ def apply(
 
     Raises:
         ValueError: another number of axes or channels.
+
+    Example:
+        >>> params = init(jax.random.key(0), (1, 1), (3,), Spec(base="identity"))
+        >>> params = dataclasses.replace(params, coef=0 * params.coef, base=jnp.ones((3, 1, 1)))  # every function is x
+        >>> apply(params, jnp.arange(4.0).reshape(1, 4, 1)).ravel().tolist()
+        [1.0, 3.0, 6.0, 5.0]
     """
     spec, (*kernel, inputs, outputs) = params.spec, params.base.shape
     x = floating(x, params.coef.dtype)

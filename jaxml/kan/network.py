@@ -23,7 +23,13 @@ Width = int | tuple[int, int] | tuple[int, Sequence[int]]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Affine:
-    """Scale and shift of what a layer sums up, before and after its products; pykan's, and not trained."""
+    """Scale and shift of what a layer sums up, before and after its products; pykan's, and not trained.
+
+    Example:
+        >>> affine = Affine(jnp.array([2.0]), jnp.array([1.0]), jnp.array([10.0]), jnp.array([5.0]))
+        >>> nodes(jnp.array([3.0]), affine, ()).tolist()  # 10 (2 · 3 + 1) + 5
+        [75.0]
+    """
 
     inner_scale: Float[Array, "SUMS"]
     inner_shift: Float[Array, "SUMS"]
@@ -61,6 +67,15 @@ def check(params: KAN) -> KAN:
 
     Raises:
         ValueError: no layers; arrays, fixed functions or products that do not belong to a layer's nodes.
+
+    Example:
+        >>> params = init(jax.random.key(0), [2, 3, 1])
+        >>> check(params).widths
+        (2, 3, 1)
+        >>> check(dataclasses.replace(params, arities=((), (2,))))
+        Traceback (most recent call last):
+            ...
+        ValueError: kan: layer 1 multiplies at most its 1 sums, got [2].
     """
     counts = [len(part) for part in (params.layers, params.affine, params.arities)]
     if len(set(counts)) > 1 or not counts[0]:
@@ -189,7 +204,12 @@ def apply(
 
 
 def nodes(sums: Float[Array, "... S"], affine: Affine | tuple, arities: tuple[int, ...]) -> Float[Array, "... O"]:
-    """Sums as they are, then the products of the others."""
+    """Sums as they are, then the products of the others.
+
+    Example:
+        >>> nodes(jnp.array([1.0, 2.0, 3.0, 4.0, 5.0]), (), (2, 2)).tolist()
+        [1.0, 6.0, 20.0]
+    """
     has_affine = isinstance(affine, Affine)
     line = lambda a, scale, shift: a * _row(scale, a) + _row(shift, a)
     if has_affine:

@@ -163,6 +163,11 @@ def resample(
 
     Raises:
         ValueError: more points than candidates.
+
+    Example:
+        >>> points = jnp.arange(4.0)[:, None]
+        >>> sorted(resample(jax.random.key(0), points, jnp.array([0.0, 2.0, 0.0, -3.0]), 2, floor=0.0).ravel().tolist())
+        [1.0, 3.0]
     """
     if count > len(candidates):
         raise ValueError(f"kan.pinn.resample: count is at most the {len(candidates)} candidates, got {count}.")

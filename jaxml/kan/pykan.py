@@ -37,6 +37,16 @@ def load(path: str | Path) -> KAN:
         FileNotFoundError: no such checkpoint.
         ImportError: torch or PyYAML is missing.
         ValueError: a damaged checkpoint; a base function or a fixed function that jaxml does not have.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml.extras import version
+        >>> params = network.init(jax.random.key(0), [2, 3, 1], outside="zero")
+        >>> if version("torch") and version("pyyaml"):  # jaxml[pykan]
+        ...     with tempfile.TemporaryDirectory() as folder:
+        ...         save(f"{folder}/small", params)
+        ...         read = load(f"{folder}/small")
+        ...     assert read.widths == (2, 3, 1) and (read.layers[0].coef == params.layers[0].coef).all()
     """
     torch, yaml = need("torch", "pykan"), need("yaml", "pykan")
     config_path, state_path = (Path(f"{path}{end}") for end in ("_config.yml", "_state"))
@@ -166,6 +176,16 @@ def save(path: str | Path, params: KAN, x: Any = None) -> None:
         ImportError: torch or PyYAML is missing.
         ValueError: what pykan does not have: another basis than splines, layers of different grids, orders or base
             functions, functions that are not in its library. (Outside its grid a spline of pykan is 0.)
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml.extras import version
+        >>> params = network.init(jax.random.key(0), [2, 3, 1], outside="zero")
+        >>> if version("torch") and version("pyyaml"):  # jaxml[pykan]
+        ...     with tempfile.TemporaryDirectory() as folder:
+        ...         save(f"{folder}/small", params, jnp.zeros((10, 2)))
+        ...         names = sorted(path.name for path in Path(folder).iterdir())
+        ...     assert names == ["small_cache_data", "small_config.yml", "small_state"]
     """
     torch, yaml = need("torch", "pykan"), need("yaml", "pykan")
     specs = {dataclasses.replace(layer.spec, uniform=True, outside="zero") for layer in params.layers}

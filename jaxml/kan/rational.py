@@ -63,7 +63,15 @@ def init(
 
 
 def start(function: Callable | None = None, version: str = "A") -> Params:
-    """Coefficients of one function: {"numerator": [6], "denominator": [4]}."""
+    """Coefficients of one function: {"numerator": [6], "denominator": [4]}.
+
+    Example:
+        >>> params = start()
+        >>> params["numerator"].shape, params["denominator"].shape
+        ((6,), (4,))
+        >>> [round(float(y), 3) for y in rational.apply(params, jnp.array([-2.0, 0.5]), version="A")]
+        [-2.0, 0.5]
+    """
     if function is not None:
         return rational.fit_rational(function, version=version)
     if version != "A":
@@ -72,7 +80,12 @@ def start(function: Callable | None = None, version: str = "A") -> Params:
 
 
 def gain(function: Callable | None) -> float:
-    """1 / √E f(z)² of a standard normal z, by Gauss–Hermite quadrature."""
+    """1 / √E f(z)² of a standard normal z, by Gauss–Hermite quadrature.
+
+    Example:
+        >>> round(gain(jnp.tanh), 2), round(gain(jax.nn.relu), 2), gain(None)
+        (1.59, 1.41, 1.0)
+    """
     if function is None:
         return 1.0
     z, w = np.polynomial.hermite_e.hermegauss(200)
@@ -82,7 +95,13 @@ def gain(function: Callable | None) -> float:
 
 
 def apply(params: Params, x: Float[Array, "... I"], *, version: str = "A") -> Float[Array, "... O"]:
-    """The layer's outputs, in x's dtype; functions in float32, products with wide sums."""
+    """The layer's outputs, in x's dtype; functions in float32, products with wide sums.
+
+    Example:
+        >>> params = init(jax.random.key(0), (8, 2)) | {"weight": jnp.ones((8, 2)), "bias": jnp.array([0.0, 0.5])}
+        >>> [round(float(y), 3) for y in apply(params, jnp.arange(8.0))]  # every function starts as the identity
+        [28.0, 28.5]
+    """
     x = floating(x, params["weight"].dtype)
     y = jnp.matmul(
         functions(params, x, version=version), params["weight"].astype(x.dtype), preferred_element_type=wide(x.dtype)
@@ -93,7 +112,13 @@ def apply(params: Params, x: Float[Array, "... I"], *, version: str = "A") -> Fl
 
 
 def functions(params: Params, x: Float[Array, "... I"], *, version: str = "A") -> Float[Array, "... I"]:
-    """F(x): every channel through its group's function."""
+    """F(x): every channel through its group's function.
+
+    Example:
+        >>> lines = {"numerator": jnp.array([[0.0, 0.0], [1.0, 10.0]]), "denominator": jnp.zeros((1, 2))}  # x and 10 x
+        >>> functions(lines, jnp.arange(4.0)).tolist()
+        [0.0, 1.0, 20.0, 30.0]
+    """
     numerator, denominator = params["numerator"], params["denominator"]
     groups = numerator.shape[-1]
     _check(x.shape[-1], groups)
@@ -142,5 +167,12 @@ def feed_forward_init(key: Array, width: int, hidden: int, *, groups: int = GROU
 
 
 def feed_forward(params: Params, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """The layers one after the other."""
+    """The layers one after the other.
+
+    Example:
+        >>> params = feed_forward_init(jax.random.key(0), 8, 8)
+        >>> one = {name: layer | {"weight": jnp.eye(8)} for name, layer in params.items()}
+        >>> round(float(feed_forward(one, jnp.ones(8))[0]), 2), round(float(jax.nn.silu(1.0)), 2)
+        (0.73, 0.73)
+    """
     return apply(params["down"], apply(params["up"], x))

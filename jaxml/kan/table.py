@@ -20,7 +20,16 @@ MISSING = ("", "na", "nan", "null", "none", "n/a", "?")
 
 
 class Table(NamedTuple):
-    """Numbers to fit, and what was done to get them."""
+    """Numbers to fit, and what was done to get them.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "t.csv").write_text("\\n".join(["x,y", "?,5", *(f"{n},{2 * n}" for n in range(10))]))
+        ...     table = read(f"{folder}/t.csv", "y")
+        >>> table.names, float(table.x.sum()), float(table.y.sum()), table.notes
+        (['x'], 45.0, 90.0, ['1 of 11 rows are left out: values are missing or infinite (x 1).'])
+    """
 
     x: Float[np.ndarray, "N I"]
     y: Float[np.ndarray, "N"]
@@ -42,6 +51,15 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
     Raises:
         FileNotFoundError: no such file.
         ValueError: no header, no rows, columns that do not exist or are not numbers, too few rows left.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     rows = [f"{n},{n * n},7" for n in range(12)]
+        ...     _ = Path(folder, "square.csv").write_text("\\n".join(["x,y,same", *rows]))
+        ...     table = read(f"{folder}/square.csv", "y")
+        >>> table.x.shape, table.y[:4].tolist(), table.names, table.notes
+        ((12, 1), [0.0, 1.0, 4.0, 9.0], ['x'], ['column same is left out: it is 7 in every row.'])
     """
     found, rows = _columns(Path(path))
     wanted = [target, *(features if features is not None else [n for n in found if n != target])]
