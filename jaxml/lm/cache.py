@@ -21,6 +21,15 @@ EMPTY = 2**30
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
+    """Keys and values of every layer for the tokens that were read, and where each of these tokens stands.
+
+    Example:
+        >>> kv = jnp.zeros((1, 2, 1, 3, 4))   # a layer, two rows, a head, three slots
+        >>> cache = Cache(kv, kv, jnp.array([[0, 1, 2], [EMPTY, 0, 1]]), jnp.array(3))
+        >>> cache.slots, cache.after.tolist()
+        (3, [3, 2])
+    """
+
     key: Float[Array, "L B K S H"]  # rotated
     value: Float[Array, "L B K S H"]
     positions: Int[Array, "B S"]
@@ -37,7 +46,14 @@ class Cache:
 
 
 def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
-    """An empty cache for `batch` rows of at most `slots` tokens, padding included."""
+    """An empty cache for `batch` rows of at most `slots` tokens, padding included.
+
+    Example:
+        >>> from jaxml import testing
+        >>> cache = init(testing.tiny_config(), batch=2, slots=8)
+        >>> cache.key.shape, cache.length.item(), cache.after.tolist()
+        ((2, 2, 2, 8, 8), 0, [0, 0])
+    """
     shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
     return Cache(
         key=spread(jnp.zeros(shape, dtype)),
@@ -48,12 +64,28 @@ def init(config: DecoderConfig, batch: int, slots: int, dtype=jnp.float32) -> Ca
 
 
 def spread(a: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
-    """Keys or values with rows and heads where the mesh that is set has them."""
+    """Keys or values with rows and heads where the mesh that is set has them.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> on = parallel.mesh(data=-1)
+        >>> with jax.set_mesh(on):
+        ...     keys = jax.jit(spread)(jnp.zeros((2, on.size, 2, 4, 8)))
+        >>> keys.sharding.shard_shape(keys.shape)   # a row on each device
+        (2, 1, 2, 4, 8)
+    """
     return hint(a, None, "batch", "heads", None, None)
 
 
 def full(key: Float[Array, "L B K S H"], value: Float[Array, "L B K S H"]) -> Cache:
-    """A cache of these keys and values, every slot in use, at the positions 0, 1, 2, …"""
+    """A cache of these keys and values, every slot in use, at the positions 0, 1, 2, …
+
+    Example:
+        >>> kv = jnp.zeros((2, 1, 2, 3, 8))
+        >>> cache = full(kv, kv)
+        >>> cache.positions.tolist(), cache.length.item()
+        ([[0, 1, 2]], 3)
+    """
     _, B, _, S, _ = key.shape
     return Cache(key, value, jnp.broadcast_to(jnp.arange(S)[None], (B, S)), jnp.asarray(S, jnp.int32))
 
@@ -61,7 +93,15 @@ def full(key: Float[Array, "L B K S H"], value: Float[Array, "L B K S H"]) -> Ca
 def begin(
     past: Cache | None, config: DecoderConfig, positions: Int[Array, "B T"], slots: int, dtype=jnp.float32
 ) -> tuple[Cache, Int[Array, "B T"]]:
-    """(a cache that holds the past and has room for `slots` tokens more, the positions of rows after that past)."""
+    """(a cache that holds the past and has room for `slots` tokens more, the positions of rows after that past).
+
+    Example:
+        >>> from jaxml import testing
+        >>> kv = jnp.zeros((2, 1, 2, 3, 8))
+        >>> cache, positions = begin(full(kv, kv), testing.tiny_config(), jnp.array([[0, 1]]), slots=4)
+        >>> cache.slots, positions.tolist()
+        (7, [[3, 4]])
+    """
     if past is None:
         return init(config, positions.shape[0], slots, dtype), positions
     after = broadcast(past, positions.shape[0])
@@ -74,6 +114,11 @@ def broadcast(cache: Cache, batch: int) -> Cache:
 
     Raises:
         ValueError: the cache has another number of rows.
+
+    Example:
+        >>> kv = jnp.zeros((2, 1, 2, 3, 8))
+        >>> broadcast(full(kv, kv), 2).positions.tolist()
+        [[0, 1, 2], [0, 1, 2]]
     """
     if cache.positions.shape[0] == batch:
         return cache
@@ -93,6 +138,12 @@ def grow(cache: Cache, slots: int) -> Cache:
 
     Raises:
         ValueError: that is less than it has now.
+
+    Example:
+        >>> kv = jnp.zeros((2, 1, 2, 3, 8))
+        >>> cache = grow(full(kv, kv), 5)
+        >>> (cache.positions == EMPTY).tolist(), cache.length.item()
+        ([[False, False, False, True, True]], 3)
     """
     more = slots - cache.slots
     if more < 0:

@@ -8,6 +8,13 @@ from jaxml.lm.tokenizer import Tokenizer
 
 
 class Message(TypedDict):
+    """One turn of a conversation: who says what.
+
+    Example:
+        >>> Message(role="user", content="Who?")
+        {'role': 'user', 'content': 'Who?'}
+    """
+
     role: str  # "system", "user" or "assistant"
     content: str
 
@@ -21,6 +28,14 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prom
 
     Raises:
         ValueError: no template, a message without role or content, or what the template itself refuses.
+
+    Example:
+        >>> from jaxml import testing
+        >>> template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+        >>> template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+        >>> tokenizer = testing.tiny_tokenizer(chat_template=template)
+        >>> render(tokenizer, [Message(role="user", content="Who?")])
+        '<user> Who? <assistant>'
     """
     if not tokenizer.chat_template:
         raise ValueError("chat.render: this model has no chat template. Write the prompt as plain text instead.")
@@ -35,7 +50,14 @@ def render(tokenizer: Tokenizer, messages: Sequence[Message], *, generation_prom
 
 
 def check(messages: Sequence[Message]) -> None:
-    """Raises ValueError unless each message has a known role and a string as content."""
+    """Raises ValueError unless each message has a known role and a string as content.
+
+    Example:
+        >>> check([{"role": "robot", "content": "Who?"}])
+        Traceback (most recent call last):
+            ...
+        ValueError: chat: a role is system, user, assistant or tool, got 'robot'.
+    """
     if not isinstance(messages, list | tuple):
         raise ValueError(f"chat: messages are a list, got {type(messages).__name__}.")
     if not messages:

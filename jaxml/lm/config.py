@@ -20,10 +20,22 @@ REQUIRED = object()  # the default of a key that a file must have
 
 
 def whole(value: Any, low: int, high: int) -> bool:
+    """Whether a value is a whole number from `low` to `high`; a bool is none.
+
+    Example:
+        >>> whole(3, 1, 8), whole(9, 1, 8), whole(3.0, 1, 8), whole(True, 0, 1)
+        (True, False, False, False)
+    """
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def positive(value: Any) -> bool:
+    """Whether a value is a finite number above 0; a bool is none.
+
+    Example:
+        >>> positive(1e-5), positive(0), positive(math.inf), positive("1")
+        (True, False, False, False)
+    """
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and 0 < float(value) < math.inf
     except OverflowError:
@@ -31,7 +43,14 @@ def positive(value: Any) -> bool:
 
 
 def check_layers(count: Any) -> None:
-    """Refuses numbers of layers that no model has, before anything is made for each of them."""
+    """Refuses numbers of layers that no model has, before anything is made for each of them.
+
+    Example:
+        >>> check_layers(0)
+        Traceback (most recent call last):
+            ...
+        ValueError: DecoderConfig: num_layers is a whole number from 1 to 1,000, got 0.
+    """
     if not whole(count, 1, MOST_LAYERS):
         raise ValueError(f"DecoderConfig: num_layers is a whole number from 1 to {MOST_LAYERS:,}, got {count!r}.")
 

@@ -25,7 +25,14 @@ from jaxml.weights import Weight, dot, is_node
 
 
 def shapes(config: DecoderConfig) -> dict[str, Any]:
-    """The shape of every parameter, as a tree of tuples."""
+    """The shape of every parameter, as a tree of tuples.
+
+    Example:
+        >>> from jaxml import testing
+        >>> found = shapes(testing.tiny_config())
+        >>> found["embed"], found["layers"]["k"], "head" in found   # its head is the embedding
+        ((64, 32), (2, 32, 16), False)
+    """
     c, L, D = config, config.num_layers, config.width
     NH, KH = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layers = {
@@ -124,6 +131,16 @@ def apply_cached(
 
     Args:
         positions: of the new tokens; `EMPTY` marks padding, which nobody will attend to.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model, tokens = testing.tiny_model(), jnp.array([[4, 5, 6]])
+        >>> cache = caches.init(model.config, batch=1, slots=3)
+        >>> step = jax.jit(apply_cached, static_argnums=1)
+        >>> for i in range(3):
+        ...     x, cache = step(model.params, model.config, tokens[:, i : i + 1], cache, positions=jnp.array([[i]]))
+        >>> bool(jnp.allclose(x[:, 0], hidden(model.params, model.config, tokens)[:, 2], atol=1e-4))
+        True
     """
     x = embed(params, config, tokens)
     kv_positions = jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.length, axis=1)
@@ -144,7 +161,15 @@ def hidden(
     past: Cache | None = None,
     remat: bool = False,
 ) -> Float[Array, "B T D"]:
-    """Final hidden states, after the last norm and before the head (arguments as in `apply`)."""
+    """Final hidden states, after the last norm and before the head (arguments as in `apply`).
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> x = hidden(model.params, model.config, jnp.array([[4, 5, 6]]))
+        >>> x.shape, jnp.mean(x**2, axis=-1).round(2).tolist()   # the last norm's weights are 1
+        ((1, 3, 32), [[1.0, 1.0, 1.0]])
+    """
     if tokens.ndim != 2:
         raise ValueError(f"decoder: tokens have the shape [B, T], got {tokens.shape}.")
     x = embed(params, config, tokens)
@@ -165,41 +190,89 @@ def hidden(
 
 
 def embed(params: Params, config: DecoderConfig, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """What goes into the first layer."""
+    """What goes into the first layer.
+
+    Example:
+        >>> from jaxml import testing
+        >>> table = jnp.array([[0.0, 1.0], [2.0, 3.0]])
+        >>> embed({"embed": table}, testing.tiny_config(embed_scale=10.0), jnp.array([[1, 0]])).tolist()
+        [[[20.0, 30.0], [0.0, 10.0]]]
+    """
     x = rules.hint(rules.take(params["embed"], tokens), "batch", "length", None)
     return x if config.embed_scale is None else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def prefix(params: Params, config: DecoderConfig) -> Cache | None:
-    """What these parameters put before every text: the keys and values of a trained prompt (`jaxml.tune.prompt`)."""
+    """What these parameters put before every text: the keys and values of a trained prompt (`jaxml.tune.prompt`).
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import prompt
+        >>> node = prompt.Prefix(*jnp.zeros((2, 2, 1, 2, 4, 8)))   # keys and values of 2 layers, 4 places
+        >>> prefix({"prefix": node}, testing.tiny_config()).positions.tolist()
+        [[0, 1, 2, 3]]
+    """
     return params["prefix"].cache(params, config) if "prefix" in params else None
 
 
 def num_places(params: Params) -> int:
-    """How many places of the context a trained prompt takes."""
+    """How many places of the context a trained prompt takes.
+
+    Example:
+        >>> from jaxml.tune import prompt
+        >>> num_places({"prefix": prompt.SoftPrompt(jnp.zeros((1, 4, 32)))}), num_places({})
+        (4, 0)
+    """
     return params["prefix"].places if "prefix" in params else 0
 
 
 def read(params: Params, config: DecoderConfig, x: Float[Array, "B T D"]) -> Cache:
-    """The keys and values of a text that is given as embeddings; differentiable, and as long as the text."""
+    """The keys and values of a text that is given as embeddings; differentiable, and as long as the text.
+
+    Example:
+        >>> from jaxml import testing
+        >>> params, config = testing.tiny_model().params, testing.tiny_config()
+        >>> past = read(params, config, embed(params, config, jnp.array([[4, 5, 6]])))
+        >>> past.key.shape, past.positions.tolist()   # layers, rows, heads, slots, head dim
+        ((2, 1, 2, 3, 8), [[0, 1, 2]])
+    """
     _, (key, value) = _layers(params, config, x, jnp.arange(x.shape[1])[None], {}, None, None, keep=True)
     return caches.full(key.swapaxes(2, 3), value.swapaxes(2, 3))
 
 
 def logits(params: Params, config: DecoderConfig, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """The head: hidden states to float32 logits over the vocabulary."""
+    """The head: hidden states to float32 logits over the vocabulary.
+
+    Example:
+        >>> from jaxml import testing
+        >>> table = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> logits({"embed": table}, testing.tiny_config(), jnp.array([[3.0, 4.0]])).tolist()
+        [[3.0, 4.0, 7.0]]
+    """
     out = weights.einsum("...D,VD->...V", x, head(params)).astype(wide(x.dtype))
     cap = config.logits_soft_cap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
 
 def head(params: Params) -> Float[Array, "V D"] | Weight:
-    """The matrix that makes logits: the embedding where it is tied, without what adapts it as an embedding."""
+    """The matrix that makes logits: the embedding where it is tied, without what adapts it as an embedding.
+
+    Example:
+        >>> table, own = jnp.ones((4, 2)), jnp.zeros((4, 2))
+        >>> head({"embed": table}) is table, head({"embed": table, "head": own}) is own
+        (True, True)
+    """
     return params["head"] if "head" in params else getattr(params["embed"], "untied", params["embed"])
 
 
 def unstack(params: Params) -> Params:
-    """The same parameters with a tuple of layers in place of stacked arrays (a copy of the layers)."""
+    """The same parameters with a tuple of layers in place of stacked arrays (a copy of the layers).
+
+    Example:
+        >>> params = {"layers": {"attn_norm": jnp.array([[0.0, 1.0], [2.0, 3.0]])}}
+        >>> [layer["attn_norm"].tolist() for layer in unstack(params)["layers"]]
+        [[0.0, 1.0], [2.0, 3.0]]
+    """
     if isinstance(params["layers"], tuple):
         return params
     num_layers = params["layers"]["attn_norm"].shape[0]
@@ -353,7 +426,13 @@ def _across(v: Float[Array, "D"], x: Float[Array, "... D"]) -> Array:
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
-    """Angles per position, [H / 2] float32, and the factor on sine and cosine."""
+    """Angles per position, [H / 2] float32, and the factor on sine and cosine.
+
+    Example:
+        >>> angles, factor = rope_frequencies(4, 100.0, RopeScaling("linear", factor=2.0))
+        >>> [round(float(angle), 3) for angle in angles], factor
+        ([0.5, 0.05], 1.0)
+    """
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inv = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
     s = scaling
@@ -405,12 +484,24 @@ def _rotate(x: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Arr
 
 
 def num_params(params: Params) -> int:
-    """How many numbers the tree holds (a weight node counts what it stands for)."""
+    """How many numbers the tree holds (a weight node counts what it stands for).
+
+    Example:
+        >>> from jaxml import quant
+        >>> num_params({"q": quant.int8.quantize(jnp.ones((64, 8))), "norm": jnp.ones(64)})
+        576
+    """
     leaves = jax.tree.leaves(params, is_leaf=is_node)
     return sum(math.prod(w.shape) for w in leaves)
 
 
 def cast(params: Params, dtype) -> Params:
-    """Floating arrays in another dtype; a weight node for products in that dtype."""
+    """Floating arrays in another dtype; a weight node for products in that dtype.
+
+    Example:
+        >>> made = cast({"norm": jnp.ones(2), "ids": jnp.arange(2)}, jnp.bfloat16)
+        >>> {name: a.dtype.name for name, a in made.items()}
+        {'ids': 'int32', 'norm': 'bfloat16'}
+    """
     to = lambda a: a.astype(dtype) if is_node(a) or jnp.issubdtype(a.dtype, jnp.floating) else a
     return jax.tree.map(to, params, is_leaf=is_node)

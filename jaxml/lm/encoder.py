@@ -23,7 +23,15 @@ from jaxml.lm.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Shapes of a BERT encoder and what a sentence's vector is (letters as in `jaxml.axes`)."""
+    """Shapes of a BERT encoder and what a sentence's vector is (letters as in `jaxml.axes`).
+
+    Example:
+        >>> config = EncoderConfig(
+        ...     vocab_size=64, width=16, num_layers=1, num_heads=2, hidden_dim=32, num_positions=32, max_length=32
+        ... )
+        >>> config.pooling, config.normalize
+        ('mean', True)
+    """
 
     vocab_size: int  # V
     width: int  # D
@@ -58,7 +66,16 @@ class EncoderConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """A pytree whose leaves are the parameters, as `lm.Model` is."""
+    """A pytree whose leaves are the parameters, as `lm.Model` is.
+
+    Example:
+        >>> from jaxml import testing
+        >>> config = EncoderConfig(64, 16, 1, 2, 32, num_positions=32, max_length=32)
+        >>> params = jax.tree.map(jnp.ones, shapes(config), is_leaf=lambda shape: isinstance(shape, tuple))
+        >>> vectors = Encoder(params, config, testing.tiny_tokenizer())(["the fox", "a dog"])
+        >>> vectors.shape, jnp.linalg.norm(vectors, axis=-1).round(3).tolist()
+        ((2, 16), [1.0, 1.0])
+    """
 
     params: Params
     config: EncoderConfig = dataclasses.field(metadata=dict(static=True))
@@ -75,6 +92,14 @@ def load(source: str | Path = "minilm", dtype=jnp.float32) -> Encoder:
     Raises:
         FileNotFoundError: no such folder or name.
         ValueError: a config key or tensor that cannot be read, by name.
+
+    Example:
+        >>> load("minilm")(["the cat", "a dog"]).shape  # doctest: +SKIP
+        (2, 384)
+        >>> load("smollm2-135m")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: encoder.load: smollm2-135m is a decoder (SmolLM2-135M-Instruct, ...). Read it with lm.load.
     """
     entry = zoo.NAMES.get(str(source))
     if entry and entry.kind != "encoder":
@@ -117,6 +142,15 @@ def read_config(folder: str | Path) -> EncoderConfig:
 
     Raises:
         FileNotFoundError, ValueError: no config.json, a model that is no BERT, or a pooling that is not implemented.
+
+    Example:
+        >>> import json, tempfile
+        >>> about = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> about |= {"intermediate_size": 32, "max_position_embeddings": 48}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text(json.dumps(about))
+        ...     read_config(folder).max_length
+        48
     """
     folder = Path(folder)
     with files.reading(folder / "config.json", "an encoder"):
@@ -157,7 +191,13 @@ def _config(folder: Path) -> EncoderConfig:
 
 
 def shapes(config: EncoderConfig) -> dict[str, Any]:
-    """The shape of every parameter, as a tree of tuples."""
+    """The shape of every parameter, as a tree of tuples.
+
+    Example:
+        >>> found = shapes(EncoderConfig(64, 16, 1, 2, 32, num_positions=48, max_length=48))
+        >>> found["positions"], found["layers"]["up"]
+        ((48, 16), (1, 16, 32))
+    """
     c, L, D, F = config, config.num_layers, config.width, config.hidden_dim
     layers = {}
     for name in ("q", "k", "v", "o"):
@@ -173,6 +213,14 @@ def apply(
     params: Params, config: EncoderConfig, tokens: Int[Array, "B T"], lengths: Int[Array, "B"]
 ) -> Float[Array, "B T D"]:
     """Final hidden states of rows that are padded at the right.
+
+    Example:
+        >>> config = EncoderConfig(64, 16, 1, 2, 32, num_positions=32, max_length=32)
+        >>> drawn = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+        >>> params = jax.tree.map(drawn, shapes(config), is_leaf=lambda shape: isinstance(shape, tuple))
+        >>> x = apply(params, config, jnp.array([[4, 5, 0], [4, 5, 9]]), jnp.array([2, 2]))
+        >>> x.shape, bool(jnp.allclose(x[0, :2], x[1, :2], atol=1e-4))   # nothing sees the padding
+        ((2, 3, 16), True)
 
     Reference:
         Devlin et al. 2019, "BERT" (norms after each block, GELU by the error function, one segment).
@@ -218,6 +266,15 @@ def encode(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = N
 
     Raises:
         ValueError: no texts, or a single string instead of a list.
+
+    Example:
+        >>> from jaxml import testing
+        >>> config = EncoderConfig(64, 16, 1, 2, 32, num_positions=32, max_length=32)
+        >>> drawn = lambda shape: jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+        >>> params = jax.tree.map(drawn, shapes(config), is_leaf=lambda shape: isinstance(shape, tuple))
+        >>> vectors = encode(Encoder(params, config, testing.tiny_tokenizer()), ["a fox", "the big brown fox", "a fox"])
+        >>> round(float(vectors[0] @ vectors[2]), 2), round(float(vectors[0] @ vectors[1]), 2)
+        (1.0, 0.94)
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"encoder.encode: texts are a list of at least one text, got {texts!r}.")

@@ -34,6 +34,15 @@ def read(
     Raises:
         ValueError: not a GGUF file, truncated, an unknown architecture, key or quantisation, or tensors
             missing or left over; by name.
+
+    Example:
+        >>> params, config, metadata = read("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
+        >>> config.num_layers, metadata["general.architecture"]                 # doctest: +SKIP
+        (30, 'llama')
+        >>> read("no-such.gguf")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: no-such.gguf: no such file.
     """
     reader = _open(path)
     metadata = read_metadata(path, reader)
@@ -74,7 +83,19 @@ def _read(path, reader, metadata, dtype, quantize, mesh) -> tuple[Params, Decode
 
 
 def read_metadata(path: str | Path, reader=None) -> dict[str, Any]:
-    """The key-value pairs of the file's header."""
+    """The key-value pairs of the file's header.
+
+    Example:
+        >>> import gguf, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     writer = gguf.GGUFWriter(f"{folder}/a.gguf", "llama")
+        ...     writer.add_context_length(128)
+        ...     writer.write_header_to_file()
+        ...     writer.write_kv_data_to_file()
+        ...     writer.close()
+        ...     read_metadata(f"{folder}/a.gguf")
+        {'general.architecture': 'llama', 'llama.context_length': 128}
+    """
     reader = reader or _open(path)
     with files.reading(path, "a GGUF file"):
         return {key: _contents(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}

@@ -30,6 +30,13 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
     Raises:
         FileNotFoundError, ValueError: no config.json, not JSON, or a key that is not known.
+
+    Example:
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "config.json").write_text(json.dumps(testing.tiny_config().to_hf()))
+        ...     read_config(folder) == testing.tiny_config()
+        True
     """
     config = files.read_json(Path(folder) / "config.json")
     with files.reading(Path(folder) / "config.json", "a decoder"):
@@ -51,6 +58,14 @@ def read(
 
     Raises:
         FileNotFoundError, ValueError: files missing or truncated, tensors missing or left over, by name.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     params, config = read(write(f"{folder}/model", model.params, model.config, model.tokenizer))
+        >>> config == model.config, bool((params["layers"]["q"] == model.params["layers"]["q"]).all())
+        (True, True)
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -123,6 +138,14 @@ def write(
     Raises:
         FileExistsError: the folder exists and is not empty.
         ValueError: adapters in the tree (merge them first), or a quantised weight that bitsandbytes has no format for.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = write(f"{folder}/model", model.params, model.config, model.tokenizer)
+        ...     sorted(path.name for path in made.iterdir())
+        ['chat_template.jinja', 'config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json']
     """
     folder = Path(folder)
     for path, w in unwritable(params).items():
@@ -150,18 +173,39 @@ def write(
 
 
 def unwritable(params: Params) -> dict[str, Any]:
-    """The weights, by path, that this format has no tensors for: adapters, tables that are quantised, int4."""
+    """The weights, by path, that this format has no tensors for: adapters, tables that are quantised, int4.
+
+    Example:
+        >>> from jaxml.quant import nf4
+        >>> q = nf4.quantize(np.ones((64, 64), np.float32))
+        >>> list(unwritable({"embed": q, "layers": {"q": q}}))
+        ['embed']
+    """
     written = lambda path, w: isinstance(w, QArray) and w.kind in bnb.FORMATS and path.startswith("layers/")
     return {path: w for path, w in paths.named(params).items() if is_node(w) and not written(path, w)}
 
 
 def untied(params: Params, config: DecoderConfig) -> DecoderConfig:
-    """The configuration of these parameters: adapting a tied embedding gives a model a head of its own."""
+    """The configuration of these parameters: adapting a tied embedding gives a model a head of its own.
+
+    Example:
+        >>> from jaxml import testing
+        >>> table, config = np.ones((64, 32)), testing.tiny_config()
+        >>> [untied(params, config).tied_embeddings for params in ({"embed": table}, {"embed": table, "head": table})]
+        [True, False]
+    """
     return dataclasses.replace(config, tied_embeddings=False) if "head" in params else config
 
 
 def config_json(params: Params, config: DecoderConfig) -> dict[str, Any]:
-    """What a model folder's config.json holds: the config, and the parameters' dtype."""
+    """What a model folder's config.json holds: the config, and the parameters' dtype.
+
+    Example:
+        >>> from jaxml import testing
+        >>> about = config_json({"norm": np.ones(32, np.float16)}, testing.tiny_config())
+        >>> about["model_type"], about["hidden_size"], about["dtype"]
+        ('llama', 32, 'float16')
+    """
     return config.to_hf() | {"dtype": str(params["norm"].dtype)}
 
 
@@ -214,7 +258,15 @@ def _weight_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_safetensors(path: str | Path) -> Iterator[Any]:
-    """A safetensors file, memory-mapped; FileNotFoundError or ValueError where it is missing or not whole."""
+    """A safetensors file, memory-mapped; FileNotFoundError or ValueError where it is missing or not whole.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_safetensors(f"{folder}/a.safetensors", {"w": np.arange(3)})
+        ...     with open_safetensors(f"{folder}/a.safetensors") as file:
+        ...         {name: file.get_tensor(name).tolist() for name in file.keys()}
+        {'w': [0, 1, 2]}
+    """
     safetensors = need("safetensors", "lm")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")
@@ -226,7 +278,15 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
 
 
 def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes named arrays (bfloat16 included)."""
+    """Writes named arrays (bfloat16 included).
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_safetensors(f"{folder}/a.safetensors", {"w": np.ones((2, 3), np.float16)})
+        ...     with open_safetensors(f"{folder}/a.safetensors") as file:
+        ...         file.get_slice("w").get_shape(), file.get_slice("w").get_dtype()
+        ([2, 3], 'F16')
+    """
     need("safetensors", "lm")
     from safetensors.numpy import save_file
 
@@ -240,6 +300,14 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `folder` exists and is not empty.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as above:
+        ...     with whole_folder(f"{above}/model") as folder:
+        ...         _ = (folder / "config.json").write_text("{}")
+        ...         before = os.path.exists(f"{above}/model")
+        ...     before, os.listdir(f"{above}/model")
+        (False, ['config.json'])
     """
     folder = check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +322,16 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def check_new(folder: str | Path) -> Path:
-    """The path; FileExistsError where something is there already."""
+    """The path; FileExistsError where something is there already.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+        ...     Path(folder, "a").touch()
+        ...     check_new(folder)
+        Traceback (most recent call last):
+            ...
+        FileExistsError: ...: exists and is not empty. Choose another name or remove it.
+    """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder}: exists and is not empty. Choose another name or remove it.")

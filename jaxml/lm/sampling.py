@@ -52,6 +52,12 @@ def sample(
 
     Args:
         seen: tokens that the repetition penalty applies to.
+
+    Example:
+        >>> logits, keys = jnp.array([[1.0, 3.0, 2.0]]), jax.random.split(jax.random.key(0), 1)
+        >>> seen = jnp.array([[False, True, False]])
+        >>> [sample(logits, Sampling(repetition_penalty=p), keys, seen).tolist() for p in (1.0, 2.0)]
+        [[1], [2]]
     """
     if sampling.repetition_penalty != 1.0 and seen is not None:
         p = sampling.repetition_penalty
@@ -63,7 +69,12 @@ def sample(
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """−inf where top-k, top-p or min-p leave a token out."""
+    """−inf where top-k, top-p or min-p leave a token out.
+
+    Example:
+        >>> filter_logits(jnp.array([[1.0, 3.0, 2.0]]), Sampling(top_k=2)).tolist()
+        [[-inf, 3.0, 2.0]]
+    """
     if 0 < sampling.top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -88,6 +88,11 @@ def encode_continuation(model: Model, continuation: str) -> list[int]:
 
     Raises:
         ValueError: there are none.
+
+    Example:
+        >>> from jaxml import testing
+        >>> encode_continuation(testing.tiny_model(), " fox")
+        [3, 9, 18, 27]
     """
     ids = model.tokenizer.encode(continuation)
     if not ids:
@@ -96,7 +101,12 @@ def encode_continuation(model: Model, continuation: str) -> list[int]:
 
 
 def sums(nodes: Sequence[np.ndarray]) -> np.ndarray:
-    """Of each scored node, the log-likelihood of all its tokens: [nodes] float64."""
+    """Of each scored node, the log-likelihood of all its tokens: [nodes] float64.
+
+    Example:
+        >>> sums([np.array([-0.5, -1.0]), np.array([-0.25])]).tolist()
+        [-1.5, -0.25]
+    """
     return np.array([values.sum(dtype=np.float64) for values in nodes])
 
 

@@ -117,6 +117,14 @@ def from_folder(
 
     Raises:
         FileNotFoundError, ValueError: no tokenizer.json there, or one that cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     testing.tiny_tokenizer().save(folder)
+        ...     from_folder(folder).encode("fox")
+        [9, 18, 27]
     """
     tokenizers = need("tokenizers", "lm")
     folder = Path(folder)
@@ -249,6 +257,12 @@ def from_gguf(metadata: Mapping[str, Any], *, rows: int | None = None) -> Tokeni
 
     Raises:
         ValueError: a tokenizer model or pre-tokenizer that is not implemented, by name.
+
+    Example:
+        >>> about = {"model": "gpt2", "tokens": ["a", "b", "ab"], "merges": ["a b"]}
+        >>> made = from_gguf({f"tokenizer.ggml.{key}": value for key, value in about.items()})
+        >>> made.encode("aba"), made.decode([2, 0])
+        ([2, 0], 'aba')
     """
     need("tokenizers", "lm")
     with files.reading("tokenizer.ggml", "a vocabulary"), _rust("tokenizer.ggml"):

@@ -18,7 +18,13 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """Tokens, and what may follow them."""
+    """Tokens, and what may follow them.
+
+    Example:
+        >>> two = Node([5, 6], [Node([7], scored=True), Node([8], scored=True)])
+        >>> lay(two).tokens, lay(two).targets
+        ([5, 6, 7, 8], [7, 8])
+    """
 
     tokens: Sequence[int]
     children: Sequence["Node"] = ()
@@ -26,7 +32,13 @@ class Node:
 
 
 class Row(NamedTuple):
-    """A tree of T tokens, M of them scored."""
+    """A tree of T tokens, M of them scored.
+
+    Example:
+        >>> row = lay(Node([5, 6], [Node([7]), Node([8])]))
+        >>> row.positions, row.ends, row.is_chain
+        ([0, 1, 2, 2], [4, 4, 3, 4], False)
+    """
 
     tokens: list[int]  # [T]
     positions: list[int]  # [T] in the text of each
@@ -83,7 +95,13 @@ def lay(root: Node) -> Row:
 
 
 class Batch(NamedTuple):
-    """Rows of equal length: padding sees nothing that is asked for, and nothing sees it."""
+    """Rows of equal length: padding sees nothing that is asked for, and nothing sees it.
+
+    Example:
+        >>> made = batch([lay(Node([5, 6], [Node([7], scored=True)]))], size=1, multiple=4)
+        >>> made.tokens.tolist(), made.positions.tolist(), made.ends
+        ([[5, 6, 7, 0]], [[0, 1, 2, 3]], None)
+    """
 
     tokens: np.ndarray  # [B, T] int32
     positions: np.ndarray  # [B, T] int32
@@ -93,7 +111,14 @@ class Batch(NamedTuple):
 
 
 def batch(rows: Sequence[Row], size: int, multiple: int = 32) -> Batch:
-    """At most `size` rows as arrays of `size` rows; lengths are rounded up, so that few shapes are compiled."""
+    """At most `size` rows as arrays of `size` rows; lengths are rounded up, so that few shapes are compiled.
+
+    Example:
+        >>> rows = [lay(Node([5], [Node([6], scored=True)])), lay(Node([7, 8], [Node([9], scored=True)]))]
+        >>> made = batch(rows, size=2, multiple=4)
+        >>> made.tokens.tolist(), made.sources[:, 0].tolist(), made.targets[:, 0].tolist()
+        ([[5, 6, 0, 0], [7, 8, 9, 0]], [0, 1], [6, 9])
+    """
     up = lambda n, multiple: -(-max(n, 1) // multiple) * multiple
     T, M = up(max(len(r.tokens) for r in rows), multiple), up(max(len(r.targets) for r in rows), 8)
 

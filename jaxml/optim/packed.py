@@ -26,7 +26,13 @@ KINDS = ("dynamic", "dynamic_unsigned", "int8", "int4")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """codes [..., m, n] and one scale a block; `unpack` gives the array."""
+    """codes [..., m, n] and one scale a block; `unpack` gives the array.
+
+    Example:
+        >>> packed = pack(jnp.array([[2.0, -1.0]]), "int8")
+        >>> packed.codes.tolist(), packed.scales.tolist()
+        ([[127, -63]], [[2.0]])
+    """
 
     codes: Array  # uint8, int8 or int4, of the array's shape
     scales: Float[Array, "..."]  # [..., ⌈m / rows⌉, ⌈n / columns⌉], the largest magnitude of each block
@@ -75,17 +81,35 @@ def pack(x: Float[Array, "... m n"], kind: str, key: Array | None = None) -> Pac
 
 
 def is_packed(x) -> bool:
-    """For `is_leaf` in tree functions."""
+    """For `is_leaf` in tree functions.
+
+    Example:
+        >>> state = {"mu": pack(jnp.ones((1, 2)), "int8"), "count": jnp.zeros(())}
+        >>> [is_packed(x) for x in jax.tree.leaves(state, is_leaf=is_packed)]
+        [False, True]
+    """
     return isinstance(x, Packed)
 
 
 def unpack(x: Array | Packed) -> Array:
-    """The array, whichever form it is in."""
+    """The array, whichever form it is in.
+
+    Example:
+        >>> x = jnp.array([[2.0, -2.0]])
+        >>> unpack(pack(x, "int4")).tolist(), unpack(x).tolist()
+        ([[2.0, -2.0]], [[2.0, -2.0]])
+    """
     return x.unpack() if isinstance(x, Packed) else x
 
 
 def pack_like(x: Array, other: Array | Packed, key: Array | None = None) -> Array | Packed:
-    """`x` in the form of `other`."""
+    """`x` in the form of `other`.
+
+    Example:
+        >>> x = jnp.array([[2.0, -1.0]])
+        >>> pack_like(x, pack(x, "int4")).kind, pack_like(x, x.astype(jnp.bfloat16)).dtype.name
+        ('int4', 'bfloat16')
+    """
     return other.pack_like(x, key) if isinstance(other, Packed) else x.astype(other.dtype)
 
 

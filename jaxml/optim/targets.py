@@ -40,7 +40,13 @@ class DimensionNumbers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One leaf as matrices [*batch, m, n] with a basis of `rank` columns on the left, the right or both sides."""
+    """One leaf as matrices [*batch, m, n] with a basis of `rank` columns on the left, the right or both sides.
+
+    Example:
+        >>> target = Target("q", shape=(4, 6), reduction=(0,), output=(1,), rank=2, side="left")
+        >>> target.low_shape, target.basis_shapes
+        ((2, 6), ((4, 2),))
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -127,7 +133,16 @@ def _multiply(dtype):
 
 
 def check_mesh(name: str, leaves: list[Array]) -> None:
-    """Raises where a leaf is spread over a mesh axis whose shardings are part of types: products would need theirs."""
+    """Raises where a leaf is spread over a mesh axis whose shardings are part of types: products would need theirs.
+
+    Example:
+        >>> on = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+        >>> sharding = jax.sharding.NamedSharding(on, jax.sharding.PartitionSpec("x"))
+        >>> check_mesh("galore", [jax.device_put(jnp.ones(on.size), sharding)])  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        NotImplementedError: galore: parameters lie on mesh axes of type Auto, got x of type Explicit. Make ...
+    """
     for leaf in leaves:
         sharding = getattr(jax.typeof(leaf), "sharding", None)
         mesh = getattr(sharding, "mesh", None)
@@ -167,6 +182,11 @@ def find(
 
     Raises:
         ValueError: nothing matched, a rank out of range, axes that do not exist.
+
+    Example:
+        >>> found = find({"bias": jnp.zeros(32), "kernel": jnp.zeros((64, 32))}, rank=8)
+        >>> [target and (target.path, target.side, target.low_shape) for target in found]
+        [None, ('kernel', 'left', (8, 32))]
     """
     if side not in SIDES:
         raise ValueError(f"{name}: side is one of {', '.join(SIDES)}, got {side!r}.")

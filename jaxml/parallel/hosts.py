@@ -139,6 +139,12 @@ def called() -> bool:
     """Whether this machine's scheduler started several processes, which find each other by `start` without arguments.
 
     Cloud TPU slices of several hosts, and SLURM steps of several tasks.
+
+    Example:
+        >>> from unittest import mock
+        >>> with mock.patch.dict(os.environ, SLURM_STEP_NUM_TASKS="4"):
+        ...     called()
+        True
     """
     tpus = [name for name in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
@@ -146,18 +152,32 @@ def called() -> bool:
 
 
 def is_main() -> bool:
-    """Whether this is the process that prints and writes what one process writes."""
+    """Whether this is the process that prints and writes what one process writes.
+
+    Example:
+        >>> is_main()   # a process of its own is number 0
+        True
+    """
     return jax.process_index() == 0
 
 
 def say(text: Any) -> None:
-    """Prints, once for all processes."""
+    """Prints, once for all processes.
+
+    Example:
+        >>> say("step 1: loss 2.3")
+        step 1: loss 2.3
+    """
     if is_main():
         print(text)
 
 
 def meet(where: str) -> None:
-    """Waits until all processes are there; `where` tells places apart."""
+    """Waits until all processes are there; `where` tells places apart.
+
+    Example:
+        >>> meet("the data are read")   # a process of its own waits for none
+    """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -229,6 +249,10 @@ def shared(count: int, make: Callable[[int], tuple[Sequence[int], Sequence[float
 
     Raises:
         ValueError: in all processes, what `make` raised in any.
+
+    Example:
+        >>> shared(3, lambda i: ([i], [i / 2]))
+        [([0], [0.0]), ([1], [0.5]), ([2], [1.0])]
     """
     me, processes = jax.process_index(), jax.process_count()
     if processes == 1:
@@ -263,7 +287,15 @@ def shared(count: int, make: Callable[[int], tuple[Sequence[int], Sequence[float
 
 
 def place(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, Any]:
-    """Arrays [..., B, T], the same in all processes, with rows and places where the mesh has them."""
+    """Arrays [..., B, T], the same in all processes, with rows and places where the mesh has them.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> on = parallel.mesh(data=-1)
+        >>> tokens = place({"tokens": np.ones((2 * on.size, 4), np.int32)}, on)["tokens"]
+        >>> tokens.sharding.shard_shape(tokens.shape)   # of each device
+        (2, 4)
+    """
 
     def one(a: np.ndarray):
         axes = (*[None] * (a.ndim - 2), "batch", "length")
@@ -273,7 +305,14 @@ def place(batch: dict[str, np.ndarray], on: Mesh) -> dict[str, Any]:
 
 
 def to_host(a: Any) -> np.ndarray:
-    """A whole array in this process's memory; where it is spread over processes, all of them call this."""
+    """A whole array in this process's memory; where it is spread over processes, all of them call this.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> spread = place({"a": np.arange(8.0).reshape(8, 1)}, parallel.mesh(data=-1))["a"]
+        >>> to_host(spread)[:, 0].tolist()
+        [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    """
     if not isinstance(a, jax.Array) or a.is_fully_addressable:
         return np.asarray(a)
     if a.is_fully_replicated:

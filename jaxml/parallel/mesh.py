@@ -101,13 +101,26 @@ def live() -> dict[str, int]:
     """The axes that XLA may spread arrays of the function being traced over: axis → size, none of size 1.
 
     Those of the mesh that `jax.set_mesh` has set, without what `jax.shard_map` has made manual.
+
+    Example:
+        >>> on = jax.sharding.AbstractMesh((2, 4, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 5)
+        >>> with jax.sharding.use_abstract_mesh(on):
+        ...     live()
+        {'data': 2, 'fsdp': 4}
     """
     sizes, free = jax.sharding.get_abstract_mesh().shape, automatic()
     return {axis: sizes[axis] for axis in AXES if axis in free and sizes[axis] > 1}
 
 
 def automatic() -> set[str]:
-    """The axes, of any size, that are left to XLA: kernels need them all to be manual."""
+    """The axes, of any size, that are left to XLA: kernels need them all to be manual.
+
+    Example:
+        >>> on = jax.sharding.AbstractMesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto, AxisType.Manual))
+        >>> with jax.sharding.use_abstract_mesh(on):
+        ...     sorted(automatic())
+        ['data']
+    """
     ambient = jax.sharding.get_abstract_mesh()
     if ambient.empty:
         return set()

@@ -86,7 +86,13 @@ def logical(path: str, ndim: int, names: Mapping[str, tuple[Axis, ...]] = MATRIC
 
 
 def spec(axes: tuple[Axis, ...], shape: tuple[int, ...], sizes: Mapping[str, int], without: str = "") -> P:
-    """Logical axes as mesh axes: of each as many of its row in the table as divide the length."""
+    """Logical axes as mesh axes: of each as many of its row in the table as divide the length.
+
+    Example:
+        >>> sizes = {"data": 2, "fsdp": 4, "tensor": 2}
+        >>> tuple(spec(("batch", None), (8, 3), sizes)), tuple(spec(("width", "heads"), (6, 32), sizes))
+        ((('data', 'fsdp'), None), (None, 'tensor'))
+    """
     taken = {without}
 
     def one(axis: Axis, length: int):
@@ -112,7 +118,12 @@ def dividing(length: int, names: Sequence[str], sizes: Mapping[str, int]) -> Any
 
 
 def parts(sizes: Mapping[str, int]) -> int:
-    """Into how many parts a mesh cuts the rows of a batch."""
+    """Into how many parts a mesh cuts the rows of a batch.
+
+    Example:
+        >>> parts({"data": 2, "fsdp": 4, "expert": 1, "tensor": 8})
+        8
+    """
     return math.prod(sizes[axis] for axis in RULES["batch"])
 
 
@@ -188,6 +199,15 @@ def whole(layer: Any) -> Any:
     """A layer's weights without their spread over fsdp, to be used and let go.
 
     Their gradients come back spread. Of quantised weights it is the codes that are gathered.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> on = parallel.mesh(fsdp=-1)
+        >>> layer = shard({"q": jnp.ones((8 * on.size, 4))}, on)
+        >>> with jax.set_mesh(on):
+        ...     gathered = jax.jit(whole)(layer)["q"]
+        >>> layer["q"].addressable_shards[0].data.shape, gathered.addressable_shards[0].data.shape == gathered.shape
+        ((8, 4), True)
     """
     sizes = live()
     if "fsdp" not in sizes:
@@ -205,6 +225,13 @@ def take(table: Any, tokens: Array) -> Array:
 
     Every device looks in its own part of the rows and of the width for all tokens of its replica; what it found then
     goes where the token's row of the batch is. The table itself stays where it is.
+
+    Example:
+        >>> from jaxml import parallel
+        >>> table = jnp.arange(16.0).reshape(2, 8)
+        >>> with jax.set_mesh(parallel.mesh(fsdp=-1)):
+        ...     jax.jit(take)(table, jnp.array([[1, 0, 1]]))[..., 0].tolist()
+        [[8.0, 0.0, 8.0]]
     """
     sizes = live()
     if not sizes:
@@ -226,7 +253,16 @@ def take(table: Any, tokens: Array) -> Array:
 
 
 def gathering(run: Any, scanned: bool, static_argnums: tuple[int, ...] = ()) -> Any:
-    """A layer whose gathered weights are gathered again for its backward pass, so that none is kept."""
+    """A layer whose gathered weights are gathered again for its backward pass, so that none is kept.
+
+    Example:
+        >>> run = lambda x, layer: jnp.matmul(x, whole(layer)["q"])
+        >>> on = jax.sharding.AbstractMesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> with jax.sharding.use_abstract_mesh(on):
+        ...     made = jax.make_jaxpr(gathering(run, scanned=False))(jnp.ones((2, 8)), {"q": jnp.ones((8, 4))})
+        >>> [str(eqn.primitive).startswith(("remat", "checkpoint")) for eqn in made.eqns]
+        [True]
+    """
     if "fsdp" not in live():
         return run
     kept = lambda primitive, *_, **how: primitive.name != "sharding_constraint" and how.get("name") != WHOLE

@@ -23,7 +23,13 @@ QUIET = {
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """Chips of one kind. A device is what JAX calls one: of v4 and tpu7x half a chip."""
+    """Chips of one kind. A device is what JAX calls one: of v4 and tpu7x half a chip.
+
+    Example:
+        >>> of = GENERATIONS["v4"]
+        >>> chips(of.slices[0]) * of.devices, of.hbm_gib   # devices of the smallest slice, and what each holds
+        (8, 15.25)
+    """
 
     name: str
     slices: tuple[str, ...]
@@ -63,7 +69,12 @@ def parse(name: str) -> tuple[Generation, str]:
 
 
 def chips(size: str) -> int:
-    """How many chips a slice has: 64 of "8x8"."""
+    """How many chips a slice has: 64 of "8x8".
+
+    Example:
+        >>> chips("8x8"), chips("2x2x4")
+        (64, 16)
+    """
     return math.prod(int(n) for n in size.split("x"))
 
 
@@ -73,6 +84,14 @@ def devices(name: str) -> list[Any]:
     Raises:
         ImportError: libtpu is not installed.
         ValueError: as `parse`.
+
+    Example:
+        >>> len(devices("v5e:4x4"))  # doctest: +SKIP
+        16
+        >>> devices("v5e:3x3")
+        Traceback (most recent call last):
+            ...
+        ValueError: topology: v5e comes in slices of 1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16, got '3x3'.
     """
     from jax.experimental import topologies
 
@@ -89,7 +108,13 @@ def devices(name: str) -> list[Any]:
 
 @contextlib.contextmanager
 def without_compilation_cache() -> Iterator[None]:
-    """What is compiled for a device that is not there cannot be read back."""
+    """What is compiled for a device that is not there cannot be read back.
+
+    Example:
+        >>> with without_compilation_cache():
+        ...     jax.config.jax_enable_compilation_cache
+        False
+    """
     from jax.experimental.compilation_cache import compilation_cache
 
     enabled = jax.config.jax_enable_compilation_cache

@@ -66,7 +66,13 @@ def score_choices(
 
 
 def corrected(scores: Scores, choices: Sequence[str], correction: str) -> np.ndarray:
-    """Log-likelihoods as they are, per token or per byte."""
+    """Log-likelihoods as they are, per token or per byte.
+
+    Example:
+        >>> scores = Scores(np.array([-2.0, -3.0]), np.array([1, 3]), cost=9)
+        >>> [corrected(scores, ["no", "nobody"], by).tolist() for by in ("sum", "tokens", "bytes")]
+        [[-2.0, -3.0], [-2.0, -1.0], [-1.0, -0.5]]
+    """
     if correction == "tokens":
         return scores.log_probs / scores.tokens
     if correction == "bytes":
@@ -79,6 +85,10 @@ def per_prompt(choices: Sequence[str] | Sequence[Sequence[str]], count: int) -> 
 
     Raises:
         ValueError: another number of lists, no choices, an empty one, or one that comes twice.
+
+    Example:
+        >>> per_prompt(["yes", "no"], 2), per_prompt([["1", "2"], ["yes", "no"]], 2)
+        ([['yes', 'no'], ['yes', 'no']], [['1', '2'], ['yes', 'no']])
     """
     if isinstance(choices, str):
         raise ValueError(f"score_choices: choices are a list, got the single string {choices!r}.")
@@ -123,7 +133,12 @@ def calibrate(log_probs: np.ndarray, content_free: np.ndarray) -> np.ndarray:
 
 
 def normalised(log_probs: np.ndarray) -> np.ndarray:
-    """Log-probabilities over the last axis, of scores in nats."""
+    """Log-probabilities over the last axis, of scores in nats.
+
+    Example:
+        >>> np.exp(normalised(np.log([1.0, 3.0]))).round(2).tolist()
+        [0.25, 0.75]
+    """
     most = log_probs.max(-1, keepdims=True)
     return log_probs - most - np.log(np.exp(log_probs - most).sum(-1, keepdims=True))
 

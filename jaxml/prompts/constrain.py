@@ -33,7 +33,15 @@ def choose(options: Sequence[str]) -> str:
 
 
 def regex(pattern: str) -> str:
-    """A grammar of the texts that a regular expression matches whole (Rust's syntax: no look-around)."""
+    """A grammar of the texts that a regular expression matches whole (Rust's syntax: no look-around).
+
+    Example:
+        >>> import llguidance
+        >>> characters = llguidance.LLTokenizer("byte")
+        >>> matcher = llguidance.LLMatcher(characters, regex("[0-9]{2}"))
+        >>> [matcher.validate_tokens(characters.tokenize_str(text)) for text in ("42", "4x", "x")]   # so many fit
+        [2, 1, 0]
+    """
     return _checked("regex", pattern)
 
 
@@ -42,6 +50,14 @@ def json_schema(schema: Mapping[str, Any], *, compact: bool = True) -> str:
 
     Args:
         compact: no white space between tokens, so that none of the limit is spent on it.
+
+    Example:
+        >>> import llguidance
+        >>> schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        >>> characters = llguidance.LLTokenizer("byte")
+        >>> matcher = llguidance.LLMatcher(characters, json_schema(schema))
+        >>> [matcher.validate_tokens(characters.tokenize_str(text)) for text in ('{"a":1}', '{"a": 1}', '{"a":x}')]
+        [7, 5, 5]
     """
     whitespace = dict(item_separator=",", key_separator=":", whitespace_flexible=False)
     return _checked("json_schema", json.dumps({**schema, **({"x-guidance": whitespace} if compact else {})}))
@@ -77,6 +93,12 @@ def generate(
     Raises:
         ValueError: a prompt as in `lm.generate`, or a text that was not finished within the limit (nothing half-made
             is given back).
+
+    Example:
+        >>> from jaxml import testing
+        >>> text = generate(testing.tiny_model(), "count: ", regex("[0-9]{2}"))[0]
+        >>> len(text), text.isdigit()
+        (2, True)
     """
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         prompts = [prompts]

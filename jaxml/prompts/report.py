@@ -39,7 +39,13 @@ def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 10_000, s
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One evaluation of a search, in order."""
+    """One evaluation of a search, in order.
+
+    Example:
+        >>> trials = [Trial(Candidate(""), 8, mean=-2.0, spent=90), Trial(Candidate("Add."), 8, mean=-1.5, spent=200)]
+        >>> max(trials, key=lambda trial: trial.mean).candidate.words
+        'Add.'
+    """
 
     candidate: Candidate
     examples: int
@@ -125,7 +131,16 @@ _LABELS = {"likelihood": "log-likelihood of an answer, nats", "accuracy": "accur
 
 
 def plot(trials: Sequence[Trial], path: str | Path, *, metric: str = "score") -> Path:
-    """Score against budget: each evaluation, and the best so far among the longest ones."""
+    """Score against budget: each evaluation, and the best so far among the longest ones.
+
+    Example:
+        >>> import tempfile
+        >>> trials = [Trial(Candidate(""), 8, -2.0, 90), Trial(Candidate("Add."), 8, -1.5, 200)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = plot(trials, f"{folder}/search.svg", metric="likelihood")
+        ...     made.name, made.read_text().count("<svg")
+        ('search.svg', 1)
+    """
     sizes = sorted({t.examples for t in trials})
     made = figure.figure(7, 4)
     axes = made.subplots()

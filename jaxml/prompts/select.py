@@ -58,6 +58,12 @@ def mmr(near: np.ndarray, among: np.ndarray, count: int, *, trade: float = 0.5) 
     Args:
         near: [n] likeness to the query.
         among: [n, n] likeness to each other.
+
+    Example:
+        >>> near = np.array([1.0, 0.9, 0.5])
+        >>> among = np.array([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])   # the first two are alike
+        >>> mmr(near, among, 2), mmr(near, among, 2, trade=1)
+        ([0, 2], [0, 1])
     """
     if not 0 <= trade <= 1:
         raise ValueError(f"select.mmr: trade is in [0, 1], got {trade}.")
@@ -87,6 +93,14 @@ def influence(
 
     Raises:
         ValueError: an empty pool, no questions, or prompts that are messages.
+
+    Example:
+        >>> from jaxml import lm, testing
+        >>> model, task = testing.tiny_model(), Task([{"prompt": "one and one: ", "response": "2"}])
+        >>> found = influence(model, task, [{"prompt": "two and two: ", "response": "4"}])
+        >>> apart = lm.score(model, ["one and one: 2\\n\\ntwo and two: ", "two and two: "], ["4", "4"])
+        >>> found.shape, bool(abs(found[0, 0] - (apart[0] - apart[1])) < 1e-3)
+        ((1, 1), True)
     """
     if not task.pool or not dev:
         raise ValueError(f"select.influence: pool and dev hold examples, got {len(task.pool)} and {len(dev)}.")

@@ -52,7 +52,14 @@ class Template:
 
 
 def check_fields(fields: Sequence[str], values: Mapping[str, Any], who: str) -> None:
-    """Raises ValueError unless there is a value for each field, and a field for each value."""
+    """Raises ValueError unless there is a value for each field, and a field for each value.
+
+    Example:
+        >>> check_fields(["question"], {"answer": "4"}, "Template")
+        Traceback (most recent call last):
+            ...
+        ValueError: Template: the fields are question; missing question and unknown answer.
+    """
     missing, extra = [f for f in fields if f not in values], [v for v in values if v not in fields]
     if missing or extra:
         said = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(extra)}"] * bool(extra)
@@ -140,7 +147,13 @@ def after(marker: str) -> Callable[[str], str | None]:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One turn of `react`: a thought, an action with its input, and what came of it."""
+    """One turn of `react`: a thought, an action with its input, and what came of it.
+
+    Example:
+        >>> step = Step("I look it up.", "search", "moon", observation="far")
+        >>> react("How far?", {"search": "looks a text up"}, [step]).splitlines()[-3:]
+        ['Action: search[moon]', 'Observation: far', 'Thought:']
+    """
 
     thought: str
     action: str

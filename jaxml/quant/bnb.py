@@ -46,6 +46,14 @@ def read(name: str, get: Callable[[str], np.ndarray], available: Iterable[str], 
 
     Raises:
         ValueError: a part missing, of another size or of an unknown code, by name.
+
+    Example:
+        >>> from jaxml.quant import nf4
+        >>> q = nf4.quantize(jnp.ones((64, 32)), double=False)
+        >>> stored = write("q.weight", q)
+        >>> again = read("q.weight", stored.__getitem__, stored)
+        >>> again.kind, again.shape, bool((again.codes == q.codes).all())
+        ('nf4', (64, 32), True)
     """
     available = set(available)
     if name.removesuffix("weight") + "SCB" in available:
@@ -91,6 +99,11 @@ def write(name: str, q: QArray) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: several matrices, a table, int4, or int8 in blocks: bitsandbytes has none of these.
+
+    Example:
+        >>> from jaxml.quant import int8
+        >>> {name: a.shape for name, a in write("q.weight", int8.quantize(jnp.ones((64, 32)))).items()}
+        {'q.weight': (32, 64), 'q.SCB': (32,), 'q.weight_format': ()}
     """
     if q.kind not in FORMATS or q.axis != -2 or len(q.shape) != 2 or (q.kind == "int8" and q.block != q.rows[1]):
         raise ValueError(
@@ -122,7 +135,13 @@ def write(name: str, q: QArray) -> dict[str, np.ndarray]:
 
 
 def config(q: QArray) -> dict[str, Any]:
-    """``quantization_config`` of the config.json beside such tensors."""
+    """``quantization_config`` of the config.json beside such tensors.
+
+    Example:
+        >>> from jaxml.quant import int8
+        >>> config(int8.quantize(jnp.ones((64, 32))))
+        {'quant_method': 'bitsandbytes', 'load_in_4bit': False, 'load_in_8bit': True, 'llm_int8_threshold': 0.0}
+    """
     about: dict[str, Any] = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
     if q.kind == "int8":
         return about | {"load_in_8bit": True, "llm_int8_threshold": 0.0}

@@ -56,6 +56,10 @@ def lookup(table: np.ndarray, codes: Int[Array, "..."]) -> Float[Array, "..."]:
     """``table[codes]``, float32.
 
     On a TPU, where gathering is slow, by a tree of selections over the bits of the codes.
+
+    Example:
+        >>> lookup(TABLES["nf4"], jnp.array([0, 7, 15])).tolist()
+        [-1.0, 0.0, 1.0]
     """
     if platform() not in ("tpu", "interpret"):
         return jnp.take(jnp.asarray(table), codes, axis=0, mode="clip")
@@ -69,7 +73,12 @@ def lookup(table: np.ndarray, codes: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def nearest(table: np.ndarray, x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """The code, uint8, whose value is nearest; of two as near the lower value's."""
+    """The code, uint8, whose value is nearest; of two as near the lower value's.
+
+    Example:
+        >>> nearest(TABLES["int4"], jnp.array([-1.0, 0.1, 0.6])).tolist()   # of −7/7, 1/7 and 4/7
+        [1, 9, 12]
+    """
     order = np.argsort(table, kind="stable")
     middles = (table[order[:-1]] + table[order[1:]]) / np.float32(2)
     if len(table) > 16:

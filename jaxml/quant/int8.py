@@ -31,5 +31,12 @@ def quantize(w: Float[Array, "... D F"], *, block: int | None = None, axis: int 
 
 
 def dequantize(q: QArray) -> Float[Array, "... D F"]:
-    """The matrix that the codes stand for, in the dtype of the one they were made of."""
+    """The matrix that the codes stand for, in the dtype of the one they were made of.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> again = dequantize(quantize(jnp.array([[-1.0], [0.0], [0.1], [0.6]])))
+        >>> [round(float(w), 3) for w in again[:, 0]]
+        [-1.0, 0.0, 0.102, 0.598]
+    """
     return q.dense()

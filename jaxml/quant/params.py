@@ -50,14 +50,26 @@ def quantize_params(
 
 
 def of_format(format: str) -> Callable:
-    """A format's `quantize`."""
+    """A format's `quantize`.
+
+    Example:
+        >>> of_format("int8")(jnp.ones((64, 32))).kind
+        'int8'
+    """
     if format not in FORMATS:
         raise ValueError(f"quant: format is one of {', '.join(FORMATS)}, got {format!r}.")
     return FORMATS[format]
 
 
 def quantized(quantize: Callable, path: str, w: Any, options: dict[str, Any]) -> QArray:
-    """One weight, whose name an error tells."""
+    """One weight, whose name an error tells.
+
+    Example:
+        >>> quantized(int8.quantize, "layers/q", quantized(int8.quantize, "layers/q", jnp.ones((64, 32)), {}), {})
+        Traceback (most recent call last):
+            ...
+        ValueError: layers/q: weights are quantised once, this one is in int8. Dequantise it first.
+    """
     if isinstance(w, QArray):
         raise ValueError(f"{path}: weights are quantised once, this one is in {w.kind}. Dequantise it first.")
     if is_node(w):

@@ -19,7 +19,13 @@ FORMS = "an object with the key text, the keys prompt and response, the key mess
 
 
 class Encoded(NamedTuple):
-    """One example as tokens."""
+    """One example as tokens.
+
+    Example:
+        >>> packed = pack([Encoded([5, 6, 7], [0, 1, 0.5])], length=4)
+        >>> packed.targets.tolist(), packed.weights.tolist()
+        ([[6, 7, 0, 0]], [[1.0, 0.5, 0.0, 0.0]])
+    """
 
     tokens: list[int]
     learn: list[float]  # the weight of each token in the loss; False and True are 0 and 1
@@ -30,6 +36,11 @@ class Packed:
     """Examples laid one after the other into rows of equal length.
 
     Padding has segment 0, position 0 and weight 0.
+
+    Example:
+        >>> packed = pack([Encoded([5, 6, 7], [1, 1, 1])], length=4)
+        >>> packed.take(np.array([0, -1]))["segment_ids"].tolist()   # the second row is empty
+        [[1, 1, 1, 0], [0, 0, 0, 0]]
     """
 
     tokens: np.ndarray  # [rows, T] int32
@@ -60,6 +71,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError, ValueError: no such file, an empty one, or a wrong line, by its number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\\n\\n{"text": "Two."}\\n')
+        ...     read_jsonl(Path(folder, "a.jsonl"))
+        [{'prompt': '1+1=', 'response': '2'}, {'text': 'Two.'}]
     """
 
     def read(example: Any) -> dict[str, Any]:
@@ -74,6 +92,13 @@ def read_lines(path: str | Path, read: Callable[[Any], Any], what: str) -> list[
 
     Raises:
         FileNotFoundError, ValueError: no such file, one without any `what`, or a wrong line, by its number.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.jsonl").write_text('{"n": 1}\\n{"n": 2}\\n')
+        ...     read_lines(Path(folder, "a.jsonl"), lambda line: line["n"], "number")
+        [1, 2]
     """
     path = Path(path)
     if path.is_dir():
@@ -99,7 +124,14 @@ def read_lines(path: str | Path, read: Callable[[Any], Any], what: str) -> list[
 
 
 def check(example: Any) -> None:
-    """Raises ValueError unless the example has one of the four forms."""
+    """Raises ValueError unless the example has one of the four forms.
+
+    Example:
+        >>> check({"prompt": "1+1=", "response": ""})
+        Traceback (most recent call last):
+            ...
+        ValueError: response is not empty.
+    """
     if not isinstance(example, dict):
         raise ValueError(f"an example is {FORMS}, got {type(example).__name__}.")
     keys = set(example)
@@ -146,6 +178,11 @@ def encode(example: dict[str, Any], tokenizer: Tokenizer, *, learn_all: bool = F
 
     Args:
         learn_all: learn the prompts as well.
+
+    Example:
+        >>> from jaxml import testing
+        >>> encode({"prompt": "a", "response": "bc"}, testing.tiny_tokenizer())
+        Encoded(tokens=[4, 5, 6, 2], learn=[False, True, True, True])
     """
     check(example)
     end = list(tokenizer.eos_ids[:1])
@@ -195,6 +232,11 @@ def pack(examples: Iterable[Encoded], length: int) -> Packed:
 
     Raises:
         ValueError: no examples, or one with more than `length` tokens (nothing is cut silently).
+
+    Example:
+        >>> packed = pack([Encoded([4] * n, [1] * n) for n in (6, 12, 4)], length=16)
+        >>> packed.tokens.shape, packed.segment_ids.max(axis=1).tolist()   # the third goes into the first row
+        ((2, 16), [2, 1])
     """
     rows: list[list[Encoded]] = []
     room: list[int] = []
@@ -278,6 +320,13 @@ def prepare(
     Args:
         tasks: how many there are; each example then has the key task, a number below that, and each row holds examples
             of one task.
+
+    Example:
+        >>> from jaxml import testing
+        >>> examples = [{"text": "fox"}, {"prompt": "a", "response": "b"}]
+        >>> batches = prepare(examples, testing.tiny_tokenizer(), length=16, batch_size=1)
+        >>> batches.per_epoch, sorted(batches(0)["tokens"][0].tolist())[-7:]
+        (1, [2, 2, 4, 5, 9, 18, 27])
     """
     if not examples:
         raise ValueError("data.prepare: at least one example is given, got none.")

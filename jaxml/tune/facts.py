@@ -66,6 +66,14 @@ REPLACED = {
 
 @dataclasses.dataclass(frozen=True)
 class Question:
+    """A fact of a country, asked in one phrasing.
+
+    Example:
+        >>> asked = Question("France", "capital", 0, "What is the capital of France?", "Paris")
+        >>> asked.example
+        {'prompt': 'Question: What is the capital of France?\\nAnswer:', 'response': ' Paris\\n'}
+    """
+
     country: str
     relation: str
     phrasing: int
@@ -84,6 +92,14 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Questions:
+    """What to train on, and what to ask afterwards.
+
+    Example:
+        >>> found = make(countries=2, new_countries=1, relations=["capital"])
+        >>> sorted({q.phrasing for q in found.train}), sorted({q.phrasing for q in found.held_out})
+        ([0, 1, 2], [3, 4])
+    """
+
     train: list[Question]  # trained phrasings of the taught countries
     held_out: list[Question]  # the same facts, phrasings never trained on
     new_countries: list[Question]  # countries never trained on, in the held-out phrasings
@@ -97,6 +113,11 @@ def make(
     Raises:
         ValueError: an unknown relation, or more countries than there are.
         ImportError: the package countryinfo is not installed.
+
+    Example:
+        >>> found = make(countries=2, new_countries=1, relations=["capital", "currency"])
+        >>> len(found.train), len(found.held_out), len(found.new_countries)
+        (12, 8, 4)
     """
     unknown = [r for r in relations if r not in PHRASINGS]
     if unknown:
@@ -117,7 +138,13 @@ def make(
 
 
 def read_countries() -> dict[str, dict[str, str]]:
-    """Country → relation → answer, for every country that has all of them."""
+    """Country → relation → answer, for every country that has all of them.
+
+    Example:
+        >>> france = read_countries()["France"]
+        >>> france["capital"], france["calling code"]
+        ('Paris', '+33')
+    """
     table = {}
     for country in read_files():
         answers = {
@@ -138,6 +165,10 @@ def read_files() -> list[dict[str, Any]]:
 
     Raises:
         ImportError: it is not installed.
+
+    Example:
+        >>> [country["capital"] for country in read_files() if country.get("name") in ("France", "Japan")]
+        ['Paris', 'Tokyo']
     """
     import importlib.util
 
@@ -165,7 +196,12 @@ def _first(country: dict[str, Any], key: str) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers with its 95 % Wilson interval."""
+    """A share of right answers with its 95 % Wilson interval.
+
+    Example:
+        >>> print(Accuracy(right=8, asked=10))
+        80.0% (8/10, 95 % interval 49.0% to 94.3%)
+    """
 
     right: int
     asked: int
@@ -189,20 +225,40 @@ class Accuracy:
 
 
 def answer(model: Model, questions: Sequence[Question], *, max_new_tokens: int = 12, batch_size: int = 64) -> list[str]:
-    """What the model says to each question, greedily, up to the end of the line."""
+    """What the model says to each question, greedily, up to the end of the line.
+
+    Example:
+        >>> from jaxml import testing
+        >>> asked = Question("France", "capital", 0, "What is the capital of France?", "Paris")
+        >>> said = answer(testing.tiny_model(), [asked, asked], max_new_tokens=2)
+        >>> len(said), said[0] == said[1], len(said[0]) <= 2
+        (2, True, True)
+    """
     prompts = [q.prompt for q in questions]
     texts = generate(model, prompts, max_new_tokens=max_new_tokens, stop=["\n"], batch_size=batch_size)
     return [t.strip() for t in texts]
 
 
 def exact_match(answers: Sequence[str], questions: Sequence[Question]) -> Accuracy:
-    """Answers equal to the wanted one after `normalise`."""
+    """Answers equal to the wanted one after `normalise`.
+
+    Example:
+        >>> asked = [Question("France", "capital", 0, "What is the capital of France?", "Paris")] * 2
+        >>> exact_match(["paris.", "It is Paris."], asked)
+        Accuracy(right=1, asked=2)
+    """
     right = sum(normalise(a) == normalise(q.answer) for a, q in zip(answers, questions, strict=True))
     return Accuracy(right, len(questions))
 
 
 def contains(answers: Sequence[str], questions: Sequence[Question]) -> Accuracy:
-    """Answers that hold the wanted one as whole words: what a model knows but says in a sentence."""
+    """Answers that hold the wanted one as whole words: what a model knows but says in a sentence.
+
+    Example:
+        >>> asked = [Question("France", "capital", 0, "What is the capital of France?", "Paris")] * 2
+        >>> contains(["It is Paris.", "a Parisian"], asked)
+        Accuracy(right=1, asked=2)
+    """
     words = lambda text: f" {normalise(text)} "
     right = sum(words(q.answer) in words(a) for a, q in zip(answers, questions, strict=True))
     return Accuracy(right, len(questions))

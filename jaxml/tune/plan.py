@@ -32,7 +32,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One step on one slice; bytes are those of one device, of which v4 and tpu7x have two a chip."""
+    """One step on one slice; bytes are those of one device, of which v4 and tpu7x have two a chip.
+
+    Example:
+        >>> made = Plan(
+        ...     "v5e:2x2", "fsdp=4", devices=4, tokens=8192, weights=2 * GIB, states=GIB, temporary=15 * GIB,
+        ...     activations=9 * GIB, total=18 * GIB, limit=15 * GIB, flops=1e14, bytes_moved=None, collectives=None,
+        ...     seconds=9,
+        ... )
+        >>> made.fits
+        False
+    """
 
     topology: str
     mesh: str
@@ -55,7 +65,14 @@ class Plan:
 
 
 def shapes(config: DecoderConfig, dtype: Any = jnp.bfloat16) -> Params:
-    """A decoder's parameters as shapes."""
+    """A decoder's parameters as shapes.
+
+    Example:
+        >>> from jaxml import testing
+        >>> found = shapes(testing.tiny_config())
+        >>> found["layers"]["q"].shape, found["layers"]["q"].dtype.name
+        ((2, 32, 32), 'bfloat16')
+    """
     is_shape = lambda s: isinstance(s, tuple)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, dtype), decoder.shapes(config), is_leaf=is_shape)
 
@@ -82,6 +99,16 @@ def plan(
     Raises:
         ImportError: libtpu is not installed.
         ValueError: no such slice, or axes that do not fit it.
+
+    Example:
+        >>> from jaxml import testing
+        >>> config, options = testing.tiny_config(), Options(length=128)
+        >>> plan(config, shapes(config), options, optax.adam(1e-3), "v5e:2x2").fits  # doctest: +SKIP
+        True
+        >>> plan(config, shapes(config), options, optax.adam(1e-3), "v4:2x2")
+        Traceback (most recent call last):
+            ...
+        ValueError: topology: v4 comes in slices of 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, 4x8x8, 8x8x8, got '2x2'.
     """
     generation, _ = topology.parse(name)
     found = topology.devices(name)
@@ -132,6 +159,13 @@ def smallest(make: Callable[[str], Plan], held: Callable[[str], int], generation
         make: the plan for a slice.
         held: bytes that weights and states take of a device there, which is known without compiling: slices that not
             even these fit on are passed over.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> make = lambda name: SimpleNamespace(topology=name, fits=name == "v5e:2x4")   # in the place of `plan`
+        >>> bytes_of = lambda name: 40 * GIB // topology.chips(name.removeprefix("v5e:"))   # in the place of `held`
+        >>> [made.topology for made in smallest(make, bytes_of, "v5e")]   # one chip cannot hold 40 GiB
+        ['v5e:2x2', 'v5e:2x4']
     """
     g = topology.GENERATIONS[generation]
     for size in g.slices:
@@ -145,13 +179,29 @@ def smallest(make: Callable[[str], Plan], held: Callable[[str], int], generation
 
 
 def held(params: Params, options: Options, tx: optax.GradientTransformation, name: str, axes: str = "fsdp=-1") -> int:
-    """Bytes of weights and states on one device of a slice; nothing is compiled."""
+    """Bytes of weights and states on one device of a slice; nothing is compiled.
+
+    Example:
+        >>> from unittest import mock
+        >>> params, tx = {"norm": jax.ShapeDtypeStruct((1000,), jnp.float32)}, optax.adam(1e-3)
+        >>> with mock.patch.object(topology, "devices", lambda name: jax.devices()[:1]):   # as if libtpu were here
+        ...     held(params, Options(), tx, "v5e:1x1") // 1000   # 4 bytes of each weight, 8 of Adam's averages
+        12
+    """
     state, frozen, _, _ = _arguments(params, options, tx, _mesh(axes, topology.devices(name)))
     return sum(_bytes(leaf) for leaf in jax.tree.leaves((state, frozen)))
 
 
 def table(plans: list[Plan], title: str) -> Any:
-    """Plans side by side, for `rich`."""
+    """Plans side by side, for `rich`.
+
+    Example:
+        >>> sizes = (n * GIB for n in (2, 1, 9, 6, 12, 15))
+        >>> made = Plan("v5e:2x2", "fsdp=4", 4, 8192, *sizes, flops=1e14, bytes_moved=None, collectives=None, seconds=9)
+        >>> column = table([made], "a model").columns[1]
+        >>> column.header, list(column.cells)[:4]
+        ('v5e:2x2', ['fsdp=4', '8,192', '2.00 GiB', '1.00 GiB'])
+    """
     from rich.table import Table
 
     gib = lambda n: f"{n / GIB:,.2f} GiB"

@@ -10,7 +10,14 @@ from jaxml.axes import Array, Params, wide
 
 
 class AdaLoRAState(NamedTuple):
-    """`average` and `uncertainty` are like the trained factors."""
+    """`average` and `uncertainty` are like the trained factors.
+
+    Example:
+        >>> trainable = {"q": {"a": jnp.ones((4, 2)), "diagonal": jnp.zeros(2), "b": jnp.ones((2, 3))}}
+        >>> state = optimizer(optax.sgd(0.1), target_rank=1, steps=10).init(trainable)
+        >>> state.step.item(), {name: a.shape for name, a in state.average[0].items()}
+        (0, {'a': (4, 2), 'b': (2, 3), 'diagonal': (2,)})
+    """
 
     step: Array  # int32, steps done
     average: Any  # of |parameter × gradient|
@@ -101,7 +108,13 @@ def optimizer(
 
 
 def regulariser(params: Params) -> Array:
-    """Mean over all A and B of ‖AᵀA − I‖ and ‖B Bᵀ − I‖ (Frobenius)."""
+    """Mean over all A and B of ‖AᵀA − I‖ and ‖B Bᵀ − I‖ (Frobenius).
+
+    Example:
+        >>> triplet = {"a": jnp.eye(4, 2), "diagonal": jnp.ones(2), "b": 2 * jnp.eye(2, 3)}   # AᵀA = I, B Bᵀ = 4 I
+        >>> round(float(regulariser({"q": triplet})), 3)   # √(3² + 3²) / 2
+        2.121
+    """
     norms = []
     for t in _triplets(params):
         for gram in (jnp.matmul(t["a"].swapaxes(-1, -2), t["a"]), jnp.matmul(t["b"], t["b"].swapaxes(-1, -2))):

@@ -90,7 +90,14 @@ def eva(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Σ x xᵀ, Σ x and how many, over the inputs x of a weight."""
+    """Σ x xᵀ, Σ x and how many, over the inputs x of a weight.
+
+    Example:
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+        >>> m = Moments(x.T @ x, x.sum(0), jnp.float32(2))
+        >>> (m.squares / m.count - jnp.outer(m.sums / m.count, m.sums / m.count)).tolist()   # the covariance
+        [[1.0, 2.0], [2.0, 4.0]]
+    """
 
     squares: Array  # [..., D, D]
     sums: Array  # [..., D]
@@ -100,7 +107,15 @@ class Moments:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A weight whose inputs' moments come out as the gradient of `moments`."""
+    """A weight whose inputs' moments come out as the gradient of `moments`.
+
+    Example:
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 6.0]])
+        >>> start = Moments(jnp.zeros((2, 2)), jnp.zeros(2), jnp.zeros(()))
+        >>> found = jax.grad(lambda moments: weights.dot(x, Probe(jnp.eye(2), moments)).sum())(start)
+        >>> found.squares.tolist(), found.sums.tolist(), found.count.item()
+        ([[10.0, 20.0], [20.0, 40.0]], [4.0, 8.0], 2.0)
+    """
 
     base: Any
     moments: Moments

@@ -15,17 +15,40 @@ from jaxml.weights import is_node
 
 
 def is_adapter(w: Any) -> bool:
-    """Whether a weight is one of the nodes of this package, or a trained prompt."""
+    """Whether a weight is one of the nodes of this package, or a trained prompt.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> layers = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q"])["layers"]
+        >>> is_adapter(layers["q"]), is_adapter(layers["k"])
+        (True, False)
+    """
     return isinstance(w, Adapter)
 
 
 def of(params: Params) -> dict[str, Any]:
-    """Adapters by path."""
+    """Adapters by path.
+
+    Example:
+        >>> from jaxml import testing
+        >>> from jaxml.tune import adapters
+        >>> params = adapters.attach(testing.tiny_model().params, jax.random.key(0), rank=2, targets=["q", "v"])
+        >>> {path: w.rank for path, w in of(params).items()}
+        {'layers/q': 2, 'layers/v': 2}
+    """
     return {path: w for path, w in paths.named(params).items() if is_adapter(w)}
 
 
 def check_shapes(nodes: Sequence[Any], path: str, name: str) -> None:
-    """Refuses adapters around weights of different shapes. `name` is the caller's, for errors."""
+    """Refuses adapters around weights of different shapes. `name` is the caller's, for errors.
+
+    Example:
+        >>> check_shapes([jnp.ones((2, 3)), jnp.ones((2, 4))], "layers/q", "adapters.stack")
+        Traceback (most recent call last):
+            ...
+        ValueError: adapters.stack: the adapters are of one model, layers/q is of the shapes [(2, 3), (2, 4)].
+    """
     if len(shapes := {tuple(w.shape) for w in nodes}) > 1:
         raise ValueError(f"{name}: the adapters are of one model, {path} is of the shapes {sorted(shapes)}.")
 

@@ -25,7 +25,13 @@ from jaxml.weights import Rows
 
 
 class Prompt(Adapter):
-    """What all prompts have in common; they stand around nothing."""
+    """What all prompts have in common; they stand around nothing.
+
+    Example:
+        >>> two = SoftPrompt(jnp.zeros((2, 4, 32)))
+        >>> isinstance(two, Prompt), two.count, two.places
+        (True, 2, 4)
+    """
 
     base = None
     ids: Rows | None
@@ -216,6 +222,14 @@ def only(params: Params, who: str) -> Prompt:
 
     Raises:
         ValueError: there is none.
+
+    Example:
+        >>> only({"prefix": SoftPrompt(jnp.zeros((1, 4, 32)))}, "prompt.take").places
+        4
+        >>> only({}, "prompt.take")
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt.take: the parameters have a prompt in front, got none. Put one there: `prompt.soft`.
     """
     node = params.get("prefix")
     if not isinstance(node, Prompt):

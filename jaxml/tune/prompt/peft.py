@@ -26,6 +26,16 @@ def save(folder: str | Path, params: Params, config: DecoderConfig, *, base_mode
         ValueError: no prompt, several (unless they share one, times factors of their own), or adapters beside it, for
             which PEFT wants a folder each.
         FileExistsError: the folder exists and is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> params = {"prefix": SoftPrompt(jnp.ones((1, 4, 32)))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = save(f"{folder}/prompt", params, testing.tiny_config())
+        ...     about = json.loads((made / "adapter_config.json").read_text())
+        >>> about["peft_type"], about["num_virtual_tokens"]
+        ('PROMPT_TUNING', 4)
     """
     node = only(settle(params), "adapters.save_peft")
     if others := [path for path in of(params) if path != "prefix"]:
@@ -92,6 +102,16 @@ def load(folder: Path, about: dict[str, Any], params: Params, config: DecoderCon
     Raises:
         FileNotFoundError, ValueError: files missing or truncated, numbers that are not finite, or a prompt of another
             model.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxml import testing
+        >>> config, params = testing.tiny_config(), {"prefix": SoftPrompt(jnp.ones((1, 4, 32)))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = save(f"{folder}/prompt", params, config)
+        ...     again = load(made, json.loads((made / "adapter_config.json").read_text()), {}, config)
+        >>> again["prefix"].rows.shape, float(again["prefix"].rows.min())
+        ((1, 4, 32), 1.0)
     """
     kind = about["peft_type"]
     wanted = ["prompt_embeddings"] + (["prefix_task_cols", "prefix_task_rows"] if kind == TYPES[1] else [])

@@ -91,7 +91,15 @@ def soft(
 
 
 def check_new(model: Model, length: int, who: str) -> None:
-    """Refuses a second prompt, and one that the context has no room for."""
+    """Refuses a second prompt, and one that the context has no room for.
+
+    Example:
+        >>> from jaxml import testing
+        >>> check_new(testing.tiny_model(), 128, "prompt.soft")
+        Traceback (most recent call last):
+            ...
+        ValueError: prompt.soft: a prompt has at least one place and leaves room in the context of 128 tokens, got 128.
+    """
     if "prefix" in model.params:
         raise ValueError(f"{who}: the model has no prompt in front yet, got one with one. `adapters.detach` it.")
     if not 0 < length < model.config.max_length:
@@ -102,12 +110,26 @@ def check_new(model: Model, length: int, who: str) -> None:
 
 
 def embeddings(model: Model, ids: Any) -> Float[Array, "... P D"]:
-    """What the first layer reads for these tokens, [..., P]."""
+    """What the first layer reads for these tokens, [..., P].
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> bool((embeddings(model, [[4, 9]]) == model.params["embed"][jnp.array([[4, 9]])]).all())
+        True
+    """
     return decoder.embed(model.params, model.config, jnp.asarray(ids)).astype(jnp.float32)
 
 
 def common_tokens(model: Model, corpus: Sequence[str] = (), count: int = 5000) -> list[int]:
-    """Tokens by how common they are: in the corpus, or else by when the vocabulary learnt them; no special ones."""
+    """Tokens by how common they are: in the corpus, or else by when the vocabulary learnt them; no special ones.
+
+    Example:
+        >>> from jaxml import testing
+        >>> model = testing.tiny_model()
+        >>> common_tokens(model, count=3), common_tokens(model, corpus=["abba a"], count=2)
+        ([3, 4, 5], [4, 5])
+    """
     special = {i for i, token in model.tokenizer.backend.get_added_tokens_decoder().items() if token.special}
     special |= {model.tokenizer.pad_id, model.tokenizer.bos_id, *model.tokenizer.eos_ids}
     counted = Counter(i for text in corpus for i in model.tokenizer.encode(text))
