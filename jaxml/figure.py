@@ -46,6 +46,9 @@ def write(made, path: str | Path, *, dpi: int = 120) -> Path:
         raise ValueError(f"figure: a picture is a .png, .svg or .pdf, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    made.savefig(temporary, dpi=dpi)
-    os.replace(temporary, path)
+    try:
+        made.savefig(temporary, dpi=dpi)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path

@@ -73,10 +73,10 @@ def check_stored(archive: zipfile.ZipFile, size: int, where: str | Path) -> None
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Within it no other process has this lock, a plain file that is made if it is not there.
+    """Within it nobody else has this lock, a plain file that is made if it is not there.
 
     Raises:
-        BlockingIOError: another process has it.
+        BlockingIOError: another process, or another part of this one, has it.
         OSError: it cannot be made, or is a link.
 
     Example:

@@ -20,8 +20,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         [('a.bin', b'123')]
     """
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -53,7 +56,7 @@ class JSONL:
     """
 
     def __init__(self, path: str | Path, *, resume_from: int | None = None):
-        """Opens the file to append; rows of steps after `resume_from` (they will come again) are dropped."""
+        """Opens the file: empty, or with the rows of the steps up to `resume_from` (the others will come again)."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [] if resume_from is None else [r for r in read(path) if _before(r.get("step", 0), resume_from)]

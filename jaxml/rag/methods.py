@@ -15,6 +15,7 @@ from jaxml.rag import wording
 from jaxml.rag.astute import documents, prompted
 from jaxml.rag.calls import Ask, Steps, run
 from jaxml.rag.passages import Passage
+from jaxml.rag.store import Hit
 from jaxml.rag.trace import Answer, Evidence, Group, Step
 from jaxml.rag.weigh import clusters, scored
 
@@ -221,7 +222,7 @@ METHODS: dict[str, Callable[..., Steps[Answer]]] = {
 def answer(
     llm: LLM,
     questions: Sequence[str],
-    passages: Sequence[Sequence[Passage]],
+    passages: Sequence[Sequence[Passage | Hit]],
     method: str = "astute",
     *,
     store: Store | None = None,
@@ -231,6 +232,7 @@ def answer(
     """The answer to each question from its passages; all questions' prompts go to the model together.
 
     Args:
+        passages: of each question its passages, or the hits of an index.
         method: of `METHODS`.
         store: keeps each reply, so that nothing is asked, or paid for, twice.
         tick: told (questions answered, prompts put).
@@ -238,6 +240,7 @@ def answer(
 
     Raises:
         ValueError: an unknown method or option, or lists of other lengths.
+        TypeError: what is no passage.
 
     Example:
         >>> from jaxml import prompts, testing
@@ -252,6 +255,9 @@ def answer(
         raise ValueError(
             f"rag.answer: questions and passages are lists of equal length, got {len(questions)} and {len(passages)}."
         )
+    passages = [[hit.passage if isinstance(hit, Hit) else hit for hit in of] for of in passages]
+    for one in (one for of in passages for one in of if not isinstance(one, Passage)):
+        raise TypeError(f"rag.answer: a text is given as Passage(text, source), got {type(one).__name__} {one!r:.60}.")
     if method == "astute" and options.get("mode", "auto") == "auto":
         options["mode"] = "score" if scores(llm) else "prompt"  # once for all
     return run(llm, [METHODS[method](llm, q, p, **options) for q, p in zip(questions, passages)], store, tick=tick)

@@ -228,7 +228,7 @@ def _encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[bo
 
 
 def pack(examples: Iterable[Encoded], length: int) -> Packed:
-    """Lays examples into as few rows of `length` tokens as first fit finds, in the order given.
+    """Lays examples into rows of `length` tokens by first fit, in the order given; under 8 free places are not filled.
 
     Raises:
         ValueError: no examples, or one with more than `length` tokens (nothing is cut silently).

@@ -28,7 +28,7 @@ def fit(
     options: Options = USUAL,
     *,
     eval_examples: Sequence[dict[str, Any]] = (),
-    anchors: Sequence[dict[str, Any]] = (),
+    anchors: Sequence[str | dict[str, Any]] = (),
     tx: optax.GradientTransformation | Callable[[int], optax.GradientTransformation] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -41,9 +41,9 @@ def fit(
         model: gradients are taken of the trainable tree only; the rest is an argument of the step.
         examples: in the forms of `tune.data`.
         eval_examples: held out; their loss is logged, and chooses the best checkpoint.
-        anchors: texts on which the adapted model shall go on saying what the model under the adapters says, so
-            that learning the examples forgets less: each batch has rows of them, and the loss adds the mean
-            Kullback–Leibler divergence of the next token from base to adapted model. Texts sampled from the
+        anchors: texts (strings, or examples) on which the adapted model shall go on saying what the model under the
+            adapters says, so that learning the examples forgets less: each batch has rows of them, and the loss adds
+            the mean Kullback–Leibler divergence of the next token from base to adapted model. Texts sampled from the
             model itself will do.
         tx: any Optax transformation, or a function that makes one of the number of steps; `optimizer(options, steps)`
             where None.
@@ -86,6 +86,7 @@ def fit(
         raise ValueError("fit: anchors are for one prompt, and the model has one for each task. Leave them out.")
     batches = prepare(examples, seed=o.seed)
     held = prepare(eval_examples, seed=0) if eval_examples else None
+    anchors = [{"text": a} if isinstance(a, str) else a for a in anchors]
     kept = prepare(anchors, seed=o.seed, batch_size=o.anchor_rows, learn_all=True) if anchors else None
     steps = o.steps or max(1, round(o.epochs * batches.per_epoch / o.accumulate))
     if steps > MOST:

@@ -70,7 +70,7 @@ def test_an_answer_without_end_is_refused(monkeypatch):
 def test_answers_with_odd_fields_are_a_sentence_and_are_not_kept(odd, tmp_path):
     replies = [odd, {"choices": [{"text": "fine"}]}]
     script = Script("ok", answer=lambda path, body: replies.pop(0))
-    with serve(script) as url, endpoint(url, cache=tmp_path / "kept.jsonl", retries=0) as llm:
+    with serve(script) as url, endpoint(url, cache=tmp_path / "kept.jsonl", retries=0, timeout=5) as llm:
         with pytest.raises(EndpointError, match=r"fields of an answer|a choice holds text"):
             llm.generate(["hi"])
         assert llm.generate(["hi"])[0].text == "fine"

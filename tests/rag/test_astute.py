@@ -519,3 +519,11 @@ def test_questions_are_read_from_files(tmp_path):
 
 def test_what_normalises_to_nothing_is_no_answer():
     assert not metrics.exact("", ["%"]) and not metrics.exact("!", ["?"]) and metrics.exact("The Oslo!", ["oslo"])
+
+
+def test_hits_are_answered_from_and_bare_texts_are_told():
+    llm, hit = Scripted({}), rag.Hit(Passage("The answer is bob.", "a"), 1.0)
+    [answer] = rag.answer(llm, ["who?"], [[hit]], "plain")
+    assert answer.text == "bob"
+    with pytest.raises(TypeError, match=r"given as Passage\(text, source\), got str"):
+        rag.answer(llm, ["who?"], [["The answer is bob."]], "plain")

@@ -71,7 +71,16 @@ def test_anchors_keep_the_adapted_model_nearer_to_the_one_below():
 
 def test_anchors_without_adapters_are_refused():
     with pytest.raises(ValueError, match="model under the adapters"):
-        tune.fit(tiny_model(), EXAMPLES, OPTIONS, anchors=[{"text": "the fox"}], progress=False)
+        tune.fit(tiny_model(), EXAMPLES, OPTIONS, anchors=["the fox"], progress=False)
+
+
+def test_anchors_may_be_strings():
+    model, options = lora(tiny_model()), tune.Options(steps=2, batch_size=2, length=32, anchor_weight=1.0)
+    runs = [
+        tune.fit(model, EXAMPLES, options, anchors=anchors, progress=False)[1]["loss"]
+        for anchors in (["the fox", "a dog"], [{"text": "the fox"}, {"text": "a dog"}])
+    ]
+    assert runs[0] == runs[1]
 
 
 def test_accumulated_small_batches_step_like_one_large_one():

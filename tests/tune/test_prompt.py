@@ -248,7 +248,7 @@ def test_what_cannot_be_is_said(tmp_path):
         (lambda: prompt.soft(model, start="text"), "at least one token"),
         (lambda: prompt.soft(model, start="labels", labels=["yes", ""]), "at least one token each"),
         (lambda: prompt.soft(model, length=128), "leaves room in the context of 128"),
-        (lambda: prompt.soft(tuned, length=3), "has no prompt in front yet"),
+        (lambda: prompt.soft(tuned, length=3), "has a prompt in front already"),
         (lambda: prompt.prefix(model, start="common"), "start is one of"),
         (lambda: prompt.prefix(model, start="text", text=""), "at least one token"),
         (lambda: prompt.prefix(model, hidden_dim=0), "hidden_dim is at least 1"),
@@ -333,3 +333,10 @@ def test_the_nearest_tokens_of_embeddings_are_their_own():
     assert prompt.nearest(model, model.params["embed"][jnp.array([1])])[0] > 2  # no special token
     with pytest.raises(ValueError, match="one soft prompt is in front"):
         prompt.harden(prompt.prefix(model), [{"text": "a"}])
+
+
+def test_a_model_in_the_place_of_its_parameters_is_told():
+    model = prompt.soft(tiny_model(), length=3)
+    for take in (prompt.settle, lambda m: prompt.stack([m])):
+        with pytest.raises(TypeError, match=r"got Model. Of a model give model.params"):
+            take(model)

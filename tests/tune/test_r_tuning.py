@@ -488,3 +488,10 @@ def test_a_form_without_a_scale_is_for_refusals_alone():
     ]  # fmt: skip
     with pytest.raises(ValueError, match="the form asks for certainty by a scale"):
         examples.make(tokenizer, items, given, form=form)
+
+
+def test_what_trains_is_a_function():
+    from jaxml import tune
+
+    with pytest.raises(TypeError, match="tune is a function"):
+        r_tuning.r_tune(tiny_model(), [Item("1+1?", ("2",))] * 4, tune)

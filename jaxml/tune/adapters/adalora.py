@@ -10,7 +10,7 @@ from jaxml.axes import Array, Params, wide
 
 
 class AdaLoRAState(NamedTuple):
-    """`average` and `uncertainty` are like the trained factors.
+    """`average` and `uncertainty` are lists, of each adapter the factors {a, diagonal, b}.
 
     Example:
         >>> trainable = {"q": {"a": jnp.ones((4, 2)), "diagonal": jnp.zeros(2), "b": jnp.ones((2, 3))}}

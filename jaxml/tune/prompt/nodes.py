@@ -222,6 +222,7 @@ def only(params: Params, who: str) -> Prompt:
 
     Raises:
         ValueError: there is none.
+        TypeError: a model rather than its parameters.
 
     Example:
         >>> only({"prefix": SoftPrompt(jnp.zeros((1, 4, 32)))}, "prompt.take").places
@@ -231,6 +232,8 @@ def only(params: Params, who: str) -> Prompt:
             ...
         ValueError: prompt.take: the parameters have a prompt in front, got none. Put one there: `prompt.soft`.
     """
+    if not isinstance(params, dict):
+        raise TypeError(f"{who}: parameters are wanted, got {type(params).__name__}. Of a model give model.params.")
     node = params.get("prefix")
     if not isinstance(node, Prompt):
         raise ValueError(f"{who}: the parameters have a prompt in front, got none. Put one there: `prompt.soft`.")

@@ -101,7 +101,7 @@ def check_new(model: Model, length: int, who: str) -> None:
         ValueError: prompt.soft: a prompt has at least one place and leaves room in the context of 128 tokens, got 128.
     """
     if "prefix" in model.params:
-        raise ValueError(f"{who}: the model has no prompt in front yet, got one with one. `adapters.detach` it.")
+        raise ValueError(f"{who}: the model has a prompt in front already. Take it away: `adapters.detach`.")
     if not 0 < length < model.config.max_length:
         raise ValueError(
             f"{who}: a prompt has at least one place and leaves room in the context of {model.config.max_length} "

@@ -132,6 +132,10 @@ def r_tune(
         first: in which the untuned model is (with examples shown, that it may know what is wanted); `form` where None.
         asker: how models are asked.
 
+    Raises:
+        TypeError: a `tune` that cannot be called.
+        ValueError: what the recipe does not allow.
+
     Example:
         >>> from jaxml import testing
         >>> items = [Item(f"what is {i}?", (str(i),)) for i in range(4)]
@@ -139,6 +143,8 @@ def r_tune(
         >>> len(made.stages[0]), made.labels.sure.shape
         (4, (4,))
     """
+    if not callable(tune):
+        raise TypeError(f"r_tuning.r_tune: tune is a function (model, examples, name) → model, got {tune!r:.60}.")
     recipe.check(items)
     form, first = recipe.form(form), first or form
     tokenizer = model.tokenizer
