@@ -1,7 +1,7 @@
 """The README's table of figures: one line each of the newest results/, rivals beside jaxml.
 
 python benchmarks/headlines.py            # prints it
-python benchmarks/headlines.py --write    # puts it into README.md, between its marks
+python benchmarks/headlines.py --write    # puts it and the quickstart's into README.md, between their marks
 """
 
 import argparse
@@ -10,7 +10,6 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-MARKS = "<!-- headlines -->\n", "<!-- end headlines -->"
 HEADER = """| what | jaxml | beside | times better | script, device, date |
 |---|---|---|---|---|"""
 
@@ -197,9 +196,14 @@ def main() -> None:
     if not parser.parse_args().write:
         print(table())
         return
+    import quickstart
+
     text = README.read_text()
-    before, rest = text.split(MARKS[0])
-    README.write_text(before + MARKS[0] + table() + "\n" + MARKS[1] + rest.split(MARKS[1])[1])
+    for name, made in (("quickstart", quickstart.table()), ("headlines", table())):
+        begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+        before, rest = text.split(begin)
+        text = before + begin + made + "\n" + end + rest.split(end)[1]
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -52,10 +52,40 @@ PACKAGES = ["jaxml", *(m.name for m in pkgutil.walk_packages(jaxml.__path__, "ja
 
 @pytest.mark.parametrize("name", [name for name in PACKAGES if name != "jaxml.cli"])
 def test_every_public_name_has_an_example(name):
-    module = importlib.import_module(name)
-    public = [getattr(module, known) for known in module.__all__]
+    package = importlib.import_module(name)
+    public = [getattr(package, known) for known in package.__all__]
+    for module in filter(inspect.ismodule, list(public)):  # names that are said after their module's
+        if not hasattr(module, "__path__"):
+            there = [o for known, o in vars(module).items() if not known.startswith("_")]
+            public += [o for o in there if getattr(o, "__module__", "") == module.__name__]
     ours = [o for o in public if (inspect.isfunction(o) or inspect.isclass(o)) and o.__module__.startswith("jaxml")]
-    assert not [o.__qualname__ for o in ours if ">>>" not in (inspect.getdoc(o) or "")]
+    assert not [f"{o.__module__}.{o.__qualname__}" for o in ours if ">>>" not in (inspect.getdoc(o) or "")]
+
+
+WANTS = README.read_text().partition("## I want to …")[2].partition("## Measured")[0]
+ROWS = [line for line in WANTS.splitlines() if line.startswith("| ") and "`" in line]
+
+
+def test_the_readme_names_what_there_is():
+    from jaxml import tune
+
+    inside = {"adapters": tune.adapters, "prompt": tune.prompt, "r_tuning": tune.r_tuning}
+    dotted = r"(?<![\w/.\"])(" + "|".join([*jaxml.__all__, *inside]) + r")((?:\.[A-Za-z_]\w*)+)"
+    found = [match for code in re.findall(r"`([^`]+)`", WANTS) for match in re.findall(dotted, code)]
+    assert len(found) > 80
+    for first, rest in found:
+        value = inside.get(first) or getattr(jaxml, first)
+        for name in rest.split(".")[1:]:
+            assert hasattr(value, name), f"{first}{rest}"
+            value = getattr(value, name)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if "](colab/" in row], ids=lambda row: row[2:40])
+def test_a_notebook_that_the_readme_names_shows_the_thing(row):
+    [name] = re.findall(r"\(colab/(\w+)\.ipynb\)", row)
+    source = (README.parent / "colab" / f"{name}.py").read_text()
+    called = {word for code in re.findall(r"`([^`]+)`", row) for word in re.findall(r"\b([A-Za-z_]{4,})[(\[]", code)}
+    assert not called or any(word in source for word in called), called
 
 
 def test_the_readme_tree_names_every_file_and_only_those():

@@ -32,7 +32,12 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program."""
+    """One line of a program.
+
+    Example:
+        >>> Instruction("add.1", "add", "f32[8,128]", ("a", "b"), "%add.1 = f32[8,128] add(%a, %b)").bytes
+        4096
+    """
 
     name: str
     opcode: str
@@ -48,7 +53,13 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """What devices send each other at one place of the program."""
+    """What devices send each other at one place of the program.
+
+    Example:
+        >>> sent = Collective("all-gather", "bf16[8,128]", size_of("bf16", "8,128"), times=12, depth=1, name="dot")
+        >>> sent.times * sent.bytes
+        24576
+    """
 
     kind: str
     shape: str  # on one device, after it
@@ -59,7 +70,12 @@ class Collective:
 
 
 def size_of(kind: str, dims: str) -> int:
-    """Bytes of an array as HLO writes it: ("bf16", "8,128") → 2048."""
+    """Bytes of an array as HLO writes it.
+
+    Example:
+        >>> size_of("bf16", "8,128"), size_of("pred", ""), size_of("s4", "6")
+        (2048, 1, 3)
+    """
     digits = re.search(r"\d+", kind)
     bits = _BITS.get(kind, int(digits[0]) if digits else 0)
     return math.prod(int(d) for d in dims.split(",") if d) * bits // 8

@@ -1,0 +1,68 @@
+"""The quickstart by every method: what is learnt, what is forgotten, memory.
+
+python benchmarks/quickstart.py                # each in a process of its own, six minutes each on a CPU
+python benchmarks/quickstart.py --out FOLDER   # the same with runs kept there; what is done is not done again
+python benchmarks/quickstart.py --table        # the README's table, of the newest results
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import about
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("lora", "qlora", "dora", "full")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="where runs are kept (a new folder)")
+    parser.add_argument("--table", action="store_true", help="print the table of the newest results and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table())
+        return
+    out = options.out or Path(tempfile.mkdtemp())
+    runs = {}
+    for method in METHODS:
+        command = [sys.executable, "-m", "jaxml.cli.main", "quickstart", "--method", method, "--out", str(out / method)]
+        subprocess.run(command, check=True)
+        runs[method] = json.loads((out / method / "report.json").read_text())
+    report = {"device": runs["lora"]["device"], **about.made(), "runs": runs}
+    path = RESULTS / f"quickstart-{report['device']}-{report['date']}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+
+
+def table() -> str:
+    """Markdown, of the newest results."""
+    report = json.loads(max(RESULTS.glob("quickstart-*.json"), key=lambda path: path.stem[-10:]).read_text())
+    runs = report["runs"]
+    percent = lambda name: lambda when: lambda r: f"{r[f'{name}_{when}']:.1%}"
+    number = lambda name: lambda when: lambda r: f"{r[f'{name}_{when}']:.2f}"
+    rows = {
+        "facts taught, asked in new words: exact match": percent("accuracy"),
+        "countries never taught: exact match": percent("new_countries"),
+        "perplexity of ordinary text": number("perplexity"),
+        "trained parameters, millions": lambda when: lambda r: f"{r['trained_parameters'] / 1e6:.2f}",
+        "weights, MiB": lambda when: lambda r: f"{r['weights_mib']:.0f}",
+        "what is trained and its moments, MiB": lambda when: lambda r: f"{r['state_mib']:.0f}",
+        "peak of the whole process, MiB": lambda when: lambda r: f"{r['peak_mib']:.0f}",
+    }
+    head = ["`make run METHOD=…`", "before", "before, NF4", *METHODS]
+    lines = [head, ["---"] * len(head)]
+    for what, of in rows.items():
+        before = (
+            [of("before")(runs[m]) for m in ("lora", "qlora")] if "match" in what or "perplexity" in what else ["", ""]
+        )
+        lines.append([what, *before, *(of("after")(runs[m]) for m in METHODS)])
+    where = f"2-core CPU, {about.said(report)}, `benchmarks/quickstart.py`:"
+    return f"{where}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    main()
