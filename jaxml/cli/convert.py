@@ -13,7 +13,7 @@ from jaxml.cli.main import load, model_arguments
 def add(sub):
     model_arguments(sub)
     sub.add_argument("out", metavar="FOLDER", help="must not exist, or be empty")
-    sub.add_argument("--to", choices=("hf", "orbax"), default="hf")
+    sub.add_argument("--to", choices=("hf", "orbax"), default="hf", help="what is written (default: hf)")
     sub.add_argument("--shard-gb", type=float, default=5.0, help="largest safetensors file (hf)")
 
 

@@ -1,4 +1,4 @@
-"""Finds the formula behind a table of numbers with a Kolmogorov–Arnold network.
+"""Find the formula behind a table of numbers with a Kolmogorov–Arnold network.
 
 examples:
   jaxml kan fit data.csv --target y --out found

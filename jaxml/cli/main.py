@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         summary, _, examples = module.__doc__.partition("\n\n")
         sub = verbs.add_parser(
             verb,
-            help=summary[0].lower() + summary[1:].rstrip("."),
+            help=(summary if summary[1] == "-" else summary[0].lower() + summary[1:]).rstrip("."),
             description=summary,
             epilog=examples.rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -104,7 +104,7 @@ def _compilation_cache() -> None:
     jax.config.update("jax_compilation_cache_dir", str(root / "jaxml" / "xla"))
 
 
-def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
+def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True, quantize: bool = True) -> None:
     """MODEL, --adapter, --dtype and --quantize, as most verbs take them."""
     sub.add_argument("model", metavar="MODEL", help="a known name (jaxml download), a GGUF file or a model folder")
     if adapter:
@@ -112,7 +112,8 @@ def model_arguments(sub: argparse.ArgumentParser, adapter: bool = True) -> None:
     sub.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the parameters (default: the file's)"
     )
-    sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read")
+    if quantize:
+        sub.add_argument("--quantize", choices=FORMATS, help="its matrices, as they are read")
 
 
 def mesh_arguments(sub: argparse.ArgumentParser) -> None:

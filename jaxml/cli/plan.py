@@ -7,7 +7,7 @@ examples:
 
 The step that `jaxml finetune` would run there is compiled ahead of time by libtpu (pip install "jaxml[tpu]"). Without a
 size, as in --topology v5p, ever larger slices are tried until it fits. MODEL is a model folder (config.json is enough),
-a GGUF file, or one of the published: llama-3.1-8b, -70b, -405b, llama-3.2-1b, -3b, qwen3-0.6b, -8b, -32b.
+a GGUF file, or one of the published: llama-3.1-8b, -70b, -405b, llama-3.2-1b, -3b, qwen3-0.6b, -8b, -32b, smollm2-135m.
 """
 
 import dataclasses

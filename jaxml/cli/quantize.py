@@ -5,16 +5,16 @@ examples:
   jaxml quantize models/mine models/mine-int8 --format int8 --targets gate,up,down
 
 nf4, fp4 and int8 are written as bitsandbytes has them, in a Hugging Face folder that transformers loads; int4 and
-tables (embed, head) as an Orbax checkpoint. Every verb reads both.
+tables (embed, head) as an Orbax checkpoint. Every verb reads both. A model with an adapter is merged first (jaxml merge).
 """
 
 from jaxml.cli.main import FORMATS, model_arguments, save
 
 
 def add(sub):
-    model_arguments(sub)
+    model_arguments(sub, adapter=False, quantize=False)
     sub.add_argument("out", metavar="FOLDER", help="must not exist, or be empty")
-    sub.add_argument("--format", choices=FORMATS, default="nf4")
+    sub.add_argument("--format", choices=FORMATS, default="nf4", help="of the matrices (default: nf4)")
     sub.add_argument("--targets", default="*", help="patterns of matrices, by comma (q,k,v,o,gate,up,down; *: all)")
 
 
@@ -23,8 +23,6 @@ def run(args):
     from jaxml.lm import hf
 
     hf.check_new(args.out)
-    if args.adapter or args.quantize:
-        raise ValueError("quantize: --adapter and --quantize are no options here. Merge adapters first (jaxml merge).")
     targets = args.targets.split(",")
     model = lm.load(args.model, args.dtype, quantize=args.format, targets=targets)
     found = {path: w for path, w in paths.named(model.params).items() if isinstance(w, quant.QArray)}

@@ -40,7 +40,7 @@ METHODS = ("none", "plain", "consistent", "isolated", "generated", "routed", "in
 
 
 def add(sub):
-    sub.add_argument("action", choices=("index", "ask", "evaluate"))
+    sub.add_argument("action", choices=("index", "ask", "evaluate"), help="what to do")
     sub.add_argument("given", nargs="*", metavar="FOLDER or QUESTION", help="of index: what to read; of ask: questions")
     sub.add_argument("--index", metavar="FOLDER", help="an index that jaxml rag index has made")
     sub.add_argument("--out", metavar="FOLDER", help="of index: the index; of evaluate: the run's folder")

@@ -50,7 +50,7 @@ def read(path: str | Path, target: str, features: Sequence[str] | None = None, *
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no header, no rows, columns that do not exist or are not numbers, too few rows left.
+        ValueError: a folder, no header, no rows, columns that do not exist or are not numbers, too few rows left.
 
     Example:
         >>> import tempfile
@@ -121,7 +121,11 @@ class _Column:
 
 def _columns(path: Path) -> tuple[dict[str, _Column], int]:
     """(columns by name, how many rows); line by line, since a table as text takes many times its size."""
-    if path.is_file() and path.stat().st_size > TABLE_BYTES:
+    if path.is_dir():
+        raise ValueError(f"{path}: a table is a CSV file, got a folder.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.stat().st_size > TABLE_BYTES:
         raise ValueError(f"{path}: a table has at most {TABLE_BYTES:,} bytes, got {path.stat().st_size:,}.")
     columns: dict[str, _Column] = {}
     rows = 0

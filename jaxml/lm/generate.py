@@ -288,9 +288,11 @@ def read(model: Model, rows: Sequence[Sequence[int]], limit: int, *, who: str, p
         who: the caller's name, for errors.
 
     Raises:
-        ValueError: a prompt as long as the context.
+        ValueError: a prompt as long as the context, or a limit below 0.
     """
     config = model.config
+    if limit < 0:
+        raise ValueError(f"{who}: max_new_tokens is at least 0, got {limit}.")
     longest = max(map(len, rows)) + decoder.num_places(model.params)
     if longest >= config.max_length:
         raise ValueError(

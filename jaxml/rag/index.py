@@ -357,7 +357,7 @@ def check(path: str | Path) -> dict[str, Any]:
     path = Path(path) / "index.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path.parent}: no index there (index.json is missing). Make one with rag.Index.create."
+            f"{path.parent}: no index there (index.json is missing). Make one: jaxml rag index, or rag.Index.create."
         )
     try:
         about = files.read_json(path)

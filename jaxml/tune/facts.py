@@ -111,7 +111,7 @@ def make(
     """Questions on `countries` taught and `new_countries` kept out, drawn by the seed.
 
     Raises:
-        ValueError: an unknown relation, or more countries than there are.
+        ValueError: an unknown relation, no country, or more than there are.
         ImportError: the package countryinfo is not installed.
 
     Example:
@@ -123,6 +123,8 @@ def make(
     if unknown:
         raise ValueError(f"facts.make: a relation is one of {', '.join(PHRASINGS)}, got {unknown[0]!r}.")
     table = read_countries()
+    if countries < 1 or new_countries < 0:
+        raise ValueError(f"facts.make: at least one country is taught, got {countries} and {new_countries} new ones.")
     if countries + new_countries > len(table):
         raise ValueError(f"facts.make: there are {len(table)} countries, got {countries} + {new_countries}.")
     names = [sorted(table)[i] for i in np.random.default_rng(seed).permutation(len(table))]

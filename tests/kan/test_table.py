@@ -149,3 +149,10 @@ def test_a_table_takes_about_the_memory_of_its_numbers(tmp_path):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 12 * 3 * 8 * n  # some copies of three columns; as text it would be ten times this
+
+
+def test_no_file_and_a_folder_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing.csv: no such file"):
+        table.read(tmp_path / "missing.csv", "y")
+    with pytest.raises(ValueError, match="a table is a CSV file, got a folder"):
+        table.read(tmp_path, "y")

@@ -172,3 +172,8 @@ def test_what_all_prompts_begin_with_is_read_once_and_changes_nothing():
         ]
         for padding in ("left", "right"):
             assert lm.generate(model, prompts, max_new_tokens=6, sampling=sampling, key=0, padding=padding) == alone
+
+
+def test_fewer_tokens_than_none_are_refused():
+    with pytest.raises(ValueError, match="max_new_tokens is at least 0, got -3"):
+        lm.generate(tiny_model(), "the fox", max_new_tokens=-3)

@@ -53,3 +53,8 @@ def test_more_countries_than_there_are_and_unknown_relations_are_refused():
         facts.make(countries=400)
     with pytest.raises(ValueError, match="anthem"):
         facts.make(relations=["anthem"])
+
+
+def test_at_least_one_country_is_taught():
+    with pytest.raises(ValueError, match="at least one country is taught, got 0"):
+        facts.make(countries=0)
