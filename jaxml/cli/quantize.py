@@ -5,7 +5,7 @@ examples:
   jaxml quantize models/mine models/mine-int8 --format int8 --targets gate,up,down
 
 nf4, fp4 and int8 are written as bitsandbytes has them, in a Hugging Face folder that transformers loads; int4 and
-tables (embed, head) as an Orbax checkpoint. Every verb reads both. A model with an adapter is merged first (jaxml merge).
+tables (embed, head) as an Orbax checkpoint. Every verb reads both. An adapter is merged first (jaxml merge).
 """
 
 from jaxml.cli.main import FORMATS, model_arguments, save
