@@ -160,7 +160,7 @@ for label, act, colour in (("snake, learnt", activations.learnable.snake.apply, 
     apply = network(act)
     axes.plot(wider, apply(train(apply, steps), wider), color=colour, label=label)
 axes.set(title=f"One hidden layer of {features}, {steps:,} steps", xlabel="x", ylabel="y", ylim=(-5, 5))
-axes.legend(frameon=False, ncols=2)
+axes.legend(facecolor="white", framealpha=1, ncols=2)
 plt.show()
 
 # %% [markdown]

@@ -81,7 +81,7 @@ for name, make in methods.items():
 # %% [markdown]
 # ## Memory, and what was learnt
 #
-# Weights, gradients and the optimizer's state, counted; full fine-tuning with Adam would hold the weights four times. What a step needs besides, the activations above all, depends on batch and length and comes on top for each method. Beside it the taught facts, asked in new words, with 95 % intervals.
+# Weights, gradients and the optimizer's state, counted; full fine-tuning with Adam would hold the weights four times. What a step needs besides, the activations above all, depends on batch and length and comes on top for each method. Beside it the taught facts, asked in new words, with 95 % intervals: all three learn all of them, and differ in what they take.
 
 # %%
 figure, (axes, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", width_ratios=(4, 3))

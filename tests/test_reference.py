@@ -35,20 +35,9 @@ def test_every_link_of_the_reference_leads_somewhere(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pdoc", *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     pages = {path: Page(path.read_text()) for path in (tmp_path / "api").rglob("*.html")}
-    there = {
-        str(path.relative_to(tmp_path / "api" / "jaxml").with_suffix("")) for path in pages if path.parent.name != "api"
-    }
-    known = {
-        "kan",
-        "lm/cache",
-        "lm/encoder",
-        "tune/adapters",
-        "tune/prompt",
-        "tune/r_tuning",
-        "tune/plan",
-        "parallel/hosts",
-    }
-    assert known <= there, known - there
+    there = {str(path.relative_to(tmp_path / "api").with_suffix("")) for path in pages}
+    for name in ("kan", "lm/cache", "lm/encoder", "tune/adapters", "tune/prompt", "tune/r_tuning", "parallel/hosts"):
+        assert f"jaxml/{name}" in there
     broken = []
     for path, page in pages.items():
         for link in page.links:
