@@ -17,7 +17,8 @@ Everything is a pure function over pytrees, and the pieces compose under `jit`, 
 | `jaxml.nn` | Flax modules around these functions |
 | `jaxml.weights`, `jaxml.paths` | what may stand where a weight matrix stands; weights by name |
 | `jaxml.axes` | the letters of array axes |
-| `jaxml.checkpoint`, `jaxml.log`, `jaxml.testing` | saving, logs, tiny models |
+| `jaxml.checkpoint`, `jaxml.checksum` | saving; whether every bit is the same |
+| `jaxml.log`, `jaxml.testing` | logs, tiny models |
 
 Sub-packages are imported when they are first named, so that `import jaxml` costs nothing and touches no device:
 ```python
@@ -35,6 +36,7 @@ __all__ = [
     "attention",
     "axes",
     "checkpoint",
+    "checksum",
     "kan",
     "lm",
     "log",

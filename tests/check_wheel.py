@@ -17,7 +17,7 @@ NEEDS = {  # extra → a call that needs it
     "prompts": lambda folder: importlib.import_module("jaxml.prompts").Endpoint("http://localhost/v1", "x"),
     "rag": lambda folder: list(importlib.import_module("jaxml.rag.read").read(folder / "a.pdf")),
     "plot": lambda folder: importlib.import_module("jaxml.activations.plot").gallery(folder / "a.png"),
-    "symbolic": lambda folder: importlib.import_module("jaxml.kan").from_formula("x", ["x"]),
+    "symbolic": lambda folder: importlib.import_module("jaxml.kan").discover(None, [[0.0]], [0.0]),
     "pykan": lambda folder: importlib.import_module("jaxml.kan.pykan").load(folder / "a"),
     "tpu": lambda folder: importlib.import_module("jaxml.parallel.topology").devices("v5e:2x2"),
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxml import log
 from jaxml.axes import Array, Float
+from jaxml.extras import need
 from jaxml.kan import expressions, symbolic
 from jaxml.kan.fit import fit
 from jaxml.kan.library import LIBRARY, Library, library
@@ -79,12 +80,14 @@ def discover(
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, unknown functions.
+        ImportError: SymPy is not installed.
 
     Example:
         >>> x = jax.random.uniform(jax.random.key(0), (300, 1), minval=-1.0)
         >>> discover(jax.random.key(1), x, jnp.sin(3 * x) + 1, widths=[1, 1], names=["x"], digits=2).formulas
         [sin(3*x) + 1]
     """
+    need("sympy", "symbolic")  # rather than after the fits
     x, y = jnp.asarray(x), jnp.asarray(y)
     y = y[:, None] if y.ndim == 1 else y
     if x.ndim != 2 or len(x) != len(y) or not len(x):
