@@ -160,4 +160,4 @@ axes.legend(frameon=False)
 plt.show()
 
 # %% [markdown]
-# While the passages disagree both follow the majority. Where all of them mislead, plain retrieval is lost, and Astute RAG holds on to about half of what the model knew. 24 questions are an illustration; 200 with intervals, among them facts that the model does not know, are in the [benchmarks](https://github.com/jaxml/jaxml/blob/main/benchmarks/README.md). Next: [many devices](09_many_devices.ipynb).
+# While the passages disagree both follow the majority. Where all of them mislead, plain retrieval is lost, and Astute RAG holds on to three fifths of what the model knew. 24 questions are an illustration; 200 with intervals, among them facts that the model does not know, are in the [benchmarks](https://github.com/jaxml/jaxml/blob/main/benchmarks/README.md). Next: [many devices](09_many_devices.ipynb).
