@@ -189,7 +189,7 @@ def gpu():
             ms = milliseconds(lambda: jax.block_until_ready(ready(arrays[0], weights, arrays[3])))
             yield {"dtype": dtype, "what": "forward", "implementation": "tokamax", "ms": ms,
                    "temp_mib": ready.memory_analysis().temp_size_in_bytes / 2**20}  # fmt: skip
-        del arrays, few, exact
+        arrays = few = exact = None  # the device's memory is torch's now
         if torch := installed("torch"):
             yield from of_torch(torch, dtype)
 

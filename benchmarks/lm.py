@@ -138,6 +138,7 @@ def our_train(model: str, subject: str):
     from jaxml import lm, tune
     from jaxml.lm import decoder
     from jaxml.tune import adapters
+    from jaxml.tune.run import begin
     from jaxml.tune.step import make_step, optimizer
 
     loaded = lm.load(model)

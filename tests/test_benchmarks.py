@@ -1,5 +1,7 @@
 """The tables of both READMEs are those of the newest results; what is proved in minutes is proved here."""
 
+import ast
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -36,6 +38,17 @@ def test_the_table_in_the_readme_is_what_was_measured(script):
 def test_the_readmes_figures_are_the_newest_results():
     for script in ("quickstart", "headlines"):
         assert f"{load(script).table()}\n" in (BENCHMARKS.parent / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_what_a_script_imports_is_there(path):
+    """Inside its functions as well: most of them run on other machines, and seldom."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jaxml":
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                known = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                assert known, f"{node.module} has no {name}"
 
 
 @pytest.mark.slow
