@@ -22,6 +22,7 @@ import statistics
 import time
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,12 +52,7 @@ def main() -> None:
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()) + ("-tiny" if options.tiny else "")
     path = RESULTS / f"attention-gpu-{name}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() and not options.again else {"rows": []}
-    packages = ("jax", "jaxlib", "torch", "tokamax", "triton")
-    report |= {
-        "device": device,
-        "date": datetime.date.today().isoformat(),
-        "versions": {p: version(p) for p in packages},
-    }
+    report |= {"device": device, **about.made("jaxlib", "torch", "tokamax", "triton")}
     report.setdefault("ceiling_tflops", ceiling(512 if options.tiny else 8192))
     print(f"{device}: {report['ceiling_tflops']:.0f} TFLOP/s of a product", flush=True)
     end = time.monotonic() + 60 * options.minutes

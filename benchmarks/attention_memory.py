@@ -9,11 +9,11 @@ Needs libtpu (`pip install "jaxml[tpu]"`), and no TPU.
 """
 
 import argparse
-import datetime
 import json
 import math
 from pathlib import Path
 
+import about
 import jax
 import jax.numpy as jnp
 
@@ -41,7 +41,7 @@ def main() -> None:
             for T in lengths:
                 rows.append({"subject": subject, "what": what, "T": T, "extra_bytes": extra(subject, what, T)})
                 print(f"{subject:15} {what:9} {T:8} {rows[-1]['extra_bytes'] / 2**20:10.1f} MiB", flush=True)
-    report = {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "rows": rows}
+    report = {**about.made("libtpu"), "rows": rows}
     (RESULTS / f"attention-memory-{report['date']}.json").write_text(json.dumps(report, indent=1))
     print(picture().name)
 

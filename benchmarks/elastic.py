@@ -33,6 +33,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import about
+
 RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("kill", "hosts", "disk", "restore", "soak")
 KILLS, STEPS = 20, 600
@@ -55,12 +57,11 @@ def main() -> None:
     if options.alone:
         print(json.dumps({"restore": restore, "soak": soak}[options.alone]()))
         return
-    import jax
 
     date = datetime.date.today().isoformat()
     path = RESULTS / f"elastic-cpu-{date}.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
-    report |= {"date": date, "jax": jax.__version__, "cores": os.cpu_count()}
+    report |= {**about.made(), "cores": os.cpu_count()}
     made = {
         "kill": lambda: killed(1, options.seed), "hosts": lambda: killed(2, options.seed),
         "disk": disk, "restore": lambda: alone("restore"), "soak": lambda: alone("soak"),
@@ -339,7 +340,7 @@ def table() -> str:
         for report in [r for r in reports if subject in r][-1:]:
             lines += [f"| {' | '.join(row)} |" for row in _rows(subject, report[subject])]
     last = reports[-1]
-    return f"{last['cores']}-core CPU, {last['date']}, jax {last['jax']}:\n\n" + "\n".join(lines)
+    return f"{last['cores']}-core CPU, {about.said(last)}:\n\n" + "\n".join(lines)
 
 
 def _rows(subject: str, r: dict) -> list[tuple[str, str, str]]:

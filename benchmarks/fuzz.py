@@ -12,7 +12,6 @@ is kept.
 """
 
 import argparse
-import datetime
 import json
 import os
 import random
@@ -25,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import about
 
 RESULTS = Path(__file__).parent / "results"
 ALLOWED = (ValueError, FileNotFoundError, NotImplementedError, OSError)
@@ -521,11 +522,8 @@ def main() -> None:
         for failure in rows[-1]["failures"][:5]:
             print("  ", failure, flush=True)
     if options.readers == names and options.files >= 1000:
-        import jax
-
-        date = datetime.date.today().isoformat()
-        report = {"date": date, "jax": jax.__version__, "seed": options.seed, "rows": rows}
-        (RESULTS / f"fuzz-{date}.json").write_text(json.dumps(report, indent=1))
+        report = {**about.made(), "seed": options.seed, "rows": rows}
+        (RESULTS / f"fuzz-{report['date']}.json").write_text(json.dumps(report, indent=1))
 
 
 def table() -> str:

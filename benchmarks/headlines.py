@@ -35,7 +35,7 @@ def language_model():
 
 
 def adapters():
-    report, where = newest("adapters-cpu", "adapters.py", having="training")
+    report, where = newest("adapters-cpu", "adapters.py", holds=lambda report: "training" in report)
     for row in report["training"]:
         (ours, memory), (theirs, rival) = ([row[f"{side}_{k}"] for k in ("tokens_per_s", "peak_mib")] for side in SIDES)
         what = f"{NAMES[row['method']]} on all linear layers, rank 8, losses as peft's; peak of the process"
@@ -51,15 +51,15 @@ NAMES = {"lora": "LoRA", "dora": "DoRA", "pissa": "PiSSA", "qlora": "QLoRA"}
 
 
 def attention():
-    for device, length in (("cpu", 8192), ("nvidia-h200", 8192)):
+    for device in ("cpu", "nvidia-h200"):
         report, where = newest(f"attention-{device}", "attention.py")
         for what in ("forward", "gradient"):
-            row = by(report["rows"], T=length, what=what)
+            row = by(report["rows"], T=8192, what=what)
             ours = row["seconds"]["jaxml"]
             rivals = {name: s for name, s in row["seconds"].items() if name != "jaxml"}
             beside = ", ".join(f"{name} {ms(s)}" for name, s in rivals.items())
             better = ", ".join(times(s / ours) for s in rivals.values())
-            yield f"attention, `blockwise`, causal, {length} tokens, {what}", ms(ours), beside, better, where
+            yield f"attention, `blockwise`, causal, 8192 tokens, {what}", ms(ours), beside, better, where
         ours, theirs = row["extra_mib"]["jaxml"], row["extra_mib"]["jax.nn"]
         yield "memory of that gradient", f"{ours:.0f} MiB", f"jax.nn {theirs:.0f} MiB", times(theirs / ours), where
 
@@ -100,27 +100,27 @@ def kan():
 
 
 def optimizers():
-    report, where = newest("optim-cpu", "optim.py", having_row=dict(subject="bytes"))
-    rows = [row for row in report["rows"] if row["subject"] == "bytes"]
+    rows, where = optimizer_rows("bytes")
     theirs = by(rows, what="optax.contrib.galore, rank 1024")["gb"]
     for name, what in (("galore, rank 1024", "rank 1024"), ("galore of int8, rank 1024", "the same, of eight bits")):
-        ours = by(rows, what=name)["gb"]
-        yield (
-            f"state of GaLore for LLaMA-7B, {what}", f"{ours:.1f} GB", f"optax.contrib.galore {theirs:.1f}",
-            times(theirs / ours), where,
-        )  # fmt: skip
-    report, where = newest("optim-cpu", "optim.py", having_row=dict(subject="step"))
-    rows = [row for row in report["rows"] if row["subject"] == "step"]
+        ours, what = by(rows, what=name)["gb"], f"state of GaLore for LLaMA-7B, {what}"
+        yield what, f"{ours:.1f} GB", f"optax.contrib.galore {theirs:.1f}", times(theirs / ours), where
+    rows, where = optimizer_rows("step")
     ours, theirs = (by(rows, what=name)["total_gb"] for name in ("subspace", "optax.contrib.galore"))
     what = "memory of a training step of LLaMA-1B, `subspace`"
     yield what, f"{ours:.1f} GB", f"optax.contrib.galore {theirs:.1f}", times(theirs / ours), where
-    report, where = newest("optim-cpu", "optim.py", having_row=dict(subject="time"))
-    rows = [row for row in report["rows"] if row["subject"] == "time" and row["kind"] == "train step"]
-    theirs = by(rows, what="optax.adam")["tokens_per_s"]
+    rows, where = optimizer_rows("time")
+    speed = lambda name: by(rows, what=name, kind="train step")["tokens_per_s"]
     for name in ("chain(galore, adam)", "subspace"):
-        ours = by(rows, what=name)["tokens_per_s"]
+        ours, theirs = speed(name), speed("optax.adam")
         what = f"training LLaMA-60M by `{name}`"
         yield what, f"{ours:.0f} tokens/s", f"optax.adam {theirs:.0f}", times(ours / theirs), where
+
+
+def optimizer_rows(subject: str):
+    of = lambda report: [row for row in report["rows"] if row["subject"] == subject]
+    report, where = newest("optim-cpu", "optim.py", holds=of)
+    return of(report), where
 
 
 def prompts():
@@ -161,16 +161,13 @@ def rag():
         yield what, f"{ours:.0%}", f"plain retrieval {plain:.0%}, none {none:.0%}", "", where
 
 
-def newest(start: str, script: str, device: str = "", having: str = "", having_row: dict | None = None):
-    """The last results whose name begins so, and in which is what is asked for; and what the table says of them."""
+def newest(start: str, script: str, device: str = "", holds=bool):
+    """The last results whose name begins so and that hold what is asked for; and what the table says of them."""
     for path in sorted(RESULTS.glob(f"{start}*.json"), key=lambda p: p.stem[-10:], reverse=True):
         report = json.loads(path.read_text())
-        rows = report.get("rows", []) if having_row else []
-        if (not having or having in report) and (not having_row or any(having_row.items() <= r.items() for r in rows)):
+        if holds(report):
             return report, f"`{script}`, {device or DEVICES[report['device'].split(',')[0]]}, {report['date']}"
-    raise FileNotFoundError(
-        f"headlines: no results of {script} with {having or having_row or 'anything'} in {RESULTS}."
-    )
+    raise FileNotFoundError(f"headlines: no results {start}*.json with what the table shows in {RESULTS}.")
 
 
 DEVICES = {"cpu": "2-core CPU", "NVIDIA H200": "H200"}

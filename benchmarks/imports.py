@@ -8,13 +8,14 @@ the import; the first turn, which reads from disk, is left out.
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import about
 
 RESULTS = Path(__file__).parent / "results"
 IMPORTS = {
@@ -33,7 +34,6 @@ def main() -> None:
     if options.table:
         print(table())
         return
-    import jax
 
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}
     for turn in range(options.turns + 1):
@@ -45,10 +45,9 @@ def main() -> None:
             )
             if turn:
                 times[name].append(float(done.stdout))
-    date = datetime.date.today().isoformat()
-    report = {"date": date, "jax": jax.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
+    report = {**about.made(), "python": sys.version.split()[0], "cores": os.cpu_count()}
     report |= {"seconds": {name: statistics.median(of) for name, of in times.items()}}
-    path = RESULTS / f"imports-cpu-{date}.json"
+    path = RESULTS / f"imports-cpu-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1))
     print(path)
 
@@ -56,7 +55,7 @@ def main() -> None:
 def table() -> str:
     """Markdown of the newest results."""
     r = json.loads(max(RESULTS.glob("imports-cpu-????-??-??.json")).read_text())
-    lines = [f"{r['cores']}-core CPU, {r['date']}, jax {r['jax']}, Python {r['python']}:", ""]
+    lines = [f"{r['cores']}-core CPU, {about.said(r)}, Python {r['python']}:", ""]
     lines += ["| import | seconds | times jax's |", "|---|---|---|"]
     base = r["seconds"]["jax"]
     lines += [f"| {name} | {s:.2f} | {s / base:.2f} |" for name, s in r["seconds"].items()]

@@ -11,11 +11,12 @@ send each other in a step, by kind, as often as loops turn.
 """
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
 from pathlib import Path
+
+import about
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -35,11 +36,9 @@ def main() -> None:
     if parser.parse_args().table:
         print(table())
         return
-    import jax
 
-    date = datetime.date.today().isoformat()
-    report = {"date": date, "jax": jax.__version__, "numbers": numbers(), "memory": memory()}
-    (RESULTS / f"parallel-cpu-{date}.json").write_text(json.dumps(report, indent=1))
+    report = {**about.made(), "numbers": numbers(), "memory": memory()}
+    (RESULTS / f"parallel-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
 
 
 def start(method: str, **fields):
@@ -130,7 +129,7 @@ def memory() -> list[dict]:
 def table() -> str:
     """Markdown of the newest results."""
     report = json.loads(max(RESULTS.glob("parallel-cpu-????-??-??.json")).read_text())
-    where = f"8 simulated devices on a CPU, {report['date']}, jax {report['jax']}"
+    where = f"8 simulated devices on a CPU, {about.said(report)}"
     grid = lambda rows, of: [f"| {row} | {' | '.join(of[row, column] for column in METHODS)} |" for row in rows]
     head = [f"| | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
     cells = {

@@ -38,28 +38,26 @@ def main() -> None:
     print(path)
 
 
+ROWS = [  # what, its name in a report, how it is written; of figures from before and after a name with {}
+    ("facts taught, asked in new words: exact match", "accuracy_{}", "{:.1%}"),
+    ("countries never taught: exact match", "new_countries_{}", "{:.1%}"),
+    ("perplexity of ordinary text", "perplexity_{}", "{:.2f}"),
+    ("trained parameters, millions", "trained_parameters", "{:.2f}"),
+    ("weights, MiB", "weights_mib", "{:.0f}"),
+    ("what is trained and its moments, MiB", "state_mib", "{:.0f}"),
+    ("peak of the whole process, MiB", "peak_mib", "{:.0f}"),
+]
+
+
 def table() -> str:
     """Markdown, of the newest results."""
     report = json.loads(max(RESULTS.glob("quickstart-*.json"), key=lambda path: path.stem[-10:]).read_text())
-    runs = report["runs"]
-    percent = lambda name: lambda when: lambda r: f"{r[f'{name}_{when}']:.1%}"
-    number = lambda name: lambda when: lambda r: f"{r[f'{name}_{when}']:.2f}"
-    rows = {
-        "facts taught, asked in new words: exact match": percent("accuracy"),
-        "countries never taught: exact match": percent("new_countries"),
-        "perplexity of ordinary text": number("perplexity"),
-        "trained parameters, millions": lambda when: lambda r: f"{r['trained_parameters'] / 1e6:.2f}",
-        "weights, MiB": lambda when: lambda r: f"{r['weights_mib']:.0f}",
-        "what is trained and its moments, MiB": lambda when: lambda r: f"{r['state_mib']:.0f}",
-        "peak of the whole process, MiB": lambda when: lambda r: f"{r['peak_mib']:.0f}",
-    }
+    runs = {m: run | {"trained_parameters": run["trained_parameters"] / 1e6} for m, run in report["runs"].items()}
     head = ["`make run METHOD=…`", "before", "before, NF4", *METHODS]
     lines = [head, ["---"] * len(head)]
-    for what, of in rows.items():
-        before = (
-            [of("before")(runs[m]) for m in ("lora", "qlora")] if "match" in what or "perplexity" in what else ["", ""]
-        )
-        lines.append([what, *before, *(of("after")(runs[m]) for m in METHODS)])
+    for what, name, form in ROWS:
+        before = [form.format(runs[m][name.format("before")]) if "{}" in name else "" for m in ("lora", "qlora")]
+        lines.append([what, *before, *(form.format(runs[m][name.format("after")]) for m in METHODS)])
     where = f"2-core CPU, {about.said(report)}, `benchmarks/quickstart.py`:"
     return f"{where}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

@@ -26,7 +26,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from jaxml.extras import version
+import about
+
 from jaxml.target import target
 
 RESULTS = Path(__file__).parent / "results"
@@ -68,11 +69,7 @@ def main() -> None:
         return
     path = options.results or RESULTS / f"tpu-schedule-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    report |= {
-        "date": datetime.date.today().isoformat(),
-        "device": "none: compiled ahead of time by libtpu",
-        "versions": {p: version(p) for p in ("jax", "libtpu", "tokamax")},
-    }
+    report |= {"device": "none: compiled ahead of time by libtpu", **about.made("libtpu", "tokamax")}
     for kind, mask, width, chip in itertools.product(options.passes, options.masks, options.widths, options.chips):
         for subject in options.subjects:
             if mask == "causal" and subject == "jax flash":  # its kernel cannot be told apart into bodies

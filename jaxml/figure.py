@@ -1,9 +1,10 @@
 """Figures of Matplotlib without its global state, written whole or not at all."""
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
+from jaxml import log
 from jaxml.extras import need
 
 
@@ -45,10 +46,7 @@ def write(made, path: str | Path, *, dpi: int = 120) -> Path:
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"figure: a picture is a .png, .svg or .pdf, got {path}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        made.savefig(temporary, dpi=dpi)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()
+    made.savefig(content, format=path.suffix[1:], dpi=dpi)
+    log.write_bytes(path, content.getvalue())
     return path

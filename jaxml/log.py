@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxml import figure
-
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file whole or not at all.
@@ -139,6 +137,8 @@ def plot_loss(rows: Sequence[dict[str, Any]], path: str | Path, *, title: str = 
         ...     plot_loss(rows, f"{folder}/loss.png").read_bytes()[1:4]
         b'PNG'
     """
+    from jaxml import figure
+
     made = figure.figure(7, 4)
     axes = made.subplots()
     train = [(r["step"], r["loss"]) for r in rows if "loss" in r]

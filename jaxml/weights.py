@@ -214,7 +214,7 @@ def of_rows(params: Any, rows: Any) -> Any:
     def one(x):
         if not isinstance(x, Rows):
             return x
-        if max(rows, default=0) >= x.value.shape[0]:
+        if max(rows, default=-1) >= x.value.shape[0]:
             raise IndexError(
                 f"weights: `select` said what {x.value.shape[0]} rows take, and row {max(rows)} is asked for. "
                 "Select for all rows."

@@ -35,6 +35,7 @@ def test_every_link_of_the_reference_leads_somewhere(tmp_path):
     done = subprocess.run([sys.executable, "-m", "pdoc", *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     pages = {path: Page(path.read_text()) for path in (tmp_path / "api").rglob("*.html")}
+    assert len(pages) > 20
     there = {str(path.relative_to(tmp_path / "api").with_suffix("")) for path in pages}
     for name in ("kan", "lm/cache", "lm/encoder", "tune/adapters", "tune/prompt", "tune/r_tuning", "parallel/hosts"):
         assert f"jaxml/{name}" in there

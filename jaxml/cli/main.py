@@ -84,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
         summary, _, examples = module.__doc__.partition("\n\n")
         sub = verbs.add_parser(
             verb,
-            help=(summary if summary[1] == "-" else summary[0].lower() + summary[1:]).rstrip("."),
+            help=summary[0].lower() + summary[1:].rstrip("."),
             description=summary,
             epilog=examples.rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,4 +1,4 @@
-"""R-Tuning: teach a model to say when it does not know, and measure whether it does.
+"""Teach a model to say when it does not know (R-Tuning), and measure whether it does.
 
 examples:
   jaxml rtune                                           (SmolLM2 on facts about countries)

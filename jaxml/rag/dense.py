@@ -210,12 +210,12 @@ def refine(
         ([[1.25, 1.0]], [[1, 0]])
     """
     queries, candidates = np.asarray(queries, np.float32), np.asarray(candidates)
+    short = (0, 0), (0, max(0, k - candidates.shape[1]))
+    candidates = np.pad(candidates, short, constant_values=-1)
     exact = np.einsum("qcd,qd->qc", vectors[candidates].astype(np.float32), queries)
     exact = np.where(candidates < 0, np.float32(-np.inf), exact)
     order = np.argsort(-exact, 1, kind="stable")[:, :k]
-    missing = ((0, 0), (0, k - order.shape[1]))
-    scores, rows = (np.take_along_axis(of, order, 1) for of in (exact, candidates))
-    return np.pad(scores, missing, constant_values=-np.inf), np.pad(rows, missing, constant_values=-1)
+    return np.take_along_axis(exact, order, 1), np.take_along_axis(candidates, order, 1)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

@@ -256,8 +256,9 @@ def answer(
             f"rag.answer: questions and passages are lists of equal length, got {len(questions)} and {len(passages)}."
         )
     passages = [[hit.passage if isinstance(hit, Hit) else hit for hit in of] for of in passages]
-    for one in (one for of in passages for one in of if not isinstance(one, Passage)):
-        raise TypeError(f"rag.answer: a text is given as Passage(text, source), got {type(one).__name__} {one!r:.60}.")
+    if other := [one for of in passages for one in of if not isinstance(one, Passage)]:
+        kind = type(other[0]).__name__
+        raise TypeError(f"rag.answer: a text is given as Passage(text, source), got {kind} {other[0]!r:.60}.")
     if method == "astute" and options.get("mode", "auto") == "auto":
         options["mode"] = "score" if scores(llm) else "prompt"  # once for all
     return run(llm, [METHODS[method](llm, q, p, **options) for q, p in zip(questions, passages)], store, tick=tick)

@@ -71,7 +71,7 @@ def test_anchors_keep_the_adapted_model_nearer_to_the_one_below():
 
 def test_anchors_without_adapters_are_refused():
     with pytest.raises(ValueError, match="model under the adapters"):
-        tune.fit(tiny_model(), EXAMPLES, OPTIONS, anchors=["the fox"], progress=False)
+        tune.fit(tiny_model(), EXAMPLES, OPTIONS, anchors=[{"text": "the fox"}], progress=False)
 
 
 def test_anchors_may_be_strings():

@@ -211,7 +211,7 @@ def plot_risk(methods: Sequence[Method], path: str | Path) -> Path:
         ...     "tuned (area 0.25)" in plot_risk(methods, f"{folder}/risk.svg").read_text()
         True
     """
-    parts = _drawn("plot_risk", methods)
+    parts = _parts(methods, "plot_risk")
     made = figure.figure(5.2 * len(parts), 4)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
         for colour, method in zip(COLOURS, methods):
@@ -241,7 +241,7 @@ def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10
         ...     "tuned (ECE 0.15)" in plot_reliability(methods, f"{folder}/reliability.svg").read_text()
         True
     """
-    parts = _drawn("plot_reliability", methods)
+    parts = _parts(methods, "plot_reliability")
     made = figure.figure(4.6 * len(parts), 4.2)
     for axes, part in zip(np.atleast_1d(made.subplots(1, len(parts), sharey=True)), parts):
         axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, linestyle="--")
@@ -259,9 +259,10 @@ def plot_reliability(methods: Sequence[Method], path: str | Path, bins: int = 10
     return figure.write(made, path)
 
 
-def _drawn(function: str, methods: Sequence[Method]) -> list[str]:
+def _parts(methods: Sequence[Method], function: str = "") -> list[str]:
+    """Those whose questions have answers; a function that draws them wants one at least."""
     parts = [part for part in PARTS if part in methods[0].answers]
-    if not parts:
+    if function and not parts:
         known, got = ", ".join(PARTS), ", ".join(methods[0].answers) or "none"
         raise ValueError(f"r_tuning.{function}: a part with right answers is needed ({known}), got {got}.")
     return parts
@@ -317,7 +318,7 @@ def save(report: dict[str, Any], methods: Sequence[Method], folder: str | Path, 
     folder.mkdir(parents=True, exist_ok=True)
     log.write_text(folder / "report.json", json.dumps(without_nan(report), indent=2, allow_nan=False))
     pictures = ""
-    if any(part in methods[0].answers for part in PARTS):
+    if _parts(methods):
         plot_risk(methods, folder / "risk_coverage.png")
         plot_reliability(methods, folder / "reliability.png")
         pictures = "![Risk and coverage](risk_coverage.png)\n\n![Reliability](reliability.png)\n"
