@@ -3,10 +3,11 @@
 import ast
 import importlib
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -17,27 +18,18 @@ SCRIPTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def beside_each_other(monkeypatch):
-    """Scripts import one another, as they do where Python starts one of them."""
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+def script(name: str):
+    return load(BENCHMARKS / f"{name}.py")
 
 
-def load(script: str):
-    spec = importlib.util.spec_from_file_location(f"benchmark_{script}", BENCHMARKS / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_table_in_the_readme_is_what_was_measured(script):
-    assert load(script).table() in (BENCHMARKS / "README.md").read_text()
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_table_in_the_readme_is_what_was_measured(name):
+    assert script(name).table() in (BENCHMARKS / "README.md").read_text()
 
 
 def test_the_readmes_figures_are_the_newest_results():
-    for script in ("quickstart", "headlines"):
-        assert f"{load(script).table()}\n" in (BENCHMARKS.parent / "README.md").read_text()
+    for name in ("quickstart", "headlines"):
+        assert f"{script(name).table()}\n" in (BENCHMARKS.parent / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
@@ -54,6 +46,6 @@ def test_what_a_script_imports_is_there(path):
 @pytest.mark.slow
 @pytest.mark.optimised
 def test_certainty_tells_what_was_told_from_what_was_not():
-    found = load("r_tuning").proof(seed=1)
+    found = script("r_tuning").proof(seed=1)
     assert found["knows_told"] > 0.95 and found["knows_untold"] < 0.3
     assert found["auroc_sure"] > 0.95

@@ -1,7 +1,6 @@
 """Readers on files that are damaged or made to harm; many more by benchmarks/fuzz.py."""
 
 import dataclasses
-import importlib.util
 import json
 import random
 from pathlib import Path
@@ -18,18 +17,9 @@ from jaxml.lm.config import DecoderConfig
 from jaxml.prompts.store import Store
 from jaxml.testing import tiny_config, tiny_model, tiny_tokenizer
 from jaxml.tune import data
+from tests.scripts import load
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("benchmark_fuzz", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-FUZZ = load()
+FUZZ = load(Path(__file__).parents[1] / "benchmarks" / "fuzz.py")
 NAMES = [reader.__name__ for reader in FUZZ.READERS]
 
 

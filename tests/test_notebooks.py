@@ -1,6 +1,5 @@
 """The notebooks run, in their smallest sizes, and what is stored of them is what they say."""
 
-import importlib.util
 import re
 import warnings
 from pathlib import Path
@@ -11,17 +10,12 @@ pytest.importorskip("nbclient", reason="the extra 'notebooks' is not installed")
 pytest.importorskip("jupytext", reason="the extra 'notebooks' is not installed")
 import nbformat
 
+from tests.scripts import load
+
 COLAB = Path(__file__).parents[1] / "colab"
 
 
-def load():
-    spec = importlib.util.spec_from_file_location("colab_build", COLAB / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BUILD = load()
+BUILD = load(COLAB / "build.py")
 
 
 def outputs(notebook):
