@@ -19,6 +19,7 @@ from jaxml.rag import (
     methods,
     metrics,
     passages,
+    qdrant,
     questions,
     read,
     retrieve,
@@ -41,5 +42,5 @@ from jaxml.rag.trace import Answer, Evidence, Group, report
 __all__ = [
     "METHODS", "Answer", "Changes", "Chunking", "Evidence", "Folder", "Group", "Hit", "Index", "Lexical", "Limits",
     "Passage", "Store", "answer", "astute", "calls", "chunk", "dense", "index", "lexical", "methods", "metrics", "page",
-    "passages", "questions", "read", "report", "retrieve", "store", "trace", "weigh", "wording", "write_page",
+    "passages", "qdrant", "questions", "read", "report", "retrieve", "store", "trace", "weigh", "wording", "write_page",
 ]  # fmt: skip

@@ -57,7 +57,7 @@ class Index:
     Args:
         path: of an existing index.
         encoder: the one it was made with.
-        store: where the passages are, if not in the folder (`qdrant.Qdrant`).
+        store: where the passages are, if not in the folder (`rag.qdrant.Qdrant`).
 
     Raises:
         FileNotFoundError: no index there.
