@@ -141,6 +141,7 @@ def _evaluate(args):
     from jaxml import log, rag
     from jaxml.prompts.store import Store
     from jaxml.rag import metrics
+    from jaxml.tune.r_tuning.report import without_nan
 
     if not args.data or not args.out or args.given:
         raise ValueError("rag evaluate: --data and --out are given, and no questions.")
@@ -181,7 +182,8 @@ def _evaluate(args):
         "mode": args.mode,
         **{option: getattr(args, option) for option in (*SCORES, "form")},
     }
-    log.write_text(out / "report.json", json.dumps({"about": about, "methods": report}, indent=1))
+    found = without_nan({"about": about, "methods": report})
+    log.write_text(out / "report.json", json.dumps(found, indent=1, allow_nan=False))
     page = f"# {len(rows)} questions, {name}\n\n{metrics.markdown(report)}"
     log.write_text(out / "report.md", page)
     traces = [answers[m][i] for i in range(min(len(rows), 12)) for m in methods if m == "astute"]

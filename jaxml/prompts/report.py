@@ -10,8 +10,7 @@ from jaxml import figure
 from jaxml.extras import need
 from jaxml.log import write_text
 from jaxml.prompts.task import Candidate, Measured
-
-ENOUGH = 10  # held-out examples, below which a bootstrap interval is too narrow to say anything
+from jaxml.tune.r_tuning.metrics import ENOUGH
 
 
 def bootstrap(values: np.ndarray, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:

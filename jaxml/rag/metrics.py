@@ -86,7 +86,7 @@ def evaluate(
     supports: Sequence[Sequence[bool]] | None = None,
     memory: Sequence[bool] | None = None,
 ) -> dict[str, Any]:
-    """All figures of one method, those of accuracy with 95 % bootstrap intervals.
+    """All figures of one method, those of accuracy with 95 % bootstrap intervals, NaN below ten questions.
 
     Args:
         right: of each question its right answers.
@@ -137,10 +137,11 @@ def markdown(report: dict[str, Any]) -> str:
     Example:
         >>> found = evaluate([Answer("who?", "plain", "It is Ada.")], [["Ada"]])
         >>> print(markdown({"plain": found}).splitlines()[2])
-        | plain | 100.0% (100.0%–100.0%) | 0.0% (0.0%–0.0%) | 0.500 | 100.0% | – | – | – |
+        | plain | 100.0% | 0.0% | 0.500 | 100.0% | – | – | – |
     """
     percent = lambda x: "–" if x is None or np.isnan(x) else f"{x:.1%}"
-    ranged = lambda f, name: f"{percent(f[name])} ({'–'.join(map(percent, f[f'{name}_interval']))})"
+    between = lambda ends: "" if np.isnan(ends).any() else f" ({'–'.join(map(percent, ends))})"  # of enough questions
+    ranged = lambda f, name: percent(f[name]) + between(f[f"{name}_interval"])
     lines = [
         "| method | contains the answer | exact | F1 | answered | a wrong one | cited rightly | support cited |",
         "|---|---|---|---|---|---|---|---|",

@@ -487,7 +487,9 @@ def test_figures_are_counted_by_hand():
         "both right": {"questions": 1, "contains": 1.0}, "both wrong": {"questions": 1, "contains": 0.0},
     }  # fmt: skip
     assert metrics.f1("one two three", ["two four"]) == pytest.approx(0.4)
-    assert "| m | 50.0%" in metrics.markdown({"m": found})
+    assert "| m | 50.0% | 50.0% |" in metrics.markdown({"m": found})  # no interval of two questions
+    many = metrics.evaluate([one, none] * 6, [["One"], ["two"]] * 6)
+    assert "| m | 50.0% (25.0%–75.0%) | 50.0% (25.0%–75.0%) |" in metrics.markdown({"m": many})
     with pytest.raises(ValueError, match="one entry a passage, 2, got 1"):
         metrics.citation(one, [True])
 

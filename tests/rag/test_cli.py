@@ -78,6 +78,7 @@ def test_methods_are_evaluated_and_an_evaluation_goes_on(docs, tmp_path, capsys)
     assert set(report) == {"none", "plain", "consistent", "isolated", "generated", "routed", "instructed", "astute"}
     assert report["astute"]["contains"] == 1.0 and report["none"]["contains"] == 0.5
     assert report["plain"]["wrong"] == 0.5
+    assert report["plain"]["exact_interval"] == [None, None]  # of two questions; JSON has no NaN
     assert "| astute | 100.0%" in (tmp_path / "run" / "report.md").read_text()
     assert (tmp_path / "run" / "astute.html").read_text().count("<article>") == 2
     size = (tmp_path / "run" / "replies.jsonl").stat().st_size

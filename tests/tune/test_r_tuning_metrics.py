@@ -76,6 +76,7 @@ def test_nothing_to_rank_is_nan_and_bad_arrays_are_refused():
         metrics.at_coverage([0.1], [1], 0)
     with pytest.raises(ValueError, match="equal length"):
         metrics.interval(np.mean, np.zeros(3), np.zeros(4))
+    assert np.isnan(metrics.interval(np.mean, np.ones(9))).all() and metrics.interval(np.mean, np.ones(10)) == (1, 1)
 
 
 def test_the_interval_of_a_difference_is_paired():

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+ENOUGH = 10  # questions, below which a bootstrap interval is too narrow to say anything
+
 
 def accuracy(right: np.ndarray, willing: np.ndarray) -> float:
     """Share of right answers among those given willingly; NaN where none was.
@@ -191,6 +193,10 @@ def interval(
         statistic: of the arrays, each [n] and drawn together: of a comparison of two methods on the same questions,
             their difference (paired). Draws in which it is NaN are left out.
 
+    Returns:
+        (low, high), NaN where there are fewer than `ENOUGH` questions: drawn again and again they stay near one value,
+        and the interval would be narrow for no reason.
+
     Example:
         >>> low, high = interval(lambda x: float(x.mean()), np.array([0.0, 1.0] * 50))
         >>> 0.35 < low < 0.45 < 0.55 < high < 0.65
@@ -200,6 +206,8 @@ def interval(
     n = len(arrays[0])
     if not n or any(len(a) != n for a in arrays):
         raise ValueError(f"metrics.interval: arrays of equal length, at least 1, got {[len(a) for a in arrays]}.")
+    if n < ENOUGH:
+        return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(0, n, n) for _ in range(draws))
     found = np.array([statistic(*(a[i] for a in arrays)) for i in drawn])

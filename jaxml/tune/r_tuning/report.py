@@ -160,7 +160,8 @@ def markdown(report: dict[str, Any]) -> str:
     """
     percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
     number = lambda x: "–" if np.isnan(x) else f"{x:.3f}"
-    ranged = lambda f, name: f"{number(f[name])} ({'–'.join(map(number, f[f'{name}_interval']))})"
+    between = lambda ends: "" if np.isnan(ends).any() else f" ({'–'.join(map(number, ends))})"  # of enough questions
+    ranged = lambda f, name: number(f[name]) + between(f[f"{name}_interval"])
     lines = []
     for part, said in PARTS.items():
         if part not in report:
