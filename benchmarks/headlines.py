@@ -5,10 +5,10 @@ python benchmarks/headlines.py --write    # puts it and the quickstart's into RE
 """
 
 import argparse
-import json
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+import about
+
 README = Path(__file__).parents[1] / "README.md"
 HEADER = """| what | jaxml | beside | times better | script, device, date |
 |---|---|---|---|---|"""
@@ -133,7 +133,7 @@ def prompts():
 
 
 def r_tuning():
-    report, where = newest("r-tuning-cpu", "r_tuning.py")
+    report, where = newest("r-tuning-cpu", "r_tuning.py", holds=lambda report: "proof 0" in report)
     runs = [run for name, run in report.items() if name.startswith("proof ")]
     ours, theirs = ([run[key] for run in runs] for key in ("auroc_sure", "auroc_untuned_confidence"))
     mean = lambda values: f"{sum(values) / len(values):.3f}"
@@ -142,17 +142,20 @@ def r_tuning():
 
 
 def rag():
-    report, where = newest("rag-cpu", "rag.py")
+    has = lambda subject: newest("rag-cpu", "rag.py", holds=lambda report: subject in report)
+    report, where = has("encoding")
     row = report["encoding"]
     ours, theirs = row["ours_per_s"], row["theirs_per_s"]
     yield (
         "passages made vectors", f"{ours:.0f}/s", f"sentence-transformers {theirs:.0f}/s", times(ours / theirs), where
     )  # fmt: skip
+    report, where = has("search")
     for rows in (100_000, 1_000_000):
         row = report["search"][f"{rows} 16"]
         ours, theirs = row["ours_ms"], row["faiss_ms"]
         what = f"exact search of 16 questions among {rows:,} vectors"
         yield what, f"{ours:.0f} ms", f"faiss flat {theirs:.0f} ms", times(theirs / ours), where
+    report, where = has("conflict")
     for share, what in (("0.5", "half of them wrong"), ("1.0", "all of them wrong")):
         ours, plain, none = (
             report["conflict"][f"{share} {m}"]["right"] for m in ("astute, scores", "plain", "none, lines")
@@ -163,11 +166,10 @@ def rag():
 
 def newest(start: str, script: str, device: str = "", holds=bool):
     """The last results whose name begins so and that hold what is asked for; and what the table says of them."""
-    for path in sorted(RESULTS.glob(f"{start}*.json"), key=lambda p: p.stem[-10:], reverse=True):
-        report = json.loads(path.read_text())
-        if holds(report):
-            return report, f"`{script}`, {device or DEVICES[report['device'].split(',')[0]]}, {report['date']}"
-    raise FileNotFoundError(f"headlines: no results {start}*.json with what the table shows in {RESULTS}.")
+    report = about.newest(start, holds)
+    if report is None:
+        raise FileNotFoundError(f"headlines: no results {start}*.json with what the table shows in {about.RESULTS}.")
+    return report, f"`{script}`, {device or DEVICES[report['device'].split(',')[0]]}, {report['date']}"
 
 
 DEVICES = {"cpu": "2-core CPU", "NVIDIA H200": "H200"}

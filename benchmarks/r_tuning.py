@@ -2,6 +2,7 @@
 
     python benchmarks/r_tuning.py                     # hours on 2 cores; goes on with what is missing of this day
     python benchmarks/r_tuning.py --subjects proof    # minutes
+    python benchmarks/r_tuning.py --subjects command --pararel FOLDER
     python benchmarks/r_tuning.py --variants standard published --seeds 0
     python benchmarks/r_tuning.py --table             # the tables of the newest results
 
@@ -12,6 +13,8 @@ variants: SmolLM2-135M, questions about countries (`jaxml rtune` with its defaul
 questions, LoRA of rank 8, three epochs; on held-out questions of the same kinds and of other kinds. "p(sure) above ½"
 is the share that the published method answers; "mixed" is certainty and the answer's own probability, weighed on the
 calibration questions.
+command: `jaxml rtune` as it stands, beside the same model tuned without it and the untuned one; on countries, with
+invented ones among those trained on, and on ParaRel.
 """
 
 import argparse
@@ -19,13 +22,15 @@ import datetime
 import json
 import re
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
+SUBJECTS = ("proof", "variants", "command")
 VARIANTS = {
     "published": dict(fresh=False, balance=False),
     "balanced": dict(fresh=False),
@@ -43,7 +48,8 @@ VARIANTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", nargs="+", choices=("proof", "variants"), default=("proof", "variants"))
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--pararel", help="folder of ParaRel, for command, which leaves it out without one")
     parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=tuple(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--out", default="runs/benchmark-r-tuning", help="folder of runs, which go on")
@@ -55,7 +61,7 @@ def main() -> None:
     import jax
 
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"r-tuning-{device}-{datetime.date.today()}.json"
+    path = about.RESULTS / f"r-tuning-{device}-{datetime.date.today()}.json"
     report = json.loads(path.read_text()) if path.is_file() else {"device": device}
     report |= about.made()
     for seed in options.seeds:
@@ -64,6 +70,10 @@ def main() -> None:
     for seed in options.seeds:
         for name in options.variants if "variants" in options.subjects else ():
             _once(report, path, f"{name} {seed}", lambda: variant(name, seed, Path(options.out)))
+    for name, given in COMMANDS.items() if "command" in options.subjects else ():
+        if "{pararel}" not in " ".join(given) or options.pararel:
+            given = [word.format(pararel=options.pararel) for word in given]
+            _once(report, path, f"command {name}", lambda: command(given, Path(options.out) / f"command {name}"))
     print(path)
 
 
@@ -209,44 +219,94 @@ def variant(name: str, seed: int, out: Path) -> dict:
     return r_tuning.report.without_nan(result)
 
 
+# ---- command ----------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "countries": [],
+    "countries, some invented": ["--train-unanswerable", "invented:50"],
+    "ParaRel": ["--data", "pararel:{pararel}", "--train", "300"],
+}
+
+
+def command(given: list[str], out: Path) -> dict:
+    """`jaxml rtune` with these options, and its baselines."""
+    words = [sys.executable, "-m", "jaxml.cli.main", "rtune", "--no-progress", "--out", str(out), *given]
+    subprocess.run(words, check=True)
+    report = json.loads((out / "report.json").read_text())
+    policy = json.loads((out / "policy.json").read_text())
+    return {part: report[part] for part in ("seen", "new", "unanswerable") if part in report} | {"policy": policy}
+
+
 # ---- table ------------------------------------------------------------------------------------------
 
 
 def table() -> str:
-    """Markdown tables of the newest results."""
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("r-tuning-*.json"))]
-    report = max(reports, key=lambda one: one["date"])
-    proofs = {k.split()[1]: v for k, v in report.items() if k.startswith("proof ")}
-    lines = [f"Device {report['device']}, {about.said(report)}.", ""]
-    if proofs:
-        lines += [
-            "| seed | told things answered rightly | untold | AUROC of certainty, told from untold | of the untuned "
-            "model's own probability |", "|---|---|---|---|---|",
-        ]  # fmt: skip
-        for seed, p in proofs.items():
-            lines.append(
-                f"| {seed} | {p['knows_told']:.0%} | {p['knows_untold']:.0%} | {p['auroc_sure']:.3f} | "
-                f"{p['auroc_untuned_confidence']:.3f} |"
-            )
-        lines.append("")
-    named = {name: [v for k, v in report.items() if re.fullmatch(rf"{name} \d+", k)] for name in VARIANTS}
-    if not any(named.values()):
-        return "\n".join(lines)
-    lines += [
+    """Markdown: each subject of the newest results that have it."""
+    parts = []
+    for subject, names, made in (
+        ("proof", "proof ", _proofs), ("variants", "standard ", _variants), ("command", "command ", _commands),
+    ):  # fmt: skip
+        report = about.newest("r-tuning-", lambda one, names=names: any(k.startswith(names) for k in one))
+        if report:
+            head = f"`{subject}` ({report['device']}, {about.said(report)}):"
+            parts.append("\n".join([head, "", *made(report)]))
+    return "\n\n".join(parts)
+
+
+def _proofs(report: dict) -> list[str]:
+    lines = [
+        "| seed | told things answered rightly | untold | AUROC of certainty, told from untold | of the untuned "
+        "model's own probability |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for seed, p in ((k.split()[1], v) for k, v in report.items() if k.startswith("proof ")):
+        lines.append(
+            f"| {seed} | {p['knows_told']:.0%} | {p['knows_untold']:.0%} | {p['auroc_sure']:.3f} | "
+            f"{p['auroc_untuned_confidence']:.3f} |"
+        )
+    return lines
+
+
+def _variants(report: dict) -> list[str]:
+    lines = [
         "| variant | seeds | sure among labels | right (same kinds / others) | p(sure) above ½ | AUROC of p(sure) | "
         "AUROC mixed | AURC mixed | known, answered | unanswerable, refused |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, runs in named.items():
+    for name in VARIANTS:
+        runs = [v for k, v in report.items() if re.fullmatch(rf"{name} \d+", k)]
         if not runs:
             continue
-        mean = lambda key: " / ".join(_mean([run[part][key] for run in runs]) for part in ("seen", "new"))
+        mean = lambda key, runs=runs: " / ".join(_mean([run[part][key] for run in runs]) for part in ("seen", "new"))
         lines.append(
             f"| {name} | {len(runs)} | {_mean([r['sure_labels'] for r in runs])} | {mean('accuracy')} | "
             f"{mean('sure_above_half')} | {mean('auroc_sure')} | {mean('auroc')} | {mean('aurc')} | "
             f"{mean('known_answered')} | {_mean([r['refused_unanswerable'] for r in runs])} |"
         )
-    return "\n".join([*lines, ""])
+    return lines
+
+
+def _commands(report: dict) -> list[str]:
+    lines = [
+        "| `jaxml rtune` on | method | right at equal coverage (same kinds / others) | of right answers, given | "
+        "AP, same kinds | AUROC | AURC | AP / AUROC / AURC, others | "
+        "unanswerable, refused: own threshold / equal coverage |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    share = lambda x: "–" if x is None else f"{x:.0%}"
+    number = lambda x: "–" if x is None else f"{x:.2f}"
+    for name, run in ((k.removeprefix("command "), v) for k, v in report.items() if k.startswith("command ")):
+        for method, seen in run["seen"].items():
+            new, refused = run.get("new", {}).get(method, {}), run.get("unanswerable", {}).get(method, {})
+            pair = lambda key, seen=seen, new=new: f"{share(seen[key])} / {share(new.get(key))}"
+            ranged = [f"{number(seen[k])} ({'–'.join(map(number, seen[f'{k}_interval']))})" for k in RANKED]
+            others = " / ".join(number(new.get(k)) for k in RANKED)
+            rates = (share(refused.get(f"refusal_rate{end}")) for end in ("", "_at_equal_coverage"))
+            pairs = [pair("at_equal_coverage"), pair("known_answered")]
+            lines.append("| " + " | ".join([name, method, *pairs, *ranged, others, " / ".join(rates)]) + " |")
+    return lines
+
+
+RANKED = ("ap", "auroc", "aurc")
 
 
 def _mean(values: list) -> str:

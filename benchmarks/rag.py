@@ -1,8 +1,8 @@
 """Retrieval beside the libraries people use, and Astute RAG where one can see what it does.
 
-    python benchmarks/rag.py --pararel FOLDER         # all; the last subject takes an hour or more on 2 cores
-    python benchmarks/rag.py --subjects search words  # minutes
-    python benchmarks/rag.py --table                  # the tables of the newest results
+    python benchmarks/rag.py --pararel FOLDER --ramdocs FILE   # all; conflict takes an hour or more on 2 cores
+    python benchmarks/rag.py --subjects search words           # minutes
+    python benchmarks/rag.py --table                           # the tables of the newest results
 
 encoding: passages of 20 to 120 words to vectors, all-MiniLM-L6-v2, beside sentence-transformers with the best of three
 batch sizes; the rates take turns, the best of three each. search: the ten best of random unit vectors of 384 numbers,
@@ -11,7 +11,8 @@ are found. words: bm25s as the index builds and asks it. scripted: a model that 
 about 10 % and ignorant of the rest, four passages of which a share misleads. conflict: SmolLM2-135M on ParaRel's facts,
 two passages in the words of ParaRel's own patterns from two sources, which for a share of the questions say another
 object of the same relation. p(sure) is of a model that `jaxml rtune --data OUT/rest.jsonl --new-groups ''` has tuned on
-other facts: conflict writes that file, and is run again with --sure RUN (replies are kept).
+other facts: conflict writes that file, and is run again with --sure RUN (replies are kept). ramdocs: `jaxml rag
+evaluate` on the first questions of RAMDocs, whose documents disagree on purpose.
 """
 
 import argparse
@@ -25,8 +26,7 @@ from pathlib import Path
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
-SUBJECTS = ("encoding", "search", "words", "scripted", "conflict")
+SUBJECTS = ("encoding", "search", "words", "scripted", "conflict", "ramdocs")
 SEEN = 200  # facts that were looked at while the method was made: not asked here
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--pararel", help="folder of ParaRel, for conflict")
+    parser.add_argument("--ramdocs", help="RAMDocs_test.jsonl, for ramdocs")
     parser.add_argument("--questions", type=int, default=200, help="of conflict")
     parser.add_argument("--sure", help="of conflict: a run of jaxml rtune on OUT/rest.jsonl, which conflict writes")
     parser.add_argument("--rows", nargs="+", type=int, default=(100_000, 1_000_000), help="of search")
@@ -46,10 +47,12 @@ def main() -> None:
         return
     if "conflict" in options.subjects and not options.pararel:
         parser.error("conflict asks ParaRel's facts: --pararel FOLDER, or other --subjects.")
+    if "ramdocs" in options.subjects and not options.ramdocs:
+        parser.error("ramdocs asks RAMDocs' questions: --ramdocs FILE, or other --subjects.")
     import jax
 
     device = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"rag-{device}-{datetime.date.today()}.json"
+    path = about.RESULTS / f"rag-{device}-{datetime.date.today()}.json"
     report = json.loads(path.read_text()) if path.is_file() else {"device": device}
     report |= about.made("torch", "sentence-transformers", "faiss-cpu", "numpy")
     for subject in options.subjects:
@@ -261,58 +264,95 @@ def _facts(folder: Path, count: int):
     return mixed, (asked, right, wrong, patterns)
 
 
+RAMDOCS = "--limit 60 --methods none plain isolated astute --mode score --least 0 --form lines".split()
+
+
+def ramdocs(options) -> dict:
+    from jaxml.cli.main import main
+
+    out = Path(options.out) / "ramdocs"
+    command = ["rag", "evaluate", "--data", f"ramdocs:{options.ramdocs}", "--out", str(out), "--no-progress", *RAMDOCS]
+    if main(command):
+        raise SystemExit("rag.py: jaxml rag evaluate failed.")
+    return json.loads((out / "report.json").read_text())
+
+
 # ---- table ------------------------------------------------------------------------------------------
 
 
 def table() -> str:
-    """Markdown tables of the newest results."""
-    reports = [json.loads(path.read_text()) for path in RESULTS.glob("rag-*.json")]
-    if not reports:
-        return ""
-    report = max(reports, key=lambda one: one["date"])
-    lines = [f"Device {report['device']}, {about.said(report)}.", ""]
-    if of := report.get("encoding"):
-        lines += [
-            "| encoding, passages/s | jaxml | sentence-transformers | times | largest difference |",
-            "|---|---|---|---|---|",
-            f"| {of['passages']} passages | {of['ours_per_s']:.0f} | {of['theirs_per_s']:.0f} | "
-            f"{of['ours_per_s'] / of['theirs_per_s']:.2f} | {of['largest_difference']:.1e} |", "",
-        ]  # fmt: skip
-    if of := report.get("search"):
-        lines += [
-            "| search, ms | jaxml | faiss flat | numpy | of faiss's time | int8 codes | recall of codes |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for name, f in of.items():
-            rows, count = map(int, name.split())
-            lines.append(
-                f"| {rows:,} rows, {count} at once | {f['ours_ms']:.1f} | {f['faiss_ms']:.1f} | {f['numpy_ms']:.1f} | "
-                f"{f['ours_ms'] / f['faiss_ms']:.2f} | {f['codes_ms']:.1f} | {f['recall_of_codes']:.3f} |"
-            )
-        lines.append("")
-    if of := report.get("words"):
-        lines += [
-            f"BM25 of {of['passages']:,} passages: built in {of['build_s']:.1f} s, {of['megabytes']:.0f} MB, "
-            f"{of['queries_per_s']:.0f} questions/s.", "",
-        ]  # fmt: skip
-    if of := report.get("scripted"):
-        names = list(next(iter(of.values())))
-        lines += ["| misread | misleading | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
-        for name, f in of.items():
-            misreads, share = map(float, name.split())
-            lines.append(f"| {misreads:.0%} | {share:.0%} | " + " | ".join(f"{f[m]:.0%}" for m in names) + " |")
-        lines.append("")
-    if of := report.get("conflict"):
-        lines += [
-            f"| {of['questions']} facts, SmolLM2-135M: right (wrong) | no passage wrong | half | all |",
-            "|---|---|---|---|",
-        ]  # fmt: skip
-        for name in (m for m in METHODS if f"0.5 {m}" in of):
-            cells = [f"{of[f'{s} {name}']['right']:.0%} ({of[f'{s} {name}']['wrong']:.0%})" for s in (0.0, 0.5, 1.0)]
-            first = f" (the first {of[f'0.5 {name}']['questions']})" if name in FIRST else ""
-            lines.append(f"| {name}{first} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+    """Markdown: each device's subjects, of the newest results that have them."""
+    parts = []
+    for device in sorted({path.name[:-16] for path in about.RESULTS.glob("rag-*-????-??-??.json")}):
+        for subject in SUBJECTS:
+            report = about.newest(device, lambda one, subject=subject: subject in one)
+            if report:
+                head = f"`{subject}` ({report['device']}, {about.said(report)}):"
+                parts.append("\n".join([head, "", *TABLES[subject](report[subject])]))
+    return "\n\n".join(parts)
+
+
+def _encoding(of: dict) -> list[str]:
+    return [
+        "| encoding, passages/s | jaxml | sentence-transformers | times | largest difference |",
+        "|---|---|---|---|---|",
+        f"| {of['passages']} passages | {of['ours_per_s']:.0f} | {of['theirs_per_s']:.0f} | "
+        f"{of['ours_per_s'] / of['theirs_per_s']:.2f} | {of['largest_difference']:.1e} |",
+    ]
+
+
+def _search(of: dict) -> list[str]:
+    lines = [
+        "| search, ms | jaxml | faiss flat | numpy | of faiss's time | int8 codes | recall of codes |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, f in of.items():
+        rows, count = map(int, name.split())
+        lines.append(
+            f"| {rows:,} rows, {count} at once | {f['ours_ms']:.1f} | {f['faiss_ms']:.1f} | {f['numpy_ms']:.1f} | "
+            f"{f['ours_ms'] / f['faiss_ms']:.2f} | {f['codes_ms']:.1f} | {f['recall_of_codes']:.3f} |"
+        )
+    return lines
+
+
+def _words(of: dict) -> list[str]:
+    return [
+        f"BM25 of {of['passages']:,} passages: built in {of['build_s']:.1f} s, {of['megabytes']:.0f} MB, "
+        f"{of['queries_per_s']:.0f} questions/s."
+    ]
+
+
+def _scripted(of: dict) -> list[str]:
+    names = list(next(iter(of.values())))
+    lines = ["| misread | misleading | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for name, f in of.items():
+        misreads, share = map(float, name.split())
+        lines.append(f"| {misreads:.0%} | {share:.0%} | " + " | ".join(f"{f[m]:.0%}" for m in names) + " |")
+    return lines
+
+
+def _conflict(of: dict) -> list[str]:
+    lines = [
+        f"| {of['questions']} facts, SmolLM2-135M: right (wrong) | no passage wrong | half | all |",
+        "|---|---|---|---|",
+    ]
+    for name in (m for m in METHODS if f"0.5 {m}" in of):
+        cells = [f"{of[f'{s} {name}']['right']:.0%} ({of[f'{s} {name}']['wrong']:.0%})" for s in (0.0, 0.5, 1.0)]
+        first = f" (the first {of[f'0.5 {name}']['questions']})" if name in FIRST else ""
+        lines.append(f"| {name}{first} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _ramdocs(of: dict) -> list[str]:
+    from jaxml.rag import metrics
+
+    return [f"{of['about']['questions']} questions, SmolLM2-135M.", "", metrics.markdown(of["methods"]).rstrip()]
+
+
+TABLES = {
+    "encoding": _encoding, "search": _search, "words": _words, "scripted": _scripted, "conflict": _conflict,
+    "ramdocs": _ramdocs,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

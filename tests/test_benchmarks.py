@@ -13,8 +13,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 SCRIPTS = [
-    "lm", "attention", "tpu_schedule", "optim", "optim_training", "activations", "feed_forward", "kan", "kan_tables",
-    "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz", "imports",
+    "lm", "attention", "tpu_schedule", "gpu_registers", "optim", "optim_training", "activations", "feed_forward", "kan",
+    "kan_tables", "adapters", "prompts", "r_tuning", "rag", "plan", "parallel", "elastic", "fuzz", "imports",
 ]  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def markdown(report: dict[str, Any]) -> str:
     """
     percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
     number = lambda x: "–" if np.isnan(x) else f"{x:.3f}"
-    between = lambda ends: "" if np.isnan(ends).any() else f" ({'–'.join(map(number, ends))})"  # of enough questions
+    between = lambda ends: f" ({'–'.join(map(number, ends))})" if number(ends[0]) != "–" else ""  # of few: none
     ranged = lambda f, name: number(f[name]) + between(f[f"{name}_interval"])
     lines = []
     for part, said in PARTS.items():
