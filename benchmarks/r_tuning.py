@@ -294,7 +294,7 @@ def _commands(report: dict) -> list[str]:
     ]
     share = lambda x: "–" if x is None else f"{x:.0%}"
     number = lambda x: "–" if x is None else f"{x:.2f}"
-    for name, run in ((k.removeprefix("command "), v) for k, v in report.items() if k.startswith("command ")):
+    for name, run in ((name, report.get(f"command {name}", {"seen": {}})) for name in COMMANDS):
         for method, seen in run["seen"].items():
             new, refused = run.get("new", {}).get(method, {}), run.get("unanswerable", {}).get(method, {})
             pair = lambda key, seen=seen, new=new: f"{share(seen[key])} / {share(new.get(key))}"

@@ -57,10 +57,12 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 HELD_OUT = 2
-# ISO 4217's units of account, with which nobody pays, and codes that were replaced since the package was made.
-NO_MONEY = {"BOV", "CHE", "CHW", "CLF", "COU", "MXV", "USN", "USS", "UYI"}
+# ISO 4217's units of account and a currency that went out of use, with which nobody pays; and codes that were replaced
+# since the package was made.
+NO_MONEY = {"BOV", "CHE", "CHW", "CLF", "COU", "MXV", "SVC", "USN", "USS", "UYI"}
 REPLACED = {
-    "BYR": "BYN", "CUC": "CUP", "HRK": "EUR", "MRO": "MRU", "SLL": "SLE", "STD": "STN", "VEF": "VES", "ZMK": "ZMW",
+    "BGN": "EUR", "BYR": "BYN", "CUC": "CUP", "HRK": "EUR", "MRO": "MRU", "SLL": "SLE", "STD": "STN", "VEF": "VES",
+    "ZMK": "ZMW",
 }  # fmt: skip
 
 
@@ -151,7 +153,7 @@ def read_countries() -> dict[str, dict[str, str]]:
     for country in read_files():
         answers = {
             "capital": country.get("capital"),
-            "currency": _currency(country),
+            "currency": next(iter(currencies(country)), None),
             "calling code": _first(country, "callingCodes"),
             "demonym": country.get("demonym"),
             "subregion": country.get("subregion"),
@@ -183,9 +185,18 @@ def read_files() -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
-def _currency(country: dict[str, Any]) -> str | None:
-    codes = [code for code in country.get("currencies") or [] if code not in NO_MONEY]
-    return REPLACED.get(codes[0], codes[0]) if codes else None
+def currencies(country: dict[str, Any]) -> list[str]:
+    """The codes of what one pays with there, as of today.
+
+    Args:
+        country: an entry of `read_files`.
+
+    Example:
+        >>> currencies({"currencies": ["CLF", "CLP"]}), currencies({"currencies": ["HRK"]}), currencies({})
+        (['CLP'], ['EUR'], [])
+    """
+    codes = (REPLACED.get(code, code) for code in country.get("currencies") or [] if code not in NO_MONEY)
+    return list(dict.fromkeys(codes))
 
 
 def _first(country: dict[str, Any], key: str) -> str | None:

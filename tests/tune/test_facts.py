@@ -30,7 +30,10 @@ def test_known_facts_are_there():
 
 def test_currencies_are_money_of_today():
     table = facts.read_countries()
-    paid = {"Chile": "CLP", "Uruguay": "UYU", "Switzerland": "CHF", "Belarus": "BYN", "Zambia": "ZMW", "Croatia": "EUR"}
+    paid = {
+        "Chile": "CLP", "Uruguay": "UYU", "Switzerland": "CHF", "Belarus": "BYN", "Zambia": "ZMW", "Croatia": "EUR",
+        "Bulgaria": "EUR", "El Salvador": "USD",
+    }  # fmt: skip
     assert {country: table[country]["currency"] for country in paid} == paid
     codes = {answers["currency"] for answers in table.values()}
     assert not codes & (facts.NO_MONEY | set(facts.REPLACED))

@@ -414,6 +414,7 @@ def test_countries_are_those_of_the_package():
     found = {(i.group, i.question): i.answers for i in r_tuning.countries()}
     assert found["capital", "What is the capital of France?"] == ("Paris",)
     assert found["capital of", "Paris is the capital of which country?"] == ("France",)
+    assert found["currency", "What is the currency code of Croatia?"] == ("EUR",)  # no longer what the package says
     assert "Spain" in found["neighbour", "Which country borders France?"]
     assert "North America" in found["continent", "On which continent is Cuba?"]
     names = {}

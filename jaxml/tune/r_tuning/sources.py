@@ -61,7 +61,7 @@ def _of(country: dict[str, Any], relation: str, names: dict[str, str]) -> tuple[
     iso = country.get("ISO") or {}
     found = {
         "capital": [country.get("capital")],
-        "currency": country.get("currencies") or [],
+        "currency": facts.currencies(country),
         "calling code": [f"+{code.lstrip('+')}" for code in country.get("callingCodes") or [] if code.strip()],
         "demonym": [country.get("demonym")],
         "continent": _continents(country),
