@@ -14,6 +14,7 @@ import argparse
 import datetime
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -21,15 +22,16 @@ import about
 
 from jaxml import log
 
-HOPPER = [("NVIDIA H100", "bfloat16", width) for width in ((64, 64), (128, 128), (192, 128), (256, 256))]
-BOTH = [(device, "bfloat16", (width, width)) for device in ("NVIDIA H100", "NVIDIA A100") for width in (64, 128, 256)]
-EXACT = [("NVIDIA A100", "float32", (width, width)) for width in (64, 128, 256)]
+HOPPER = [("NVIDIA H100", "bfloat16", width) for width in ([64, 64], [128, 128], [192, 128], [256, 256])]
+BOTH = [(device, "bfloat16", [width, width]) for device in ("NVIDIA H100", "NVIDIA A100") for width in (64, 128, 256)]
+EXACT = [("NVIDIA A100", "float32", [width, width]) for width in (64, 128, 256)]
 CALLS = {  # backend → (device, dtype, widths of keys and values)
     "mosaic_gpu": HOPPER,
     "mosaic_gpu_fused": HOPPER[:2],
     "triton": [*BOTH, *EXACT],
-    "jax_triton": [*BOTH, ("NVIDIA A100", "float32", (128, 128)), ("NVIDIA B200", "float32", (128, 128))],
+    "jax_triton": [*BOTH, ("NVIDIA A100", "float32", [128, 128]), ("NVIDIA B200", "float32", [128, 128])],
 }
+KEYS = ("backend", "device", "dtype", "widths")
 PARTS = {  # kernel → how it is called; what adds to references has the name that JAX gives it
     "forward": "flash_attention_forward", "queries' gradients": "flash_attention_backward_queries",
     "keys' gradients": "flash_attention_backward_keys", "all gradients": "new_body",
@@ -49,6 +51,8 @@ def main() -> None:
     if options.one:
         print(json.dumps(compiled(*json.loads(options.one))))
         return
+    if shutil.which("ptxas") is None:
+        parser.error("CUDA's assembler ptxas is not on PATH.")
     path = about.RESULTS / f"gpu-registers-{datetime.date.today()}.json"
     report = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     report |= {"device": "none: compiled for CUDA", **about.made("triton", "jax-triton", "jax-cuda13-plugin")}
@@ -62,16 +66,15 @@ def main() -> None:
             )
             if done.returncode:
                 raise SystemExit(f"gpu_registers.py: {backend} {call} was not compiled, see above.")
-            row = {"backend": backend, "device": call[0], "dtype": call[1], "widths": list(call[2])}
-            key = tuple(row.items())
-            row["kernels"] = json.loads(done.stdout.splitlines()[-1])
-            report["rows"] = [r for r in report["rows"] if tuple(r.items())[:4] != key] + [row]
+            row = dict(zip(KEYS, [backend, *call]), kernels=json.loads(done.stdout.splitlines()[-1]))
+            others = [r for r in report["rows"] if [*map(r.get, KEYS)] != [backend, *call]]
+            report["rows"] = [*others, row]
             print(json.dumps(row), flush=True)
             log.write_text(path, json.dumps(report, indent=1) + "\n")
     print(path)
 
 
-def compiled(backend: str, device: str, dtype: str, widths: tuple[int, int]) -> dict:
+def compiled(backend: str, device: str, dtype: str, widths: list[int]) -> dict:
     """Of each kernel its registers, the bytes that it spills, and whether products wait for each other."""
     import jax
     import jax.numpy as jnp
@@ -105,11 +108,10 @@ def table() -> str:
         "| backend | kernels | device | dtype | " + " | ".join(f"width {said(pair)}" for pair in widths) + " |",
         "|---|---|---|---|" + "---|" * len(widths),
     ]  # fmt: skip
-    for backend, device, dtype in dict.fromkeys((r["backend"], r["device"], r["dtype"]) for r in report["rows"]):
-        of = {
-            tuple(row["widths"]): row["kernels"] for row in report["rows"]
-            if (row["backend"], row["device"], row["dtype"]) == (backend, device, dtype)
-        }  # fmt: skip
+    calls = [tuple(map(row.get, KEYS[:3])) for row in report["rows"]]
+    for backend, device, dtype in dict.fromkeys(calls):
+        here = [row for row, call in zip(report["rows"], calls) if call == (backend, device, dtype)]
+        of = {tuple(row["widths"]): row["kernels"] for row in here}
         parts = [part for part in PARTS if any(part in kernels for kernels in of.values())]
         cells = [", ".join(str(of[pair][part]["spilled"]) for part in parts) if pair in of else "–" for pair in widths]
         cells = ["0" if not cell.strip("0, ") else cell for cell in cells]
