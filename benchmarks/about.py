@@ -22,10 +22,17 @@ def said(report: dict) -> str:
     return ", ".join([report["date"], *(f"{name} {found}" for name, found in versions.items())])
 
 
-def newest(start: str, holds: Callable[[dict], object] = bool) -> dict | None:
-    """The last of results/ whose name begins so and that hold what is asked for."""
-    for path in sorted(RESULTS.glob(f"{start}*.json"), key=lambda p: p.stem[-10:], reverse=True):
+def newest(name: str, holds: Callable[[dict], object] = bool) -> dict | None:
+    """The last of results/ that are named so (a pattern, without the day) and hold what is asked for."""
+    for path in sorted(RESULTS.glob(f"{name}-????-??-??.json"), key=lambda p: p.stem[-10:], reverse=True):
         report = json.loads(path.read_text())
         if holds(report):
             return report
     return None
+
+
+def of_devices(script: str) -> list[str]:
+    """What a script's results are named, a device each, without the day; not those of scripts whose name is longer."""
+    others = tuple(p.stem.replace("_", "-") for p in RESULTS.parent.glob(f"{script.replace('-', '_')}_*.py"))
+    names = {path.name[:-16] for path in RESULTS.glob(f"{script}-*-????-??-??.json")}
+    return sorted(name for name in names if not name.startswith(others))

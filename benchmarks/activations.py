@@ -16,7 +16,6 @@ import argparse
 import functools
 import json
 import math
-from pathlib import Path
 
 import about
 import jax
@@ -27,7 +26,6 @@ import optax
 from jaxml import activations
 from jaxml.activations import gain, plot
 
-RESULTS = Path(__file__).parent / "results"
 LAYERS, TOKENS, WIDTH, HIDDEN = 24, 1024, 256, 1024
 MEMORY = ("mish", "gelu", "silu", "gelu_exact", "swiglu", "elu", "selu", "hard_silu", "softplus", "soft_sign", "relu")
 AIMS = {"mish": 0.6, "gelu": 0.6, "silu": 0.6}
@@ -50,7 +48,7 @@ def main() -> None:
         report = {"device": "cpu"} | about.made()
         report["memory"] = [memory(name, dtype) for dtype in ("float32", "bfloat16") for name in MEMORY]
         report["depth"] = [row for entry in plot.drawable() if entry.name != "logit" for row in [depth(entry)]]
-        (RESULTS / f"activations-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
+        (about.RESULTS / f"activations-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
     print(picture())
 
 
@@ -157,7 +155,7 @@ def _train(f, scale, key):
 
 
 def newest() -> dict:
-    return json.loads(sorted(RESULTS.glob("activations-cpu-*.json"))[-1].read_text())
+    return about.newest("activations-cpu")
 
 
 def table() -> str:
@@ -236,7 +234,7 @@ def picture() -> str:
         for side in ("top", "right"):
             axes.spines[side].set_color("#c8ccd2")
     left.set_yticks(at, [r["name"] for r in rows])
-    path = RESULTS / "activations-depth.png"
+    path = about.RESULTS / "activations-depth.png"
     figure.savefig(path, dpi=110)
     return path.name
 

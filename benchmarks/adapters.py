@@ -33,7 +33,6 @@ from pathlib import Path
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("training", "matmul", "many", "memory", "tpu", "schedule")
 METHODS = {"lora": {}, "dora": {"method": "dora"}, "pissa": {"start": "pissa"}, "qlora": {}}
 BATCH, LENGTH, STEPS, RANK = 4, 128, 20, 8
@@ -59,7 +58,7 @@ def main() -> None:
     import jax
 
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"adapters-{kind}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"adapters-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     report |= about.made("torch", "peft", "bitsandbytes", "qwix")
     report["device"] = jax.devices()[0].device_kind
@@ -561,10 +560,9 @@ TITLES = {
 def table() -> str:
     """Markdown, of the newest results of each subject and device."""
     parts = []
-    for device in sorted({p.name[:-16] for p in RESULTS.glob("adapters-*-????-??-??.json")}):
-        reports = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{device}-????-??-??.json"))]
+    for device in about.of_devices("adapters"):
         for key, title in TITLES.items():
-            for report in [r for r in reports if key in r][-1:]:
+            if report := about.newest(device, lambda one, key=key: key in one):
                 where = f"{report['device']}, {about.said(report)}"
                 columns = list(dict.fromkeys(c for row in report[key] for c in row))
                 rows = [[_shown(row.get(c)) for c in columns] for row in report[key]]

@@ -24,12 +24,10 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 SIDES, METHODS = ("jaxml", "peft", "qwix"), ("qlora", "lora")
 
 
@@ -55,7 +53,7 @@ def main() -> None:
         return
     about = _device()
     name = about["device"].lower().replace(" ", "-")
-    path = RESULTS / f"adapters-gpu-{name}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"adapters-gpu-{name}-{datetime.date.today().isoformat()}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() and not options.again else []
     for case in cases(options):
         if any(case.items() <= row.items() for row in rows):
@@ -282,8 +280,8 @@ def _in_four_bits(model, where: str) -> None:
 def table() -> str:
     """Markdown, of the newest results of each device."""
     parts = []
-    for device in sorted({p.name[:-16] for p in RESULTS.glob("adapters-gpu-*-????-??-??.json")}):
-        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+    for device in about.of_devices("adapters-gpu"):
+        report = about.newest(device)
         columns = ("method", "rank", "batch", "side", "weights", "tokens_per_s", "peak_gib", "first_step_s", "failed")
         shown = lambda v: "" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)
         lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import time
-from pathlib import Path
 
 import about
 import jax
@@ -25,7 +24,6 @@ import numpy as np
 from jaxml.attention import flash_attention
 from jaxml.extras import version
 
-RESULTS = Path(__file__).parent / "results"
 HEADS, WIDTH = 4, 64
 AIMS = {(4096, "forward"): 3.0, (4096, "gradient"): 2.5, (512, "forward"): 1.0, (512, "gradient"): 1.0}
 
@@ -51,8 +49,8 @@ def main() -> None:
         "dtype": "float32",
         "rows": rows,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"attention-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{report['date']}.json"
+    about.RESULTS.mkdir(exist_ok=True)
+    path = about.RESULTS / f"attention-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1))
     print(path.name)
 
@@ -118,8 +116,8 @@ def torch_call(what: str, *arrays):
 def table() -> str:
     """Markdown of the newest results of each device."""
     parts = []
-    for device in sorted({p.name[:-16] for p in RESULTS.glob("attention-*-????-??-??.json")} - {"attention-memory"}):
-        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+    for device in about.of_devices("attention"):
+        report = about.newest(device)
         head = "| T | what | jaxml | jax.nn | torch | times jax.nn | aim | times torch | extra MiB | jax.nn | ratio |"
         lines = [head, "|---" * 11 + "|"]
         on_cpu = report["device"].startswith("cpu")

@@ -20,7 +20,6 @@ import os
 import re
 import statistics
 import time
-from pathlib import Path
 
 import about
 import jax
@@ -31,7 +30,6 @@ from jaxml.attention import Pages, flash_attention, paged_attention
 from jaxml.attention.cases import CASES, Case
 from jaxml.extras import version
 
-RESULTS = Path(__file__).parent / "results"
 OURS = ("mosaic_gpu", "mosaic_gpu_fused", "triton", "jax_triton", "blockwise")
 SUBJECTS = ("correct", "grid", "models", "packed", "lengths", "decoding")
 ROUNDS, TOKENS, WIDTHS = 25, 16384, 2048
@@ -50,7 +48,7 @@ def main() -> None:
         return
     device = jax.devices()[0].device_kind
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()) + ("-tiny" if options.tiny else "")
-    path = RESULTS / f"attention-gpu-{name}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"attention-gpu-{name}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() and not options.again else {"rows": []}
     report |= {"device": device, **about.made("jaxlib", "torch", "tokamax", "triton")}
     report.setdefault("ceiling_tflops", ceiling(512 if options.tiny else 8192))
@@ -326,9 +324,8 @@ def decoding(B: int, S: int, rounds: int) -> dict:
 def table() -> str:
     """Markdown of the newest results of each device."""
     parts = []
-    names = {p.name[:-16] for p in RESULTS.glob("attention-gpu-*-????-??-??.json") if "tiny" not in p.name}
-    for name in sorted(names):
-        report = json.loads(max(RESULTS.glob(f"{name}-????-??-??.json")).read_text())
+    for name in (name for name in about.of_devices("attention-gpu") if "tiny" not in name):
+        report = about.newest(name)
         sides = sorted({n for r in report["rows"] for n in r.get("seconds", {})})
         lines = ["| subject | case | what | " + " | ".join(sides) + " |", "|---" * (3 + len(sides)) + "|"]
         for r in (r for r in report["rows"] if "seconds" in r):

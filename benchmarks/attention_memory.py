@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jaxml.attention import flash_attention
 from jaxml.testing import compile_for_tpu
 
-RESULTS = Path(__file__).parent / "results"
 HEADS = 4
 LENGTHS = {
     "jaxml, CPU": [2**n for n in range(10, 18)],
@@ -42,7 +41,7 @@ def main() -> None:
                 rows.append({"subject": subject, "what": what, "T": T, "extra_bytes": extra(subject, what, T)})
                 print(f"{subject:15} {what:9} {T:8} {rows[-1]['extra_bytes'] / 2**20:10.1f} MiB", flush=True)
     report = {**about.made("libtpu"), "rows": rows}
-    (RESULTS / f"attention-memory-{report['date']}.json").write_text(json.dumps(report, indent=1))
+    (about.RESULTS / f"attention-memory-{report['date']}.json").write_text(json.dumps(report, indent=1))
     print(picture().name)
 
 
@@ -68,7 +67,7 @@ def picture() -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = json.loads(max(RESULTS.glob("attention-memory-*.json")).read_text())["rows"]
+    rows = about.newest("attention-memory")["rows"]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for axis, what in zip(axes, ("forward", "gradient")):
         for subject, marker in zip(LENGTHS, "os^"):
@@ -82,7 +81,7 @@ def picture() -> Path:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("extra memory (MiB)")
     axes[0].legend()
-    path = RESULTS / "attention-memory.png"
+    path = about.RESULTS / "attention-memory.png"
     figure.savefig(path, dpi=110)
     return path
 

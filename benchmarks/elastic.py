@@ -35,7 +35,6 @@ from pathlib import Path
 
 import about
 
-RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("kill", "hosts", "disk", "restore", "soak")
 KILLS, STEPS = 20, 600
 
@@ -59,7 +58,7 @@ def main() -> None:
         return
 
     date = datetime.date.today().isoformat()
-    path = RESULTS / f"elastic-cpu-{date}.json"
+    path = about.RESULTS / f"elastic-cpu-{date}.json"
     report = json.loads(path.read_text()) if path.is_file() else {}
     report |= {**about.made(), "cores": os.cpu_count()}
     made = {
@@ -334,12 +333,11 @@ def soak(steps: int = 2000) -> dict:
 
 def table() -> str:
     """Markdown of the newest results."""
-    reports = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("elastic-cpu-????-??-??.json"))]
     lines = ["| what happened | how often | what was left |", "|---|---|---|"]
     for subject in SUBJECTS:
-        for report in [r for r in reports if subject in r][-1:]:
+        if report := about.newest("elastic-cpu", lambda one, subject=subject: subject in one):
             lines += [f"| {' | '.join(row)} |" for row in _rows(subject, report[subject])]
-    last = reports[-1]
+    last = about.newest("elastic-cpu")
     return f"{last['cores']}-core CPU, {about.said(last)}:\n\n" + "\n".join(lines)
 
 

@@ -30,7 +30,6 @@ from pathlib import Path
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 TOKENS, WIDTH, HIDDEN = 8192, 2048, 8192
 CHIPS = ("v5e", "v6e")
 IMPLEMENTATIONS = ("xla", "kernel")
@@ -56,7 +55,7 @@ def main() -> None:
     ]
     for subject in subjects:
         name = "tpu-compiled" if subject == "tpu" else device.device_kind.lower().replace(" ", "-")
-        path = RESULTS / f"feed-forward-{name}-{datetime.date.today().isoformat()}.json"
+        path = about.RESULTS / f"feed-forward-{name}-{datetime.date.today().isoformat()}.json"
         report = {"device": name, subject: []} | about.made("torch", "tokamax", "libtpu")
         for row in globals()[subject]():
             report[subject].append(row)
@@ -226,8 +225,8 @@ def milliseconds(run, repeats: int = 20) -> float:
 def table() -> str:
     """Markdown, of the newest results of each device."""
     parts = []
-    for device in sorted({p.name[:-16] for p in RESULTS.glob("feed-forward-*-????-??-??.json")}):
-        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+    for device in about.of_devices("feed-forward"):
+        report = about.newest(device)
         rows = report.get("tpu") or report["gpu"]
         columns = list(dict.fromkeys(c for row in rows for c in row))
         shown = lambda v: "" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v)

@@ -27,7 +27,6 @@ from typing import Any
 
 import about
 
-RESULTS = Path(__file__).parent / "results"
 ALLOWED = (ValueError, FileNotFoundError, NotImplementedError, OSError)
 MEMORY, SECONDS = 1536 * 2**20, 5
 Reader = Callable[[Path], Any]
@@ -523,12 +522,12 @@ def main() -> None:
             print("  ", failure, flush=True)
     if options.readers == names and options.files >= 1000:
         report = {**about.made(), "seed": options.seed, "rows": rows}
-        (RESULTS / f"fuzz-{report['date']}.json").write_text(json.dumps(report, indent=1))
+        (about.RESULTS / f"fuzz-{report['date']}.json").write_text(json.dumps(report, indent=1))
 
 
 def table() -> str:
     """Markdown of the newest results."""
-    report = json.loads(max(RESULTS.glob("fuzz-????-??-??.json")).read_text())
+    report = about.newest("fuzz")
     columns = ("reader", "files", "read all the same", "refused", "failures", "slowest, s", "memory grown, MiB")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for r in report["rows"]:

@@ -91,16 +91,15 @@ def compiled(backend: str, device: str, dtype: str, widths: list[int]) -> dict:
 
     arrays = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for shape in shapes]
     _, kernels = compile_for_gpu(jax.grad(total, (0, 1, 2)), arrays, device)
-    found = {}
-    for kernel in kernels:
-        for part in (part for part, name in PARTS.items() if kernel.name.startswith(name)):  # the others are XLA's
-            found[part] = {"registers": kernel.registers, "spilled": kernel.spilled, "serialized": kernel.serialized}
-    return found
+    return {
+        part: {"registers": kernel.registers, "spilled": kernel.spilled, "serialized": kernel.serialized}
+        for part, name in PARTS.items() for kernel in kernels if kernel.name.startswith(name)
+    }  # fmt: skip
 
 
 def table() -> str:
     """Markdown, of the newest results: bytes that spill, of each kernel in the order of `PARTS`."""
-    report = about.newest("gpu-registers-")
+    report = about.newest("gpu-registers")
     widths = sorted({tuple(row["widths"]) for row in report["rows"]})
     said = lambda pair: f"{pair[0]}" if pair[0] == pair[1] else f"{pair[0]} and {pair[1]}"
     lines = [

@@ -166,7 +166,7 @@ def rag():
 
 def newest(start: str, script: str, device: str = "", holds=bool):
     """The last results whose name begins so and that hold what is asked for; and what the table says of them."""
-    report = about.newest(start, holds)
+    report = about.newest(f"{start}*", holds)
     if report is None:
         raise FileNotFoundError(f"headlines: no results {start}*.json with what the table shows in {about.RESULTS}.")
     return report, f"`{script}`, {device or DEVICES[report['device'].split(',')[0]]}, {report['date']}"

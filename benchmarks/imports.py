@@ -13,11 +13,9 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 import about
 
-RESULTS = Path(__file__).parent / "results"
 IMPORTS = {
     "jax": "import jax", "jaxml": "import jaxml", "jax, then jaxml": "import jax, jaxml", "lm": "from jaxml import lm",
     "kan": "from jaxml import kan", "attention": "from jaxml.attention import flash_attention",
@@ -47,14 +45,14 @@ def main() -> None:
                 times[name].append(float(done.stdout))
     report = {**about.made(), "python": sys.version.split()[0], "cores": os.cpu_count()}
     report |= {"seconds": {name: statistics.median(of) for name, of in times.items()}}
-    path = RESULTS / f"imports-cpu-{report['date']}.json"
+    path = about.RESULTS / f"imports-cpu-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1))
     print(path)
 
 
 def table() -> str:
     """Markdown of the newest results."""
-    r = json.loads(max(RESULTS.glob("imports-cpu-????-??-??.json")).read_text())
+    r = about.newest("imports-cpu")
     lines = [f"{r['cores']}-core CPU, {about.said(r)}, Python {r['python']}:", ""]
     lines += ["| import | seconds | times jax's |", "|---|---|---|"]
     base = r["seconds"]["jax"]

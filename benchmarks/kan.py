@@ -48,7 +48,6 @@ from jaxml.kan import attribution, rational
 from jaxml.kan import kernel as kernel_of_layer
 from jaxml.kan import layer as layers
 
-RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("layer", "parameters", "symbolic", "regularizer", "tpu", "kernel")
 SHAPES = ((64, 5), (64, 20), (256, 5), (256, 20))  # (width, grid)
 AIMS = {5: 9.0, 20: 25.0}
@@ -70,7 +69,7 @@ def main() -> None:
             "--xla_jf_dump_llo_pass_label_regex=final_bundles"
         )
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"kan-{kind}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"kan-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     report |= about.made("torch", "pykan", "jaxkan")
     report["device"] = jax.devices()[0].device_kind
@@ -416,8 +415,8 @@ TITLES = {
 def table() -> str:
     """Markdown, of the newest results of each device."""
     parts = []
-    for device in sorted({p.name[:-16] for p in RESULTS.glob("kan-*-????-??-??.json")}):
-        report = json.loads(max(RESULTS.glob(f"{device}-????-??-??.json")).read_text())
+    for device in about.of_devices("kan"):
+        report = about.newest(device)
         where = f"{report['device']}, {about.said(report)}"
         parts += [_layers(report["layer"], where)] if "layer" in report else []
         for key, title in TITLES.items():

@@ -24,7 +24,6 @@ from pathlib import Path
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 BATCH, LENGTH, NEW, PROMPT, RANK = 4, 128, 64, 16, 8
 TARGETS = ("q", "v")  # peft's default for Llama
 SUBJECTS = {
@@ -64,11 +63,11 @@ def main() -> None:
     report = summary(measured)
     device_name = re.sub(r"[^a-z0-9]+", "-", report["device"].lower())
     name = f"lm-{device_name}-{report['date']}.json"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(report, indent=1))
+    about.RESULTS.mkdir(exist_ok=True)
+    (about.RESULTS / name).write_text(json.dumps(report, indent=1))
     for subject, row in report["subjects"].items():
         print(f"{subject:16} {row['ratio']:.2f} times as fast, {row['memory_ratio']:.2f} of the memory")
-    print(RESULTS / name)
+    print(about.RESULTS / name)
 
 
 def arguments():
@@ -296,7 +295,7 @@ HEADER = """| device, date | subject | jaxml | rival | times as fast | aim | pea
 
 def table() -> str:
     """Markdown of every results file, newest last."""
-    files = sorted(RESULTS.glob("lm-*.json"))
+    files = sorted(about.RESULTS.glob("lm-*.json"))
     said = [f"{about.said(json.loads(path.read_text()))}." for path in files]
     return "\n".join([HEADER, *(line for path in files for line in rows(path)), "", *said])
 

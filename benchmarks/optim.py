@@ -36,7 +36,6 @@ from jaxml.optim import basis, galore, packed, subspace
 from jaxml.testing import compile_for_tpu
 from jaxml.tune.loss import cross_entropy
 
-RESULTS = Path(__file__).parent / "results"
 TARGETS = r"layers/(q|k|v|o|gate|up|down)$"
 SIZES = {  # width, hidden_dim, layers, heads: the configurations of the GaLore paper
     "60M": (512, 1376, 8, 8),
@@ -69,7 +68,7 @@ def main() -> None:
         return
     device = jax.devices()[0]
     kind = device.device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"optim-{kind}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"optim-{kind}-{datetime.date.today().isoformat()}.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for subject in arguments.subjects:
         rows = [row for row in rows if row["subject"] != subject]
@@ -454,7 +453,7 @@ SUBJECTS = {
 def table() -> str:
     """One table a subject, of the newest results that have it, device by device."""
     newest = {}
-    for path in sorted(RESULTS.glob("optim-*.json"), key=lambda p: p.stem[-10:]):
+    for path in sorted(about.RESULTS.glob("optim-*.json"), key=lambda p: p.stem[-10:]):
         report = json.loads(path.read_text())
         for row in report["rows"]:
             newest.setdefault((row["subject"], report["device"]), {})[report["date"]] = report

@@ -14,13 +14,11 @@ import argparse
 import json
 import os
 import tempfile
-from pathlib import Path
 
 import about
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = ("full", "lora", "qlora", "galore", "eight_bit")
 MESHES = (
     "rows in halves", "data=8", "fsdp=8", "tensor=8", "context=8", "data=2,fsdp=4", "tensor=4,fsdp=2",
@@ -38,7 +36,7 @@ def main() -> None:
         return
 
     report = {**about.made(), "numbers": numbers(), "memory": memory()}
-    (RESULTS / f"parallel-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
+    (about.RESULTS / f"parallel-cpu-{report['date']}.json").write_text(json.dumps(report, indent=1))
 
 
 def start(method: str, **fields):
@@ -128,7 +126,7 @@ def memory() -> list[dict]:
 
 def table() -> str:
     """Markdown of the newest results."""
-    report = json.loads(max(RESULTS.glob("parallel-cpu-????-??-??.json")).read_text())
+    report = about.newest("parallel-cpu")
     where = f"8 simulated devices on a CPU, {about.said(report)}"
     grid = lambda rows, of: [f"| {row} | {' | '.join(of[row, column] for column in METHODS)} |" for row in rows]
     head = [f"| | {' | '.join(METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]

@@ -28,7 +28,6 @@ from pathlib import Path
 import about
 import numpy as np
 
-RESULTS = Path(__file__).parent / "results"
 SUBJECTS = ("choices", "starts", "methods")
 PROMPT, LENGTH_OF_CHOICE = 200, 4
 STEPS, ROWS, LENGTH, PLACES = 80, 2, 128, 20
@@ -64,7 +63,7 @@ def main() -> None:
     import jax
 
     kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    path = RESULTS / f"prompts-{kind}-{datetime.date.today().isoformat()}.json"
+    path = about.RESULTS / f"prompts-{kind}-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     report |= about.made("torch", "transformers")
     report["device"] = jax.devices()[0].device_kind
@@ -243,8 +242,7 @@ def _adapted(name, model, asked):
 
 def newest(subject: str) -> dict:
     """The newest results that hold a subject."""
-    files = sorted(RESULTS.glob("prompts-*.json"), key=lambda path: path.stem[-10:])
-    return next((r for path in reversed(files) if subject in (r := json.loads(path.read_text()))), {})
+    return about.newest("prompts-*", lambda one: subject in one) or {}
 
 
 def table() -> str:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import about
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = ("lora", "qlora", "dora", "full")
 
 
@@ -33,7 +32,7 @@ def main() -> None:
         subprocess.run(command, check=True)
         runs[method] = json.loads((out / method / "report.json").read_text())
     report = {"device": runs["lora"]["device"], **about.made(), "runs": runs}
-    path = RESULTS / f"quickstart-{report['device']}-{report['date']}.json"
+    path = about.RESULTS / f"quickstart-{report['device']}-{report['date']}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(path)
 
@@ -51,7 +50,7 @@ ROWS = [  # what, its name in a report, how it is written; of figures from befor
 
 def table() -> str:
     """Markdown, of the newest results."""
-    report = json.loads(max(RESULTS.glob("quickstart-*.json"), key=lambda path: path.stem[-10:]).read_text())
+    report = about.newest("quickstart-*")
     runs = {m: run | {"trained_parameters": run["trained_parameters"] / 1e6} for m, run in report["runs"].items()}
     head = ["`make run METHOD=…`", "before", "before, NF4", *METHODS]
     lines = [head, ["---"] * len(head)]

@@ -22,8 +22,6 @@ import datetime
 import json
 import re
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -230,8 +228,10 @@ COMMANDS = {
 
 def command(given: list[str], out: Path) -> dict:
     """`jaxml rtune` with these options, and its baselines."""
-    words = [sys.executable, "-m", "jaxml.cli.main", "rtune", "--no-progress", "--out", str(out), *given]
-    subprocess.run(words, check=True)
+    from jaxml.cli import main as cli
+
+    if cli.main(["rtune", "--no-progress", "--out", str(out), *given]):
+        raise SystemExit("r_tuning.py: jaxml rtune failed.")
     report = json.loads((out / "report.json").read_text())
     policy = json.loads((out / "policy.json").read_text())
     return {part: report[part] for part in ("seen", "new", "unanswerable") if part in report} | {"policy": policy}
@@ -243,10 +243,11 @@ def command(given: list[str], out: Path) -> dict:
 def table() -> str:
     """Markdown: each subject of the newest results that have it."""
     parts = []
-    for subject, names, made in (
-        ("proof", "proof ", _proofs), ("variants", "standard ", _variants), ("command", "command ", _commands),
+    for subject, first, made in (
+        ("proof", "proof ", _proofs), ("variants", tuple(f"{v} " for v in VARIANTS), _variants),
+        ("command", "command ", _commands),
     ):  # fmt: skip
-        report = about.newest("r-tuning-", lambda one, names=names: any(k.startswith(names) for k in one))
+        report = about.newest("r-tuning-*", lambda one, first=first: any(k.startswith(first) for k in one))
         if report:
             head = f"`{subject}` ({report['device']}, {about.said(report)}):"
             parts.append("\n".join([head, "", *made(report)]))
@@ -286,6 +287,8 @@ def _variants(report: dict) -> list[str]:
 
 
 def _commands(report: dict) -> list[str]:
+    from jaxml.tune import r_tuning
+
     lines = [
         "| `jaxml rtune` on | method | right at equal coverage (same kinds / others) | of right answers, given | "
         "AP, same kinds | AUROC | AURC | AP / AUROC / AURC, others | "
@@ -294,11 +297,12 @@ def _commands(report: dict) -> list[str]:
     ]
     share = lambda x: "–" if x is None else f"{x:.0%}"
     number = lambda x: "–" if x is None else f"{x:.2f}"
-    for name, run in ((name, report.get(f"command {name}", {"seen": {}})) for name in COMMANDS):
+    runs = {name: run for name in COMMANDS if (run := report.get(f"command {name}"))}
+    for name, run in runs.items():
         for method, seen in run["seen"].items():
             new, refused = run.get("new", {}).get(method, {}), run.get("unanswerable", {}).get(method, {})
             pair = lambda key, seen=seen, new=new: f"{share(seen[key])} / {share(new.get(key))}"
-            ranged = [f"{number(seen[k])} ({'–'.join(map(number, seen[f'{k}_interval']))})" for k in RANKED]
+            ranged = [r_tuning.metrics.written(seen[k], seen[f"{k}_interval"], number) for k in RANKED]
             others = " / ".join(number(new.get(k)) for k in RANKED)
             rates = (share(refused.get(f"refusal_rate{end}")) for end in ("", "_at_equal_coverage"))
             pairs = [pair("at_equal_coverage"), pair("known_answered")]

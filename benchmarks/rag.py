@@ -268,11 +268,11 @@ RAMDOCS = "--limit 60 --methods none plain isolated astute --mode score --least 
 
 
 def ramdocs(options) -> dict:
-    from jaxml.cli.main import main
+    from jaxml.cli import main as cli
 
     out = Path(options.out) / "ramdocs"
     command = ["rag", "evaluate", "--data", f"ramdocs:{options.ramdocs}", "--out", str(out), "--no-progress", *RAMDOCS]
-    if main(command):
+    if cli.main(command):
         raise SystemExit("rag.py: jaxml rag evaluate failed.")
     return json.loads((out / "report.json").read_text())
 
@@ -283,7 +283,7 @@ def ramdocs(options) -> dict:
 def table() -> str:
     """Markdown: each device's subjects, of the newest results that have them."""
     parts = []
-    for device in sorted({path.name[:-16] for path in about.RESULTS.glob("rag-*-????-??-??.json")}):
+    for device in about.of_devices("rag"):
         for subject in SUBJECTS:
             report = about.newest(device, lambda one, subject=subject: subject in one)
             if report:

@@ -30,7 +30,6 @@ import about
 
 from jaxml.target import target
 
-RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"full": 2048, "causal": 4096}
 CHIPS = ("v5e", "v5p", "v6e", "tpu7x")
 FLOPS_PER_CYCLE = {"v5e": 131072, "v5p": 131072, "v6e": 524288, "tpu7x": 524288}
@@ -67,7 +66,7 @@ def main() -> None:
     if options.picture:
         print(picture().name)
         return
-    path = options.results or RESULTS / f"tpu-schedule-{datetime.date.today().isoformat()}.json"
+    path = options.results or about.RESULTS / f"tpu-schedule-{datetime.date.today().isoformat()}.json"
     report = json.loads(path.read_text()) if path.exists() else {"rows": []}
     report |= {"device": "none: compiled ahead of time by libtpu", **about.made("libtpu", "tokamax")}
     for kind, mask, width, chip in itertools.product(options.passes, options.masks, options.widths, options.chips):
@@ -279,7 +278,7 @@ KERNELS = {"jaxml": "flash_attention", "tokamax splash": "splash|flash", "jax sp
 
 
 def _newest() -> list[dict]:
-    return json.loads(max(RESULTS.glob("tpu-schedule-*.json")).read_text())["rows"]
+    return about.newest("tpu-schedule")["rows"]
 
 
 def _busy(row: dict) -> float:
@@ -332,7 +331,7 @@ def picture() -> Path:
             axis.text(n, ratio, f"{ratio:.2f}", ha="center", va="bottom", fontsize=7)
     figure.supylabel("bundles of the best rival / jaxml", fontsize=10)
     figure.suptitle("Attention on TPUs, static schedules: above 1 jaxml is shorter (chip, head width)", fontsize=11)
-    path = RESULTS / "tpu-schedule.png"
+    path = about.RESULTS / "tpu-schedule.png"
     figure.savefig(path, dpi=110)
     return path
 

@@ -140,8 +140,7 @@ def markdown(report: dict[str, Any]) -> str:
         | plain | 100.0% | 0.0% | 0.500 | 100.0% | – | – | – |
     """
     percent = lambda x: "–" if x is None or np.isnan(x) else f"{x:.1%}"
-    between = lambda ends: f" ({'–'.join(map(percent, ends))})" if percent(ends[0]) != "–" else ""  # of few: none
-    ranged = lambda f, name: percent(f[name]) + between(f[f"{name}_interval"])
+    ranged = lambda f, name: metrics.written(f[name], f[f"{name}_interval"], percent)
     lines = [
         "| method | contains the answer | exact | F1 | answered | a wrong one | cited rightly | support cited |",
         "|---|---|---|---|---|---|---|---|",

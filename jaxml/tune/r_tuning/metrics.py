@@ -218,6 +218,21 @@ def interval(
     return float(low), float(high)
 
 
+def written(value: float, ends: tuple[float, float], write: Callable[[float], str]) -> str:
+    """A figure and its interval as tables have them, the figure alone where there is no interval ("–").
+
+    Args:
+        write: what a number looks like; "–" for NaN.
+
+    Example:
+        >>> write = lambda x: "–" if np.isnan(x) else f"{x:.2f}"
+        >>> written(0.5, (0.25, 0.75), write), written(0.5, (float("nan"), float("nan")), write)
+        ('0.50 (0.25–0.75)', '0.50')
+    """
+    low, high = map(write, ends)
+    return write(value) if "–" in (low, high) else f"{write(value)} ({low}–{high})"
+
+
 def _cumulative(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(right answers, answers) with at least each different confidence, from the largest."""
     values, place = np.unique(-confidence, return_inverse=True)

@@ -160,8 +160,7 @@ def markdown(report: dict[str, Any]) -> str:
     """
     percent = lambda x: "–" if np.isnan(x) else f"{x:.1%}"
     number = lambda x: "–" if np.isnan(x) else f"{x:.3f}"
-    between = lambda ends: f" ({'–'.join(map(number, ends))})" if number(ends[0]) != "–" else ""  # of few: none
-    ranged = lambda f, name: number(f[name]) + between(f[f"{name}_interval"])
+    ranged = lambda f, name: metrics.written(f[name], f[f"{name}_interval"], number)
     lines = []
     for part, said in PARTS.items():
         if part not in report:
